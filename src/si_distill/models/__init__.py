@@ -1,0 +1,3 @@
+from .transformer_sit import SIT_PRESETS, SiTTransformer2DModel
+
+__all__ = ["SIT_PRESETS", "SiTTransformer2DModel"]

@@ -1,0 +1,222 @@
+"""ODE sampling on a stochastic interpolant, and the one-step map of a distilled student, as a Diffusers scheduler.
+
+This file and `interpolant_paths.py` travel into the scheduler folder of every saved pipeline: they import only torch and
+diffusers.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from diffusers.utils import BaseOutput
+
+from .interpolant_paths import PREDICTIONS, get_interpolant
+
+SOLVERS = ("euler", "heun")
+
+
+@dataclass
+class StochasticInterpolantSchedulerOutput(BaseOutput):
+    """
+    Output of `StochasticInterpolantScheduler.step`.
+
+    Args:
+        prev_sample (`torch.Tensor` of shape (B, C, H, W)): x at the next, smaller time.
+        pred_original_sample (`torch.Tensor` of shape (B, C, H, W)): the x̂0-prediction of this evaluation.
+    """
+
+    prev_sample: torch.Tensor
+    pred_original_sample: torch.Tensor | None = None
+
+
+class StochasticInterpolantScheduler(SchedulerMixin, ConfigMixin):
+    """
+    Solves dx/dt = v(x, t) from t = `init_time` (noise) to t = 0 (data) on an interpolant x_t = α x0 + β x1.
+
+    Times are real numbers in [0, 1] and are given to the network as they are. The last step returns the x̂0-prediction:
+    on `linear` that is exactly the Euler step to 0, elsewhere it avoids derivatives that are infinite at t = 0. With
+    one step the scheduler is therefore the one-step map G(x1) = x̂0(β(t) x1, t) at t = `init_time`.
+
+    Args:
+        num_train_timesteps (`int`): what `len(scheduler)` reports; times are continuous.
+        interpolant (`str`): `"linear"`, `"trigonometric"` or `"vp"`.
+        interpolant_kwargs (`dict`, *optional*): settings of the interpolant, e.g. `{"b0": 0.1, "b1": 20.0}`.
+        prediction_type (`str`): what the network predicts: `"velocity"`, `"sample"`, `"epsilon"` or `"score"`.
+        solver (`str`): `"euler"` (one evaluation a step) or `"heun"` (second order, 2 N − 1 evaluations for N steps).
+        init_time (`float`): where sampling starts, in (0, 1]. A student keeps here the time it was trained at.
+
+    Raises:
+        ValueError: for a setting outside these ranges.
+    """
+
+    _compatibles: list = []
+    order = 1
+
+    @register_to_config
+    def __init__(
+        self,
+        num_train_timesteps: int = 1000,
+        interpolant: str = "linear",
+        interpolant_kwargs: dict[str, Any] | None = None,
+        prediction_type: str = "velocity",
+        solver: str = "euler",
+        init_time: float = 1.0,
+    ):
+        if prediction_type not in PREDICTIONS:
+            raise ValueError(f"`prediction_type` is {prediction_type!r}; choose one of: {', '.join(PREDICTIONS)}.")
+        if solver not in SOLVERS:
+            raise ValueError(f"`solver` is {solver!r}; choose one of: {', '.join(SOLVERS)}.")
+        if not 0 < init_time <= 1:
+            raise ValueError(f"`init_time` must lie in (0, 1], got {init_time}.")
+        self.interpolant = get_interpolant(interpolant, **(interpolant_kwargs or {}))
+        self.order = 2 if solver == "heun" else 1
+        self.num_inference_steps: int | None = None
+        self._begin_index: int | None = None
+        self.set_timesteps(num_train_timesteps)
+        self.num_inference_steps = None
+
+    def __len__(self) -> int:
+        return self.config.num_train_timesteps
+
+    @property
+    def init_noise_sigma(self) -> float:
+        """β at the first time: what standard normal noise is multiplied with before the first step."""
+        return float(self.interpolant.coefficients(self._times[0]).beta)
+
+    @property
+    def step_index(self) -> int | None:
+        """Index of the current evaluation in `timesteps`; None before the first step."""
+        return self._step_index
+
+    @property
+    def begin_index(self) -> int | None:
+        """Index at which sampling begins; set by pipelines that start in the middle."""
+        return self._begin_index
+
+    def set_begin_index(self, begin_index: int = 0) -> None:
+        self._begin_index = begin_index
+
+    def scale_model_input(self, sample: torch.Tensor, timestep: float | torch.Tensor | None = None) -> torch.Tensor:
+        """The identity: networks see x_t itself."""
+        return sample
+
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: str | torch.device | None = None,
+        timesteps: list[float] | torch.Tensor | None = None,
+    ) -> None:
+        """
+        Sets the times of the evaluations.
+
+        Args:
+            num_inference_steps (`int`): number of solver steps, at least 1, equally spaced from `init_time` to 0.
+            device: where `timesteps` live.
+            timesteps: instead of a number, the start of each step: falling times in (0, 1], without the final 0.
+
+        Raises:
+            ValueError: when neither or both are given, or a value is out of range.
+        """
+        if (num_inference_steps is None) == (timesteps is None):
+            raise ValueError("Pass either `num_inference_steps` or `timesteps`, not both and not neither.")
+        if timesteps is None:
+            if not isinstance(num_inference_steps, int) or num_inference_steps < 1:
+                raise ValueError(
+                    f"`num_inference_steps` must be an integer of at least 1, got {num_inference_steps!r}."
+                )
+            times = torch.linspace(self.config.init_time, 0.0, num_inference_steps + 1)
+        else:
+            starts = torch.as_tensor(timesteps, dtype=torch.float32).flatten().cpu()
+            if not len(starts) or not (0 < starts[-1] and starts[0] <= 1 and bool((starts.diff() < 0).all())):
+                raise ValueError(f"`timesteps` must fall strictly and lie in (0, 1], got {starts.tolist()}.")
+            times = torch.cat([starts, torch.zeros(1)])
+        self.num_inference_steps = len(times) - 1
+        self._times = times.to(device)
+        # Heun evaluates the start and the end of each step; its last step, to t = 0, needs the start only.
+        self.timesteps = (self._times[:-1].repeat_interleave(2)[:-1] if self.order == 2 else self._times[:-1]).clone()
+        if self.order == 2:
+            self.timesteps[1::2] = self._times[1:-1]
+        self._step_index: int | None = None
+        self._predictor: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def index_for_timestep(self, timestep: float | torch.Tensor) -> int:
+        """Index in `timesteps` of a time, at the start of a step."""
+        value = torch.as_tensor(timestep, dtype=self.timesteps.dtype, device=self.timesteps.device)
+        found = (self.timesteps[:: self.order] == value).nonzero()
+        if not len(found):
+            raise ValueError(
+                f"The time {float(value):g} is none of the scheduler's; pass the elements of `scheduler.timesteps`, "
+                "which run from 1 to 0 and are not multiplied by 1000."
+            )
+        return int(found[0]) * self.order
+
+    def step(
+        self,
+        model_output: torch.Tensor,
+        timestep: float | torch.Tensor,
+        sample: torch.Tensor,
+        generator: torch.Generator | None = None,
+        return_dict: bool = True,
+    ) -> StochasticInterpolantSchedulerOutput | tuple[torch.Tensor, ...]:
+        """
+        One evaluation's step towards t = 0. Differentiable in `model_output` and `sample`.
+
+        Args:
+            model_output (`torch.Tensor` of shape (B, C, H, W)): the network's prediction at (`sample`, `timestep`).
+            timestep: the element of `timesteps` that the network saw.
+            sample (`torch.Tensor` of shape (B, C, H, W)): x_t.
+            generator: unused, the ODE draws no noise; part of every scheduler's signature.
+            return_dict (`bool`): whether to return an output object or a tuple.
+        """
+        if self.num_inference_steps is None:
+            raise ValueError("Call `set_timesteps(num_inference_steps)` before the first `step`.")
+        if self._step_index is None:
+            self._step_index = self.index_for_timestep(timestep) if self._begin_index is None else self._begin_index
+        if self._step_index >= len(self.timesteps):
+            raise ValueError(
+                f"All {len(self.timesteps)} evaluations of the {self.num_inference_steps} steps are done; call "
+                "`set_timesteps` again for another run."
+            )
+        # Steps are small differences: they are added in float32 and the result goes back to the caller's dtype.
+        x = sample.to(torch.promote_types(sample.dtype, torch.float32))
+        output = model_output.to(x.dtype)
+        t = self.timesteps[self._step_index]
+        kind = self.config.prediction_type
+        x0 = self.interpolant.convert(output, x, t, kind, "sample")
+
+        if self._step_index == len(self.timesteps) - 1:
+            previous = x0
+        else:
+            velocity = self.interpolant.convert(output, x, t, kind, "velocity")
+            step = self._step_index // self.order
+            width = self._times[step + 1] - self._times[step]
+            if self._predictor is not None:
+                start, first_velocity = self._predictor
+                previous = start + 0.5 * width * (first_velocity + velocity)
+                self._predictor = None
+            else:
+                previous = x + width * velocity
+                self._predictor = (x, velocity) if self.order == 2 else None
+        self._step_index += 1
+        previous, x0 = previous.to(sample.dtype), x0.to(sample.dtype)
+        if not return_dict:
+            return (previous, x0)
+        return StochasticInterpolantSchedulerOutput(prev_sample=previous, pred_original_sample=x0)
+
+    def add_noise(self, original_samples: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        """x_t = α x0 + β x1 for data `original_samples`, noise x1 and times (B,) in [0, 1]."""
+        return self.interpolant.interpolate(original_samples, noise, timesteps)
+
+    def scale_noise(
+        self, sample: torch.Tensor, timestep: torch.Tensor, noise: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """`add_noise` with the argument order of the flow-matching schedulers."""
+        if noise is None:
+            raise ValueError("`scale_noise` needs the noise x1.")
+        return self.add_noise(sample, noise, timestep)
+
+    def get_velocity(self, sample: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        """İ_t = α' x0 + β' x1, the target of a velocity network."""
+        return self.interpolant.velocity(sample, noise, timesteps)
