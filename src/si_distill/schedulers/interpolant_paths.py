@@ -103,7 +103,9 @@ class Interpolant:
                 f"pass one time for each sample, shape ({x.shape[0]},), or a single time."
             )
         # Times stay in their own (or a wider) precision until the coefficients are known: bfloat16 rounds 0.999 to 1.
-        return self.coefficients(t.to(torch.promote_types(t.dtype, torch.float32))).expand_as(x)
+        # Integers go on as they are, to be refused: as numbers of training steps they would give α = 1 − 999.
+        wide = t.to(torch.promote_types(t.dtype, torch.float32)) if t.is_floating_point() else t
+        return self.coefficients(wide).expand_as(x)
 
     def interpolate(
         self, x0: torch.Tensor, x1: torch.Tensor, t: torch.Tensor, z: torch.Tensor | None = None

@@ -1,0 +1,42 @@
+# Two commands from a fresh machine: `make demo` and `make test`. Each makes .venv when it is not there yet.
+PYTHON ?= python3
+BIN := .venv/bin
+SEED ?= 0
+RUNS ?= runs
+# One process on the GPU, or on all cores of a machine without one.
+LAUNCH := $(BIN)/accelerate launch --quiet --num_processes 1 --num_machines 1 --mixed_precision no \
+	--dynamo_backend no --num_cpu_threads_per_process $(shell nproc)
+
+.PHONY: demo test test-slow lint format clean
+
+.venv/.installed: setup.py pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --disable-pip-version-check -e ".[demo,dev]"
+	touch $@
+
+demo: .venv/.installed
+	$(LAUNCH) training/train_teacher.py --config configs/digits/teacher.yaml \
+		--seed $(SEED) --output_dir $(RUNS)/digits-teacher --overwrite_output_dir
+	$(LAUNCH) training/train_distill.py --config configs/digits/distill.yaml --teacher $(RUNS)/digits-teacher \
+		--seed $(SEED) --output_dir $(RUNS)/digits-student --overwrite_output_dir
+	$(BIN)/python pipelines/generate.py --pipeline $(RUNS)/digits-student --out $(RUNS)/digits-student/grid.png
+	$(LAUNCH) training/evaluate.py --pipeline $(RUNS)/digits-student --teacher $(RUNS)/digits-teacher
+	@echo "Grid of the student: $(RUNS)/digits-student/grid.png"
+	@echo "Teacher, student and real digits side by side: $(RUNS)/digits-student/evaluation.png"
+
+lint: .venv/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+test: lint
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n 2
+
+test-slow: .venv/.installed
+	$(BIN)/python -m pytest -m slow
+
+format: .venv/.installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf runs .pytest_cache .ruff_cache

@@ -1,0 +1,5 @@
+from .config import DataConfig
+from .sampler import GlobalBatchSampler
+from .sources import ImageDataset, load_images
+
+__all__ = ["DataConfig", "GlobalBatchSampler", "ImageDataset", "load_images"]

@@ -1,0 +1,139 @@
+"""Images with labels: scikit-learn's digits, and whatever `datasets` can load."""
+
+import io
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from PIL import Image
+from torch.utils.data import Dataset
+
+from ..errors import InputError
+from .config import DataConfig
+
+
+class ImageDataset(Dataset):
+    """Square images in [-1, 1] with class labels.
+
+    `dataset[i]` is a float32 tensor (C, size, size) and an int label.
+
+    Args:
+        read: gives the uint8 tensor (C, size, size) and the label of image i.
+        length: number of images.
+        name: how results refer to the data.
+        channels: 1 or 3.
+        size: height and width.
+        class_names: names of the classes 0 … K − 1.
+    """
+
+    def __init__(
+        self,
+        read: Callable[[int], tuple[torch.Tensor, int]],
+        length: int,
+        name: str,
+        channels: int,
+        size: int,
+        class_names: list[str],
+    ):
+        self.read = read
+        self.length = length
+        self.name = name
+        self.channels = channels
+        self.size = size
+        self.class_names = class_names
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        image, label = self.read(index)
+        return image.float() / 127.5 - 1, label
+
+
+def load_images(config: DataConfig) -> ImageDataset:
+    """The images that the settings describe.
+
+    Raises:
+        InputError: when they cannot be found or read, or have no labels.
+    """
+    return _digits(config) if config.name == "digits" else _from_datasets(config)
+
+
+def _digits(config: DataConfig) -> ImageDataset:
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError:
+        raise InputError(
+            "The digits come with scikit-learn, which is not installed: pip install 'si_distill[demo]'."
+        ) from None
+    if config.image_size != 8:
+        raise InputError(f"The digits are 8×8 images; `data.image_size` is {config.image_size}.")
+    digits = load_digits()
+    images = torch.from_numpy(digits.images / 16 * 255).round().to(torch.uint8)[:, None]
+    labels = digits.target.tolist()
+    length = min(len(labels), config.max_train_samples or len(labels))
+    return ImageDataset(
+        lambda index: (images[index], labels[index]), length, "sklearn-digits", 1, 8, [str(n) for n in range(10)]
+    )
+
+
+def _from_datasets(config: DataConfig) -> ImageDataset:
+    import datasets
+
+    try:
+        table = datasets.load_dataset(config.name, data_files=config.data_files, split=config.split)
+    except (FileNotFoundError, ValueError, ConnectionError, OSError, datasets.exceptions.DatasetsError) as error:
+        raise InputError(
+            f"Cannot load the data set {config.name!r} (data_files={config.data_files!r}, split={config.split!r}): "
+            f"{error}. A gated data set needs its terms accepted on its page and HF_TOKEN set."
+        ) from error
+    image_column = config.image_column or _column(table, "image", lambda f: isinstance(f, datasets.Image))
+    label_column = config.label_column or _column(table, "label", lambda f: isinstance(f, datasets.ClassLabel))
+    for column in (image_column, label_column):
+        if column not in table.column_names:
+            raise InputError(f"The data set has no column {column!r}; its columns are {table.column_names}.")
+    labels = table[label_column]
+    feature = table.features[label_column]
+    count = max(labels) + 1
+    names = list(feature.names) if isinstance(feature, datasets.ClassLabel) else [str(n) for n in range(count)]
+    # Decoded here and not inside datasets: an error there names no file and can end an iteration silently.
+    table = table.cast_column(image_column, datasets.Image(decode=False))
+    channels = 1 if _open(table[0][image_column], 0).mode in ("L", "1", "I;16", "I") else 3
+
+    def read(index: int) -> tuple[torch.Tensor, int]:
+        row = table[index]
+        image = _open(row[image_column], index).convert("L" if channels == 1 else "RGB")
+        return _square(image, config.image_size), row[label_column]
+
+    length = min(len(table), config.max_train_samples or len(table))
+    return ImageDataset(read, length, config.name, channels, config.image_size, names)
+
+
+def _column(table: Any, kind: str, is_kind: Callable[[Any], bool]) -> str:
+    found = [name for name, feature in table.features.items() if is_kind(feature)]
+    if len(found) != 1:
+        raise InputError(
+            f"{'No' if not found else 'More than one'} {kind} column among {table.column_names}: "
+            f"set `data.{kind}_column`."
+        )
+    return found[0]
+
+
+def _open(value: dict[str, Any], index: int) -> Image.Image:
+    try:
+        image = Image.open(io.BytesIO(value["bytes"]) if value["bytes"] is not None else value["path"])
+        image.load()
+    except (OSError, ValueError, TypeError) as error:
+        raise InputError(f"Image number {index} of the data set cannot be read: {error}") from error
+    return image
+
+
+def _square(image: Image.Image, size: int) -> torch.Tensor:
+    """Centre crop and resize to (C, size, size), uint8."""
+    side = min(image.size)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    image = image.crop((left, top, left + side, top + side))
+    if side != size:
+        image = image.resize((size, size), Image.Resampling.BICUBIC, reducing_gap=3.0)
+    pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
+    return pixels.view(size, size, -1).permute(2, 0, 1)

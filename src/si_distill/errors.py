@@ -1,0 +1,22 @@
+"""Errors that are meant for people: the scripts print their text without a traceback."""
+
+
+class InputError(ValueError):
+    """What the user gave cannot work: a setting, a folder, a label. Raised before any long work starts."""
+
+
+class TrainingStopped(RuntimeError):
+    """Training cannot go on (losses not finite, a checkpoint that cannot be written). Saved work is untouched."""
+
+
+class TrainingInterrupted(Exception):
+    """A signal asked training to stop; everything was saved.
+
+    Args:
+        message: how to resume.
+        signal_number: the signal, so that the script can end with the shell's exit code 128 + n.
+    """
+
+    def __init__(self, message: str, signal_number: int):
+        super().__init__(message)
+        self.signal_number = signal_number

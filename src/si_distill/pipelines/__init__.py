@@ -1,0 +1,5 @@
+from .interpolant_pipeline_base import guided_prediction
+from .pipeline_interpolant import InterpolantPipeline
+from .pipeline_one_step_interpolant import OneStepInterpolantPipeline
+
+__all__ = ["InterpolantPipeline", "OneStepInterpolantPipeline", "guided_prediction"]

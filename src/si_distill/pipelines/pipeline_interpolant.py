@@ -1,0 +1,126 @@
+"""Images by solving the ODE of an interpolant in many steps: the pipeline of a teacher.
+
+This file travels as `pipeline.py`, with its two helpers, into every saved teacher: they import only torch, diffusers and
+what diffusers requires.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline, ImagePipelineOutput
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
+
+from .interpolant_pipeline_base import ClassLabels, InterpolantPipelineBase
+from .interpolant_pipeline_folder import SelfContainedFolderMixin
+
+
+class InterpolantPipeline(SelfContainedFolderMixin, InterpolantPipelineBase):
+    """
+    Class-conditional images from a teacher: dx/dt = v(x, t, y) from noise to data, with classifier-free guidance.
+
+    Args:
+        transformer ([`ModelMixin`]): the teacher, called as `(hidden_states, timestep, class_labels)`; guidance needs its
+            `null_class`.
+        scheduler ([`SchedulerMixin`]): a `StochasticInterpolantScheduler`.
+        vae ([`ModelMixin`], *optional*): decodes latents; without one the images are pixels in [-1, 1].
+        id2label (`dict`, *optional*): names of the classes, each a name or comma-separated synonyms.
+    """
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        class_labels: ClassLabels,
+        num_inference_steps: int = 50,
+        guidance_scale: float = 1.0,
+        solver: str | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: torch.Tensor | None = None,
+        timesteps: list[float] | torch.Tensor | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: Callable[[DiffusionPipeline, int, torch.Tensor, dict], dict] | None = None,
+        callback_on_step_end_tensor_inputs: list[str] = ["latents"],  # noqa: B006 - diffusers' signature, never changed
+    ) -> ImagePipelineOutput | tuple[Any]:
+        """
+        Generates one image for each label, in N forwards of the network (Euler) or 2 N − 1 (Heun) for N steps.
+
+        Args:
+            class_labels (`int`, `str`, `list` of these, or integer `torch.Tensor` of shape (B,)): classes,
+                0 … num_classes − 1, or their names.
+            num_inference_steps (`int`): N, at least 1; not used when `timesteps` is given.
+            guidance_scale (`float`): w ≥ 0 in v_∅ + w (v_y − v_∅). 1 is no guidance; otherwise each forward has 2 B rows.
+            solver (`str`, *optional*): `"euler"` or `"heun"`; None takes the scheduler's.
+            generator (`torch.Generator` or a list of B of them, *optional*): makes the images reproducible; with a list,
+                each image depends on its own generator only.
+            latents (`torch.Tensor` of shape (B, C, sample_size, sample_size), *optional*): standard normal noise x1.
+            timesteps (`list[float]`, *optional*): the start of each step: falling times in (0, 1], without the final 0.
+            output_type (`str`): `"pil"`, `"np"` (B, H, W, C) in [0, 1], `"pt"` (B, C, H, W) in [0, 1], or `"latent"`,
+                the sampler's result before decoding.
+            return_dict (`bool`): whether to return an `ImagePipelineOutput` or a tuple.
+            callback_on_step_end (`Callable`, *optional*): called as `callback(pipeline, step, timestep, tensors)` after
+                each evaluation; may return `{"latents": …}` to change them.
+            callback_on_step_end_tensor_inputs (`list[str]`): the tensors that it sees; `"latents"` is the one there is.
+
+        Examples:
+
+        ```py
+        >>> import torch
+        >>> from si_distill import InterpolantPipeline
+
+        >>> teacher = InterpolantPipeline.from_pretrained("runs/digits-teacher")
+        >>> generator = torch.Generator().manual_seed(0)
+        >>> images = teacher([3, 7], num_inference_steps=25, guidance_scale=1.5, solver="heun", generator=generator).images
+        ```
+
+        Returns:
+            [`~pipelines.ImagePipelineOutput`] or `tuple`: `images` holds the B images.
+
+        Raises:
+            ValueError: for an argument out of range, or guidance of a network without a null class.
+            TypeError: for a label that is neither an integer nor a string.
+        """
+        # 1. Check inputs
+        if not (math.isfinite(guidance_scale) and guidance_scale >= 0):
+            raise ValueError(
+                f"`guidance_scale` must be a number of at least 0 (1 is no guidance), got {guidance_scale}."
+            )
+        label_ids = self.get_label_ids(class_labels)
+        batch_size = len(label_ids)
+        self.check_inputs(batch_size, generator, latents, output_type, callback_on_step_end_tensor_inputs)
+        device = self._execution_device
+
+        # 2. Prepare the times
+        scheduler = self._scheduler_with(solver)
+        steps = None if timesteps is not None else num_inference_steps
+        scheduler.set_timesteps(steps, device=device, timesteps=timesteps)
+
+        # 3. Prepare the noise and the labels
+        latents = self.prepare_latents(batch_size, device, generator, latents, scheduler.init_noise_sigma)
+        labels = torch.tensor(label_ids, device=device)
+
+        # 4. Solve
+        with self.progress_bar(total=len(scheduler.timesteps)) as progress_bar:
+            for step, timestep in enumerate(scheduler.timesteps):
+                prediction = self.predict(latents, timestep, labels, guidance_scale)
+                latents = scheduler.step(prediction, timestep, latents, return_dict=False)[0]
+                latents = self.apply_callback(
+                    callback_on_step_end, step, timestep, latents, callback_on_step_end_tensor_inputs
+                )
+                progress_bar.update()
+
+        # 5. Decode
+        images = self.postprocess(latents, output_type)
+        self.maybe_free_model_hooks()
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def _scheduler_with(self, solver: str | None) -> SchedulerMixin:
+        """The registered scheduler, or one that differs from it in the solver."""
+        if solver is None:
+            return self.scheduler
+        if "solver" not in self.scheduler.config:
+            raise ValueError(
+                f"`solver` is {solver!r}, but a {type(self.scheduler).__name__} has no choice of solvers; leave it out."
+            )
+        return type(self.scheduler).from_config(self.scheduler.config, solver=solver)

@@ -1,0 +1,106 @@
+"""Images in one network evaluation: the pipeline of a distilled student.
+
+This file travels as `pipeline.py`, with its two helpers, into every saved student: they import only torch, diffusers and
+what diffusers requires.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline, ImagePipelineOutput
+
+from .interpolant_pipeline_base import ClassLabels, InterpolantPipelineBase
+from .interpolant_pipeline_folder import SelfContainedFolderMixin
+
+
+class OneStepInterpolantPipeline(SelfContainedFolderMixin, InterpolantPipelineBase):
+    """
+    Class-conditional images from a one-step student G(x1, y) = x̂0(β(t) x1, t, y) at t = the scheduler's `init_time`.
+
+    Args:
+        transformer ([`ModelMixin`]): the student, called as `(hidden_states, timestep, class_labels)`.
+        scheduler ([`SchedulerMixin`]): a `StochasticInterpolantScheduler` with the student's `init_time`.
+        vae ([`ModelMixin`], *optional*): decodes latents; without one the student's images are pixels in [-1, 1].
+        id2label (`dict`, *optional*): names of the classes, each a name or comma-separated synonyms.
+    """
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        class_labels: ClassLabels,
+        num_inference_steps: int = 1,
+        guidance_scale: float = 1.0,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: torch.Tensor | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: Callable[[DiffusionPipeline, int, torch.Tensor, dict], dict] | None = None,
+        callback_on_step_end_tensor_inputs: list[str] = ["latents"],  # noqa: B006 - diffusers' signature, never changed
+    ) -> ImagePipelineOutput | tuple[Any]:
+        """
+        Generates one image for each label, with exactly one evaluation of the network.
+
+        Args:
+            class_labels (`int`, `str`, `list` of these, or integer `torch.Tensor` of shape (B,)): classes,
+                0 … num_classes − 1, or their names.
+            num_inference_steps (`int`): 1; there are no few-step students.
+            guidance_scale (`float`): 1; the guidance of the teacher is already inside the student.
+            generator (`torch.Generator` or a list of B of them, *optional*): makes the images reproducible; with a list,
+                each image depends on its own generator only.
+            latents (`torch.Tensor` of shape (B, C, sample_size, sample_size), *optional*): standard normal noise x1.
+            output_type (`str`): `"pil"`, `"np"` (B, H, W, C) in [0, 1], `"pt"` (B, C, H, W) in [0, 1], or `"latent"`,
+                the network's x̂0 before decoding.
+            return_dict (`bool`): whether to return an `ImagePipelineOutput` or a tuple.
+            callback_on_step_end (`Callable`, *optional*): called as `callback(pipeline, step, timestep, tensors)` before
+                decoding; may return `{"latents": …}` to change them.
+            callback_on_step_end_tensor_inputs (`list[str]`): the tensors that it sees; `"latents"` is the one there is.
+
+        Examples:
+
+        ```py
+        >>> import torch
+        >>> from si_distill import OneStepInterpolantPipeline
+
+        >>> pipe = OneStepInterpolantPipeline.from_pretrained("runs/digits-student")
+        >>> images = pipe(class_labels=[3, 7], generator=torch.Generator().manual_seed(0)).images
+        ```
+
+        Returns:
+            [`~pipelines.ImagePipelineOutput`] or `tuple`: `images` holds the B images.
+
+        Raises:
+            ValueError: for an argument out of range, or when steps or guidance are asked for.
+            TypeError: for a label that is neither an integer nor a string.
+        """
+        # 1. Check inputs
+        if num_inference_steps != 1:
+            raise ValueError(
+                f"`num_inference_steps` is {num_inference_steps}, but a one-step student has one step: it was not trained "
+                "at other times. Leave the argument out, or sample the teacher with `InterpolantPipeline`."
+            )
+        if guidance_scale != 1:
+            raise ValueError(
+                f"`guidance_scale` is {guidance_scale}, but a student is evaluated once: the guidance it was distilled "
+                "with is already inside. Leave the argument out, or distill again with another teacher guidance."
+            )
+        label_ids = self.get_label_ids(class_labels)
+        batch_size = len(label_ids)
+        self.check_inputs(batch_size, generator, latents, output_type, callback_on_step_end_tensor_inputs)
+        device = self._execution_device
+
+        # 2. Prepare the time, the noise and the labels
+        self.scheduler.set_timesteps(1, device=device)
+        timestep = self.scheduler.timesteps[0]
+        latents = self.prepare_latents(batch_size, device, generator, latents, self.scheduler.init_noise_sigma)
+        labels = torch.tensor(label_ids, device=device)
+
+        # 3. The one step: the scheduler's last step returns the x̂0-prediction
+        prediction = self.predict(latents, timestep, labels)
+        latents = self.scheduler.step(prediction, timestep, latents, return_dict=False)[0]
+        latents = self.apply_callback(callback_on_step_end, 0, timestep, latents, callback_on_step_end_tensor_inputs)
+
+        # 4. Decode
+        images = self.postprocess(latents, output_type)
+        self.maybe_free_model_hooks()
+        return ImagePipelineOutput(images=images) if return_dict else (images,)

@@ -1,0 +1,204 @@
+"""`--config file.yaml --key value` into a dataclass, with every mistake named before anything heavy starts."""
+
+import dataclasses
+import difflib
+import os
+import sys
+import types
+import typing
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+
+from .errors import InputError, TrainingInterrupted, TrainingStopped
+
+T = TypeVar("T")
+
+
+def setting(default: Any, help: str, choices: tuple[str, ...] | None = None) -> Any:
+    """A documented field of a settings dataclass; a dict or list default is copied for each instance."""
+    metadata = {"help": help, "choices": choices}
+    if isinstance(default, (dict, list)):
+        return dataclasses.field(default_factory=lambda: type(default)(default), metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def parse_settings(cls: type[T], argv: list[str], description: str = "") -> T:
+    """Reads `--config FILE` and then `--key value`, `--key=value` or `--section.key value` overrides.
+
+    Overriding a setting that has a companion `…_kwargs` (objective, interpolant) drops the file's companion: its values
+    belong to the other choice.
+
+    Raises:
+        InputError: for an unknown key, a value of the wrong type, a file that is missing or not YAML.
+        SystemExit: after `--help`.
+    """
+    if "-h" in argv or "--help" in argv:
+        print(f"{description}\n\nSettings, in a YAML file (--config FILE) or as --key value:\n{_help(cls)}")
+        raise SystemExit(0)
+    values: dict[str, Any] = {}
+    overrides = _split_arguments(argv)
+    for path in [value for key, value in overrides if key == "config"]:
+        values = _merge(values, read_yaml(path))
+    overrides = [(key, value) for key, value in overrides if key != "config"]
+    for key, _ in overrides:
+        values.pop(f"{key}_kwargs", None)
+    for key, value in overrides:
+        *sections, last = key.split(".")
+        place = values
+        for section in sections:
+            place = place.setdefault(section, {})
+            if not isinstance(place, dict):
+                raise InputError(f"--{key}: `{section}` is a single value, not a section.")
+        place[last] = value
+    return settings_from_dict(cls, values)
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """A YAML file that holds a mapping."""
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"Cannot read the config file {path}: {error.strerror}.") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"The config file {path} is not valid YAML: {error}") from None
+    if not isinstance(values, dict):
+        raise InputError(f"The config file {path} must hold `key: value` lines, but it holds {type(values).__name__}.")
+    return values
+
+
+def settings_from_dict(cls: type[T], values: dict[str, Any], prefix: str = "") -> T:
+    """Builds a dataclass from nested plain values, refusing unknown keys and values of the wrong type."""
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    hints = typing.get_type_hints(cls)
+    for key in values:
+        if key not in fields:
+            near = difflib.get_close_matches(str(key), fields, n=1)
+            hint = f" Did you mean `{prefix}{near[0]}`?" if near else f" Known settings: {', '.join(fields)}."
+            raise InputError(f"Unknown setting `{prefix}{key}`.{hint}")
+    built = {}
+    for key, value in values.items():
+        name, hint = f"{prefix}{key}", hints[key]
+        if dataclasses.is_dataclass(hint):
+            if not isinstance(value, dict):
+                raise InputError(f"`{name}` is a section of settings, got {value!r}.")
+            built[key] = settings_from_dict(hint, value, f"{name}.")
+            continue
+        built[key] = _coerce(name, value, hint)
+        choices = fields[key].metadata.get("choices")
+        if choices and built[key] not in choices:
+            raise InputError(f"`{name}` is {value!r}; choose one of: {', '.join(choices)}.")
+    return cls(**built)
+
+
+def at_least(name: str, value: int, minimum: int) -> None:
+    """Refuses a setting below its minimum."""
+    if value < minimum:
+        raise InputError(f"`{name}` must be at least {minimum}, got {value}.")
+
+
+def positive(name: str, value: float) -> None:
+    """Refuses a setting that is not a positive finite number."""
+    if not 0 < value < float("inf"):
+        raise InputError(f"`{name}` must be a positive number, got {value}.")
+
+
+def settings_to_dict(settings: Any) -> dict[str, Any]:
+    """The plain nested values of a settings object, as written to a run's config.yaml."""
+    return dataclasses.asdict(settings)
+
+
+def script_main(main: typing.Callable[[list[str]], None]) -> None:
+    """Runs a script's main function; errors meant for people are printed without a traceback, once per run.
+
+    Exit codes: 0 done, 2 wrong input, 3 training had to stop, 128 + n after signal n.
+    """
+    try:
+        main(sys.argv[1:])
+        return
+    except (InputError, TrainingStopped, TrainingInterrupted) as error:
+        if int(os.environ.get("RANK", "0")) == 0:
+            kind = "stopped" if isinstance(error, TrainingInterrupted) else "error"
+            print(f"\n{kind}: {error}", file=sys.stderr, flush=True)
+        if isinstance(error, TrainingInterrupted):
+            raise SystemExit(128 + error.signal_number) from None
+        raise SystemExit(2 if isinstance(error, InputError) else 3) from None
+
+
+def _split_arguments(argv: list[str]) -> list[tuple[str, Any]]:
+    pairs: list[tuple[str, Any]] = []
+    position = 0
+    while position < len(argv):
+        argument = argv[position]
+        if not argument.startswith("--") or len(argument) == 2:
+            raise InputError(f"Expected --key value, got {argument!r}. Quote values that hold spaces.")
+        key, equals, value = argument[2:].partition("=")
+        position += 1
+        words = [value] if equals else []
+        while not equals and position < len(argv) and not argv[position].startswith("--"):
+            words.append(argv[position])
+            position += 1
+        if key == "config":
+            pairs += [(key, word) for word in words]
+        else:
+            parsed = [_parse_word(word) for word in words] or [True]  # a key alone is a flag
+            pairs.append((key, parsed[0] if len(parsed) == 1 else parsed))
+    return pairs
+
+
+def _parse_word(word: str) -> Any:
+    try:
+        return yaml.safe_load(word)
+    except yaml.YAMLError:
+        return word
+
+
+def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in over.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _merge(merged[key], value) if both else value
+    return merged
+
+
+def _coerce(name: str, value: Any, hint: Any) -> Any:
+    if typing.get_origin(hint) is list:
+        (item,) = typing.get_args(hint)
+        return [_coerce(name, element, item) for element in (value if isinstance(value, list) else [value])]
+    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    if value is None and type(None) in options:
+        return None
+    kind = next(option for option in options if option is not type(None))
+    # YAML reads 1e-4 as text and a bare 1 as an integer: convert what is meant, refuse what would lose something.
+    if kind is bool and isinstance(value, bool):
+        return value
+    if kind is str and isinstance(value, (str, int, float)) and not isinstance(value, bool):
+        return str(value)
+    if kind is dict and isinstance(value, dict):
+        return value
+    if kind in (int, float) and isinstance(value, (int, float, str)) and not isinstance(value, bool):
+        try:
+            number = float(value)
+        except ValueError:
+            number = None
+        if number is not None and kind is float:
+            return number
+        if number is not None and number.is_integer():
+            return int(value) if isinstance(value, int) else int(number)
+    names = {int: "a whole number", float: "a number", bool: "true or false", str: "text", dict: "a mapping"}
+    raise InputError(f"`{name}` must be {names[kind]}, got {value!r}.")
+
+
+def _help(cls: type, prefix: str = "") -> str:
+    lines = []
+    hints = typing.get_type_hints(cls)
+    for f in dataclasses.fields(cls):
+        if dataclasses.is_dataclass(hints[f.name]):
+            lines.append(_help(hints[f.name], f"{prefix}{f.name}."))
+            continue
+        default = f.default if f.default is not dataclasses.MISSING else f.default_factory()
+        choices = f.metadata.get("choices")
+        text = f.metadata["help"] + (f" One of: {', '.join(choices)}." if choices else "")
+        lines.append(f"  --{prefix + f.name:<32} {text} [{default!r}]")
+    return "\n".join(lines)

@@ -1,0 +1,173 @@
+"""Checkpoints that are either whole or not there.
+
+All ranks save into `step_N.tmp`; rank 0 fsyncs every file, writes a manifest with their sizes, renames the folder and
+only then deletes old ones. A kill, a full disk or a power cut at any moment leaves the last good checkpoint in place.
+"""
+
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list, gather_object
+
+from ..errors import InputError, TrainingStopped
+
+MANIFEST = "manifest.json"
+_FOLDER = re.compile(r"step_(\d+)")
+
+
+class Checkpoints:
+    """The `checkpoints/` folder of a run.
+
+    Args:
+        accelerator: its models, optimizers and registered objects are what a checkpoint holds.
+        folder: the `checkpoints/` folder.
+        keep: how many to keep.
+    """
+
+    def __init__(self, accelerator: Accelerator, folder: Path, keep: int):
+        self.accelerator = accelerator
+        self.folder = folder
+        self.keep = keep
+
+    def save(self, step: int) -> None:
+        """Saves a checkpoint of this step; collective.
+
+        Raises:
+            TrainingStopped: on every rank, when any rank could not write. Earlier checkpoints are untouched.
+        """
+        final = self.folder / f"step_{step:08d}"
+        partial = final.with_suffix(".tmp")
+        main = self.accelerator.is_main_process
+        error = ""
+        try:
+            if main:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                for leftover in self.folder.glob("*.tmp"):
+                    shutil.rmtree(leftover)
+                partial.mkdir()
+            self.accelerator.wait_for_everyone()
+            self.accelerator.save_state(str(partial))
+        except (
+            OSError,
+            RuntimeError,
+            ValueError,
+        ) as failure:  # torch and safetensors wrap a full disk in their own types
+            error = f"{type(failure).__name__}: {failure}"
+        errors = [text for text in gather_object([error]) if text]
+        if not errors and main:
+            try:
+                self._seal(partial, final, step)
+            except OSError as failure:
+                errors = [f"{type(failure).__name__}: {failure}"]
+        if self.accelerator.num_processes > 1:
+            errors = broadcast_object_list([errors])[0]
+        if errors:
+            if main:
+                shutil.rmtree(partial, ignore_errors=True)
+            good = self.complete()
+            kept = (
+                f"The last good checkpoint is {good[-1]}; free some space and resume with --resume_from_checkpoint latest."
+                if good
+                else "There is no earlier checkpoint."
+            )
+            raise TrainingStopped(f"Could not save the checkpoint of step {step}: {errors[0]}. {kept}")
+        self.accelerator.wait_for_everyone()
+
+    def _seal(self, partial: Path, final: Path, step: int) -> None:
+        files = {}
+        for path in sorted(p for p in partial.rglob("*") if p.is_file()):
+            _fsync(path)
+            files[str(path.relative_to(partial))] = path.stat().st_size
+        manifest = {"step": step, "world_size": self.accelerator.num_processes, "files": files}
+        (partial / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+        _fsync(partial / MANIFEST)
+        _fsync(partial)
+        if final.exists():
+            shutil.rmtree(final)
+        os.rename(partial, final)
+        _fsync(self.folder)
+        for old in self.complete()[: -self.keep]:
+            shutil.rmtree(old)
+
+    def complete(self) -> list[Path]:
+        """The whole checkpoints, oldest first: every file of the manifest is there in its full size."""
+        if not self.folder.is_dir():
+            return []
+        named = sorted(p for p in self.folder.iterdir() if _FOLDER.fullmatch(p.name) and p.is_dir())
+        return [p for p in named if _problem(p) is None]
+
+    def find(self, which: str) -> Path | None:
+        """The checkpoint that `--resume_from_checkpoint` means; None when `latest` finds none.
+
+        Says which damaged folders it passed over.
+
+        Raises:
+            InputError: for a folder that is not a whole checkpoint, or one saved by another number of processes.
+        """
+        if which == "latest":
+            good = self.complete()
+            for damaged in sorted(self.folder.glob("step_*")) if self.folder.is_dir() else []:
+                if damaged not in good:
+                    self.accelerator.print(f"Passing over {damaged.name}: {_problem(damaged)}.")
+            if not good:
+                return None
+            path = good[-1]
+        else:
+            path = Path(which)
+            problem = _problem(path)
+            if problem:
+                known = ", ".join(str(p) for p in self.complete()) or "none"
+                raise InputError(f"{path} is not a whole checkpoint: {problem}. Whole ones: {known}.")
+        saved = _manifest(path)["world_size"]
+        if saved != self.accelerator.num_processes:
+            raise InputError(
+                f"{path} was saved by {saved} process(es) and this run has {self.accelerator.num_processes}: the data "
+                f"order and the averages would differ. Launch with --num_processes {saved}."
+            )
+        return path
+
+    def load(self, path: Path) -> None:
+        """Loads everything that `save` saved, on every rank.
+
+        Raises:
+            InputError: when the tensors do not fit this run's networks.
+        """
+        try:
+            self.accelerator.load_state(str(path))
+        except (RuntimeError, KeyError, ValueError) as error:
+            raise InputError(f"The checkpoint {path} does not fit this run: {error}") from error
+
+
+def _manifest(path: Path) -> dict:
+    return json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+
+
+def _problem(path: Path) -> str | None:
+    """What is wrong with a checkpoint folder, or None."""
+    if not path.is_dir():
+        return "no such folder"
+    if path.suffix == ".tmp":
+        return "its saving was cut off"
+    try:
+        files = _manifest(path)["files"]
+    except (OSError, ValueError, KeyError):
+        return "its manifest is missing or unreadable"
+    for name, size in files.items():
+        file = path / name
+        if not file.is_file():
+            return f"{name} is missing"
+        if file.stat().st_size != size:
+            return f"{name} has {file.stat().st_size} bytes instead of {size}"
+    return None
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

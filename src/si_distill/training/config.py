@@ -1,0 +1,155 @@
+"""Settings of the training scripts: dataclasses, read from YAML and `--key value`, that refuse what cannot work.
+
+Names are those of transformers' `TrainingArguments` where it has them.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ..data.config import DataConfig
+from ..errors import InputError
+from ..interpolants import PREDICTIONS, Interpolant, get_interpolant
+from ..objectives import DistillationObjective, get_objective
+from ..settings import at_least, positive, setting
+from .times import TIME_SAMPLERS, TimeSampler
+
+
+@dataclass
+class TrainingConfig:
+    """What the teacher's training and the distillation share."""
+
+    output_dir: str = setting("", "Run folder: checkpoints, metrics, samples, and the pipeline itself.")
+    data: DataConfig = field(default_factory=DataConfig)
+    seed: int = setting(0, "Seed of weights, data order, noise and times.")
+    max_steps: int = setting(1000, "Iterations to train.")
+    per_device_train_batch_size: int = setting(64, "Samples per device and micro-batch.")
+    gradient_accumulation_steps: int = setting(1, "Micro-batches per update, for every network.")
+    learning_rate: float = setting(1e-4, "Peak learning rate of the trained network (the student when distilling).")
+    lr_scheduler_type: str = setting("constant", "Shape after the warm-up.", ("constant", "cosine", "linear"))
+    lr_warmup_steps: int = setting(0, "Updates of linear warm-up.")
+    adam_beta1: float = setting(0.9, "First-moment decay of Adam.")
+    adam_beta2: float = setting(0.999, "Second-moment decay of Adam.")
+    adam_epsilon: float = setting(1e-8, "Adam's epsilon.")
+    max_grad_norm: float = setting(1.0, "Gradients are clipped to this global norm.")
+    ema_decay: float = setting(0.999, "Decay of the weights' moving average; warmed up as (1 + n) / (10 + n).")
+    time_sampler: str = setting("uniform", "Law of the training times t.", TIME_SAMPLERS)
+    t_min: float = setting(0.0, "Smallest training time.")
+    t_max: float = setting(1.0, "Largest training time.")
+    logit_mean: float = setting(0.0, "Mean of logit(t) for `logit_normal`.")
+    logit_std: float = setting(1.0, "Standard deviation of logit(t) for `logit_normal`.")
+    mixed_precision: str = setting("no", "`bf16` runs networks in bfloat16; losses stay in float32.", ("no", "bf16"))
+    dataloader_num_workers: int = setting(0, "Processes that read images, per device.")
+    logging_steps: int = setting(50, "Iterations between lines of metrics.jsonl.")
+    eval_steps: int = setting(500, "Iterations between sample grids in samples/.")
+    save_steps: int = setting(500, "Iterations between checkpoints.")
+    save_total_limit: int = setting(2, "Checkpoints to keep.")
+    report_to: str = setting("none", "An Accelerate tracker: `wandb`, `tensorboard`, … or `none`.")
+    resume_from_checkpoint: str | None = setting(None, "`latest`, or a folder under checkpoints/.")
+    overwrite_output_dir: bool = setting(False, "Delete the run that `output_dir` holds and start again.")
+
+    #: What may change when a run is resumed; everything else decides the trajectory.
+    RESUMABLE = frozenset(
+        "output_dir max_steps logging_steps eval_steps save_steps save_total_limit report_to resume_from_checkpoint "
+        "overwrite_output_dir dataloader_num_workers".split()
+    )
+
+    def __post_init__(self) -> None:
+        if not self.output_dir:
+            raise InputError("`output_dir` is not set: give the folder of the run, e.g. --output_dir runs/my-run.")
+        for name in (
+            "max_steps per_device_train_batch_size gradient_accumulation_steps logging_steps eval_steps save_steps "
+            "save_total_limit"
+        ).split():
+            at_least(name, getattr(self, name), 1)
+        for name in ("seed", "lr_warmup_steps", "dataloader_num_workers"):
+            at_least(name, getattr(self, name), 0)
+        for name in ("learning_rate", "adam_epsilon", "max_grad_norm", "logit_std"):
+            positive(name, getattr(self, name))
+        for name in ("adam_beta1", "adam_beta2", "ema_decay"):
+            if not 0 <= getattr(self, name) < 1:
+                raise InputError(f"`{name}` must lie in [0, 1), got {getattr(self, name)}.")
+        if not 0 <= self.t_min < self.t_max <= 1:
+            raise InputError(f"Training times need 0 <= t_min < t_max <= 1, got [{self.t_min}, {self.t_max}].")
+
+    def check_times(self, interpolant: Interpolant) -> None:
+        """Refuses training times at an end where the interpolant's velocity is infinite."""
+        for end in interpolant.singular_ends:
+            if self.t_min <= end <= self.t_max:
+                raise InputError(
+                    f"The interpolant {interpolant.name!r} has an infinite velocity at t = {end:g}, but training times "
+                    f"are [{self.t_min}, {self.t_max}]: set `{'t_min' if end == 0 else 't_max'}` away from it, e.g. 0.001."
+                )
+
+    def build_time_sampler(self) -> TimeSampler:
+        return TimeSampler(self.time_sampler, self.t_min, self.t_max, self.logit_mean, self.logit_std)
+
+
+@dataclass
+class TeacherConfig(TrainingConfig):
+    """Settings of `training/train_teacher.py`."""
+
+    interpolant: str = setting("linear", "`linear`, `trigonometric` or `vp`.")
+    interpolant_kwargs: dict = setting({}, "Settings of the interpolant, e.g. {b0: 0.1, b1: 20}.")
+    prediction_type: str = setting("velocity", "What the network predicts.", PREDICTIONS)
+    model: dict = setting({}, "Arguments of SiTTransformer2DModel, or `preset: SiT-S/2` and changes to it.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_times(self.build_interpolant())
+        if self.prediction_type == "score" and self.t_min == 0:
+            raise InputError("The score is infinite at t = 0: set `t_min` above 0 for prediction_type=score.")
+
+    def build_interpolant(self) -> Interpolant:
+        try:
+            return get_interpolant(self.interpolant, **self.interpolant_kwargs)
+        except ValueError as error:
+            raise InputError(str(error)) from None
+
+
+@dataclass
+class DistillConfig(TrainingConfig):
+    """Settings of `training/train_distill.py`."""
+
+    teacher: str = setting("", "The teacher: a pipeline folder or a Hub id.")
+    objective: str = setting("sid", "A preset of the family, see docs/objectives.md.")
+    objective_kwargs: dict = setting({}, "Coefficients, `space` and `weight`, e.g. {alpha: 1.2}.")
+    critic_steps: int = setting(1, "Critic updates k per iteration.")
+    generator_steps: int = setting(1, "Generator updates per iteration.")
+    critic_learning_rate: float | None = setting(None, "The critic's learning rate; `learning_rate` when not given.")
+    guidance_scale: float = setting(1.0, "Classifier-free guidance of the teacher; 1 is none.")
+    init_time: float | None = setting(None, "Time of the one-step map; by default the interpolant's own.")
+    adam_beta1: float = setting(0.0, "First-moment decay of Adam; 0 for the game (SiD, RealUID, the report).")
+    t_min: float = setting(0.02, "Smallest time of the losses.")
+    t_max: float = setting(0.98, "Largest time of the losses.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.teacher:
+            raise InputError(
+                "`teacher` is not set: give a pipeline folder or a Hub id, e.g. --teacher runs/my-teacher."
+            )
+        for name in ("critic_steps", "generator_steps"):
+            if getattr(self, name) < 1:
+                raise InputError(
+                    f"`{name}` must be at least 1, got {getattr(self, name)}: without its updates that side of the "
+                    "game stands still. 1 and 5 critic updates are both in use."
+                )
+        if self.t_min <= 0:
+            raise InputError("`t_min` must be above 0 when distilling: the loss weights are infinite at t = 0.")
+        if self.critic_learning_rate is not None:
+            positive("critic_learning_rate", self.critic_learning_rate)
+        if self.guidance_scale < 0:
+            raise InputError(f"`guidance_scale` must not be negative, got {self.guidance_scale}.")
+        if self.init_time is not None and not 0 < self.init_time <= 1:
+            raise InputError(f"`init_time` must lie in (0, 1], got {self.init_time}.")
+        if Path(self.output_dir).resolve() == Path(self.teacher).resolve():
+            raise InputError(
+                f"`output_dir` and `teacher` are the same folder {self.teacher}: the student needs its own."
+            )
+        self.build_objective()
+
+    def build_objective(self) -> DistillationObjective:
+        try:
+            return get_objective(self.objective, **self.objective_kwargs)
+        except ValueError as error:
+            raise InputError(str(error)) from None

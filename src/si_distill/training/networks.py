@@ -1,0 +1,100 @@
+"""A network that is trained: its module, optimizer, schedule, and the update with clipping."""
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from accelerate import Accelerator
+from diffusers.optimization import get_scheduler
+from torch import nn
+
+from .config import TrainingConfig
+
+_SCHEDULES = {"constant": "constant_with_warmup", "cosine": "cosine", "linear": "linear"}
+
+
+class TrainedNetwork:
+    """Wraps a network for training on every rank.
+
+    Args:
+        accelerator: prepares the network and its optimizer, one pair at a time (what FSDP2 asks for).
+        network: the module, on the CPU.
+        settings: Adam, clipping and the shape of the schedule.
+        learning_rate: the peak.
+        total_updates: length of a falling schedule.
+    """
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        network: nn.Module,
+        settings: TrainingConfig,
+        learning_rate: float,
+        total_updates: int,
+    ):
+        self.accelerator = accelerator
+        self.max_grad_norm = settings.max_grad_norm
+        self.accumulation = settings.gradient_accumulation_steps
+        network.requires_grad_(True).train()
+        optimizer = torch.optim.Adam(
+            network.parameters(),
+            lr=learning_rate,
+            betas=(settings.adam_beta1, settings.adam_beta2),
+            eps=settings.adam_epsilon,
+            fused=True,
+        )
+        self.module, self.optimizer = accelerator.prepare(network, optimizer)
+        # A prepared scheduler would step once per process: the raw one is stepped by hand, once per update.
+        self.schedule = get_scheduler(
+            _SCHEDULES[settings.lr_scheduler_type],
+            self.optimizer.optimizer,
+            num_warmup_steps=settings.lr_warmup_steps,
+            num_training_steps=total_updates,
+        )
+        accelerator.register_for_checkpointing(self.schedule)
+        self.parameters = [p for p in self.module.parameters() if p.requires_grad]
+
+    @property
+    def unwrapped(self) -> nn.Module:
+        """The network itself, without the distributed wrapper."""
+        return self.accelerator.unwrap_model(self.module)
+
+    @contextlib.contextmanager
+    def frozen(self) -> Iterator[nn.Module]:
+        """The bare network with gradients flowing through it but not into it."""
+        for parameter in self.parameters:
+            parameter.requires_grad_(False)
+        try:
+            yield self.unwrapped
+        finally:
+            for parameter in self.parameters:
+                parameter.requires_grad_(True)
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Adds the gradient of one micro-batch."""
+        self.accelerator.backward(loss / self.accumulation)
+
+    def forward_context(self, micro_batch: int) -> contextlib.AbstractContextManager:
+        """Around forward and backward of a micro-batch: no gradient exchange before the last one."""
+        if micro_batch < self.accumulation - 1:
+            return self.accelerator.no_sync(self.module)
+        return contextlib.nullcontext()
+
+    def update(self) -> tuple[torch.Tensor, bool]:
+        """Clips, steps and clears the gradients.
+
+        Returns:
+            The gradient norm before clipping, equal on all ranks, and whether the update was done: gradients that are
+            not finite are thrown away, alike on all ranks.
+        """
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm)
+        applied = bool(torch.isfinite(norm))
+        if applied:
+            self.optimizer.step()
+            self.schedule.step()
+        self.optimizer.zero_grad()
+        return norm.detach(), applied
+
+    @property
+    def learning_rate(self) -> float:
+        return self.schedule.get_last_lr()[0]

@@ -1,0 +1,106 @@
+"""Training of a multi-step teacher: regression of the interpolant's velocity, sample or noise."""
+
+import inspect
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from ..data import load_images
+from ..errors import InputError
+from ..models import SiTTransformer2DModel
+from ..pipelines import InterpolantPipeline
+from ..schedulers.scheduling_stochastic_interpolant import StochasticInterpolantScheduler
+from ..visualization import image_grid
+from .config import TeacherConfig
+from .ema import EMA
+from .networks import TrainedNetwork
+from .trainer import Trainer
+
+SAMPLE_STEPS = 20
+
+
+class TeacherTrainer(Trainer):
+    """Minimises E‖network(x_t, t, y) − target‖² on an interpolant (Ma et al. 2024, SiT, eq. 5), with label dropout."""
+
+    settings: TeacherConfig
+
+    def setup(self) -> None:
+        settings = self.settings
+        self.interpolant = settings.build_interpolant()
+        self.data = load_images(settings.data)
+        network = self._build_network()
+        self.class_dropout_prob, self.null_class = network.config.class_dropout_prob, network.null_class
+        ema = EMA.of(network, settings.ema_decay)
+        self.trained = TrainedNetwork(
+            self.accelerator, network, settings, settings.learning_rate, total_updates=settings.max_steps
+        )
+        ema.network = self.accelerator.prepare_model(ema.network, evaluation_mode=True)  # saved with the rest
+        self.ema = ema
+
+    def _build_network(self) -> SiTTransformer2DModel:
+        arguments = dict(self.settings.model)
+        preset = arguments.pop("preset", None)
+        known = [name for name in inspect.signature(SiTTransformer2DModel.__init__).parameters if name != "self"]
+        unknown = sorted(set(arguments) - set(known))
+        if unknown:
+            raise InputError(f"Unknown setting `model.{unknown[0]}`. Known: preset, {', '.join(known)}.")
+        for name, value in (
+            ("sample_size", self.data.size),
+            ("in_channels", self.data.channels),
+            ("num_classes", len(self.data.class_names)),
+        ):
+            if arguments.setdefault(name, value) != value:
+                raise InputError(f"`model.{name}` is {arguments[name]}, but the data set has {value}.")
+        try:
+            return (
+                SiTTransformer2DModel.from_preset(preset, **arguments) if preset else SiTTransformer2DModel(**arguments)
+            )
+        except (TypeError, ValueError) as error:
+            raise InputError(f"Cannot build the network from `model`: {error}") from error
+
+    def iteration(self) -> tuple[dict[str, torch.Tensor], bool]:
+        settings, trained = self.settings, self.trained
+        total = torch.zeros((), device=self.accelerator.device)
+        for micro_batch in range(settings.gradient_accumulation_steps):
+            x0, labels = self.next_images(self.data)
+            indices = self.indices(micro_batch)
+            if self.class_dropout_prob > 0:
+                dropped = self.noise.uniform("labels", self.step, indices=indices) < self.class_dropout_prob
+                labels = torch.where(dropped, self.null_class, labels)
+            u, x1 = self.noise.uniform_and_normal(x0.shape[1:], "teacher", self.step, indices=indices)
+            t = self.time_sampler(u)
+            x_t = self.interpolant.interpolate(x0, x1, t)
+            target = self.interpolant.target(x0, x1, t, settings.prediction_type)
+            with trained.forward_context(micro_batch):
+                with self.accelerator.autocast():
+                    prediction = trained.module(x_t, t, labels, return_dict=False)[0]
+                loss = F.mse_loss(prediction.float(), target)
+                trained.backward(loss)
+            total += loss.detach() / settings.gradient_accumulation_steps
+        norm, applied = trained.update()
+        if applied:
+            self.ema.update(trained.unwrapped, self.step)
+        return {"loss": total, "grad_norm": norm}, applied
+
+    def learning_rates(self) -> dict[str, float]:
+        return {"learning_rate": self.trained.learning_rate}
+
+    def pipeline(self) -> InterpolantPipeline:
+        scheduler = StochasticInterpolantScheduler(
+            interpolant=self.settings.interpolant,
+            interpolant_kwargs=self.interpolant.config,
+            prediction_type=self.settings.prediction_type,
+        )
+        network = self.accelerator.unwrap_model(self.ema.network, keep_fp32_wrapper=False)
+        return InterpolantPipeline(network, scheduler, id2label=dict(enumerate(self.data.class_names)))
+
+    def sample_grid(self) -> Image.Image:
+        labels = [n % len(self.data.class_names) for n in range(10)]
+        shape = (self.data.channels, self.data.size, self.data.size)
+        latents = self.noise.normal(shape, "samples", indices=range(len(labels)))
+        pipeline = self.pipeline()
+        pipeline.set_progress_bar_config(disable=True)
+        with self.accelerator.autocast():
+            images = pipeline(labels, num_inference_steps=SAMPLE_STEPS, latents=latents).images
+        return image_grid([images], [f"{SAMPLE_STEPS} steps"], [self.data.class_names[n] for n in labels])

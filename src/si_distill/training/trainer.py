@@ -1,0 +1,287 @@
+"""The loop that every training shares: run folder, resume, progress, metrics, samples, checkpoints, signals."""
+
+import math
+import os
+import signal
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs, set_seed
+from diffusers import DiffusionPipeline
+from PIL import Image
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+
+from ..data import GlobalBatchSampler, ImageDataset
+from ..errors import InputError, TrainingInterrupted, TrainingStopped
+from ..settings import settings_to_dict
+from .checkpoints import Checkpoints
+from .config import TrainingConfig
+from .run_folder import CHECKPOINTS, RunFolder
+from .sample_noise import SampleNoise
+
+#: Iterations in a row with an update that was thrown away (not finite) before training stops.
+MAX_FAILURES = 10
+
+
+class Trainer:
+    """Base of the trainers. A subclass builds its networks in `setup` and plays one round in `iteration`.
+
+    Nothing is written before `setup` has accepted all inputs.
+
+    Args:
+        settings: of the subclass's kind.
+
+    Raises:
+        InputError: when something that the user gave cannot work.
+    """
+
+    def __init__(self, settings: TrainingConfig):
+        self.settings = settings
+        self.run = RunFolder(settings, writes=int(os.environ.get("RANK", "0")) == 0)
+        self.run.check()
+        self.accelerator = _build_accelerator(settings)
+        self.noise = SampleNoise(settings.seed, self.accelerator.device)
+        self.time_sampler = settings.build_time_sampler()
+        self.checkpoints = Checkpoints(self.accelerator, self.run.path / CHECKPOINTS, settings.save_total_limit)
+        self.step = 0
+        self.failures = 0
+        self._totals: dict[str, torch.Tensor | float] = {}
+        self._count = 0
+        self._saved_means: dict[str, float] = {}
+        self._signal: int | None = None
+        self._images: Iterator[list[torch.Tensor]] | None = None
+        set_seed(settings.seed)
+        self.setup()
+        self.accelerator.register_for_checkpointing(self)
+
+    # What a subclass says.
+
+    def setup(self) -> None:
+        """Loads data and networks; raises `InputError` for what does not fit."""
+        raise NotImplementedError
+
+    def iteration(self) -> tuple[dict[str, torch.Tensor], bool]:
+        """One round. Returns its metrics (scalars of this rank) and whether every update was finite."""
+        raise NotImplementedError
+
+    def learning_rates(self) -> dict[str, float]:
+        """The present learning rates, for the log."""
+        raise NotImplementedError
+
+    def pipeline(self) -> DiffusionPipeline:
+        """The pipeline that the run folder becomes."""
+        raise NotImplementedError
+
+    def sample_grid(self) -> Image.Image:
+        """A picture from fixed noise and labels."""
+        raise NotImplementedError
+
+    # The state that is saved with the networks.
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"step": self.step, "failures": self.failures, "totals": self._saved_means, "count": self._count}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.step, self.failures, self._count = state["step"], state["failures"], state["count"]
+        self._totals = {name: value * self._count for name, value in state["totals"].items()}
+
+    # Arithmetic of the global batch.
+
+    @property
+    def global_batch_size(self) -> int:
+        """Samples per update over all devices and micro-batches."""
+        s = self.settings
+        return s.per_device_train_batch_size * s.gradient_accumulation_steps * self.accelerator.num_processes
+
+    def indices(self, micro_batch: int) -> range:
+        """This rank's places in the global batch."""
+        size = self.settings.per_device_train_batch_size
+        start = (micro_batch * self.accelerator.num_processes + self.accelerator.process_index) * size
+        return range(start, start + size)
+
+    def next_images(self, data: ImageDataset) -> tuple[torch.Tensor, torch.Tensor]:
+        """This rank's next images (B, C, H, W) and labels (B,): a function of the step alone, resumed or not."""
+        settings = self.settings
+        if self._images is None:
+            sampler = GlobalBatchSampler(
+                len(data),
+                settings.per_device_train_batch_size,
+                self.accelerator.process_index,
+                self.accelerator.num_processes,
+                settings.seed,
+                start=self.step * settings.gradient_accumulation_steps,
+            )
+            self._images = iter(DataLoader(data, batch_sampler=sampler, num_workers=settings.dataloader_num_workers))
+        images, labels = next(self._images)
+        return images.to(self.accelerator.device), labels.to(self.accelerator.device)
+
+    # The loop.
+
+    def train(self) -> None:
+        """Trains to `max_steps`, then leaves the finished pipeline in the run folder.
+
+        Raises:
+            TrainingInterrupted: after SIGTERM or SIGINT, when everything is saved.
+            TrainingStopped: when losses stay not finite or a checkpoint cannot be written.
+        """
+        settings, accelerator = self.settings, self.accelerator
+        resumed = self._start()
+        handlers = {number: signal.signal(number, self._on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
+        bar = tqdm(
+            total=settings.max_steps,
+            initial=self.step,
+            desc=settings.output_dir,
+            unit="it",
+            disable=not accelerator.is_local_main_process,
+            mininterval=0.5,
+        )
+        try:
+            if not resumed:
+                self._write_samples()
+            self._clock, self._clock_step = time.perf_counter(), self.step
+            while self.step < settings.max_steps:
+                self._one_iteration(bar)
+        finally:
+            bar.close()
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+        accelerator.wait_for_everyone()
+        accelerator.end_training()
+        accelerator.print(f"Finished {settings.max_steps} iterations: the pipeline is in {self.run.path}.")
+
+    def _one_iteration(self, bar: tqdm) -> None:
+        settings = self.settings
+        metrics, finite = self.iteration()
+        self.step += 1
+        self._record(metrics, finite)
+        bar.update()
+        last = self.step == settings.max_steps
+        if last or self.step % settings.logging_steps == 0:
+            bar.set_postfix({name: f"{value:.4g}" for name, value in self._log().items()}, refresh=False)
+        if last or self.step % settings.eval_steps == 0:
+            self._write_samples()
+        stop = self._stop_asked()
+        if last or stop or self.step % settings.save_steps == 0:
+            self._save()
+        if stop and not last:
+            raise TrainingInterrupted(
+                f"saved step {self.step} of {settings.max_steps} in {self.run.path}. Run the same command with "
+                "--resume_from_checkpoint latest to go on.",
+                self._signal or signal.SIGTERM,
+            )
+
+    def _start(self) -> bool:
+        settings, accelerator = self.settings, self.accelerator
+        accelerator.wait_for_everyone()  # every rank has checked the folder before rank 0 writes to it
+        found = self.checkpoints.find(settings.resume_from_checkpoint) if settings.resume_from_checkpoint else None
+        if found:
+            self.checkpoints.load(found)
+            self.run.forget_metrics_after(self.step)
+            self.run.write_config()
+            accelerator.print(f"Resumed from {found} at step {self.step}.")
+        else:
+            if settings.resume_from_checkpoint:
+                accelerator.print(f"No whole checkpoint in {self.checkpoints.folder} yet: starting at step 0.")
+                self.run.forget_metrics_after(0)
+            self.run.start()
+        accelerator.wait_for_everyone()
+        if settings.report_to != "none":
+            accelerator.init_trackers("si_distill", config=_flat(settings_to_dict(settings)))
+        return found is not None
+
+    def _record(self, metrics: dict[str, torch.Tensor], finite: bool) -> None:
+        self.failures = 0 if finite else self.failures + 1
+        if self.failures >= MAX_FAILURES:
+            raise TrainingStopped(
+                f"Gradients were not finite in {MAX_FAILURES} iterations in a row (now at step {self.step}). The last "
+                "checkpoint is whole. Try a smaller learning_rate, a larger t_min, or mixed_precision=no."
+            )
+        if not finite:
+            self.accelerator.print(f"Step {self.step}: gradients not finite, update thrown away on all ranks.")
+            return
+        for name, value in metrics.items():
+            self._totals[name] = self._totals.get(name, 0.0) + value.detach()
+        self._count += 1
+
+    def _means(self) -> dict[str, float]:
+        """Means over the iterations since the last line of the log, over all ranks; collective."""
+        if not self._count:
+            return {}
+        names = sorted(self._totals)
+        values = [torch.as_tensor(self._totals[n], dtype=torch.float64, device=self.accelerator.device) for n in names]
+        means = self.accelerator.reduce(torch.stack(values), "mean") / self._count
+        return dict(zip(names, means.tolist(), strict=True))
+
+    def _log(self) -> dict[str, float]:
+        means = self._means()
+        self._totals, self._count = {}, 0
+        now = time.perf_counter()
+        images = (self.step - self._clock_step) * self.global_batch_size
+        rate = images / max(now - self._clock, 1e-9)
+        self._clock, self._clock_step = now, self.step
+        line = {"step": self.step, "images": self.step * self.global_batch_size, **means, **self.learning_rates()}
+        line["images_per_second"] = round(rate, 2)
+        self.run.append_metrics({k: v if math.isfinite(v) else None for k, v in line.items()})
+        self.accelerator.log({k: v for k, v in line.items() if k != "step"}, step=self.step)
+        return {name: value for name, value in means.items() if name.endswith("loss")}
+
+    def _write_samples(self) -> None:
+        if self.accelerator.is_main_process:
+            with torch.no_grad():
+                self.sample_grid().save(self.run.sample_path(self.step))
+
+    def _save(self) -> None:
+        self._saved_means = self._means()  # collective, so not inside `state_dict`
+        self.checkpoints.save(self.step)
+        if self.accelerator.is_main_process:
+            try:
+                self.run.write_pipeline(self.pipeline())
+            except (OSError, RuntimeError) as error:
+                raise TrainingStopped(
+                    f"Could not write the pipeline to {self.run.path}: {error}. The checkpoint of step {self.step} is whole."
+                ) from error
+
+    def _on_signal(self, number: int, frame: Any) -> None:
+        if self._signal is None:
+            print(f"\n{signal.Signals(number).name}: saving after this iteration …", flush=True)
+        self._signal = number
+
+    def _stop_asked(self) -> bool:
+        """Whether any rank was asked to stop; collective, so that all ranks stop at the same iteration."""
+        if self._signal is not None:
+            self.accelerator.set_trigger()
+        return self.accelerator.check_trigger()
+
+
+def _build_accelerator(settings: TrainingConfig) -> Accelerator:
+    try:
+        accelerator = Accelerator(
+            mixed_precision=settings.mixed_precision,
+            log_with=None if settings.report_to == "none" else settings.report_to,
+            project_dir=settings.output_dir,
+            kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
+        )
+    except ValueError as error:
+        raise InputError(f"Accelerate refuses the settings: {error}") from error
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    if accelerator.num_processes != world_size:
+        raise InputError(
+            f"The launcher started {world_size} processes but Accelerate sees {accelerator.num_processes}: they would "
+            "train apart and overwrite one another. On CPUs launch with ACCELERATE_USE_CPU=true and --multi_gpu."
+        )
+    return accelerator
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings as the flat scalars that trackers take."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            flat.update(_flat(value, f"{prefix}{key}."))
+        else:
+            flat[prefix + key] = value if isinstance(value, (int, float, str, bool)) else str(value)
+    return flat

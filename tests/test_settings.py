@@ -1,0 +1,133 @@
+"""Settings: what is read, what is refused, and whether the text helps."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from si_distill.errors import InputError
+from si_distill.evaluation.config import EvaluationConfig
+from si_distill.settings import parse_settings, settings_from_dict, settings_to_dict
+from si_distill.training.config import DistillConfig, TeacherConfig
+
+ROOT = Path(__file__).parent.parent
+DISTILL = ["--output_dir", "runs/s", "--teacher", "runs/t"]
+
+
+def test_command_line_overrides_the_file_at_any_depth(tmp_path):
+    file = tmp_path / "c.yaml"
+    file.write_text("output_dir: a\nmax_steps: 7\ndata: {name: digits, max_train_samples: 50}\nmodel: {num_layers: 2}\n")
+    settings = parse_settings(
+        TeacherConfig,
+        ["--config", str(file), "--max_steps=9", "--data.max_train_samples", "20", "--model.num_layers", "4"],
+    )
+    assert (settings.output_dir, settings.max_steps, settings.data.max_train_samples) == ("a", 9, 20)
+    assert settings.model == {"num_layers": 4}
+
+
+def test_numbers_that_yaml_reads_as_text_are_numbers(tmp_path):
+    file = tmp_path / "c.yaml"
+    file.write_text("output_dir: a\nlearning_rate: 1e-4\nadam_beta1: 0\n")
+    settings = parse_settings(TeacherConfig, ["--config", str(file), "--adam_epsilon", "1e-6"])
+    assert settings.learning_rate == 1e-4
+    assert settings.adam_epsilon == 1e-6
+    assert isinstance(settings.adam_beta1, float)  # an integer beta is another code path in Adam
+
+
+def test_a_key_alone_is_a_flag_and_several_values_are_a_list():
+    settings = parse_settings(TeacherConfig, ["--output_dir", "a", "--overwrite_output_dir", "--seed", "3"])
+    assert settings.overwrite_output_dir is True
+    assert settings.seed == 3
+    assert parse_settings(EvaluationConfig, ["--pipeline", "p", "--teacher_steps", "1", "4"]).teacher_steps == [1, 4]
+    assert parse_settings(EvaluationConfig, ["--pipeline", "p", "--teacher_steps", "8"]).teacher_steps == [8]
+
+
+def test_another_objective_does_not_inherit_the_coefficients_of_the_file(tmp_path):
+    file = tmp_path / "c.yaml"
+    file.write_text("output_dir: s\nteacher: t\nobjective: sid\nobjective_kwargs: {alpha: 1.2}\n")
+    assert parse_settings(DistillConfig, ["--config", str(file)]).objective_kwargs == {"alpha": 1.2}
+    changed = parse_settings(DistillConfig, ["--config", str(file), "--objective", "realuid"])
+    assert changed.objective_kwargs == {}
+    given = parse_settings(
+        DistillConfig, ["--config", str(file), "--objective", "realuid", "--objective_kwargs", "{alpha: 0.98, beta: 0.96}"]
+    )
+    assert given.build_objective().critic == (0.98, 0.96, 0.98)
+
+
+def test_settings_survive_a_round_trip_through_yaml():
+    settings = parse_settings(DistillConfig, [*DISTILL, "--objective_kwargs", "{alpha: 1.2}", "--init_time", "0.7"])
+    again = settings_from_dict(DistillConfig, yaml.safe_load(yaml.safe_dump(settings_to_dict(settings))))
+    assert again == settings
+
+
+@pytest.mark.parametrize(
+    ("cls", "argv", "words"),
+    [
+        (DistillConfig, [*DISTILL, "--critic_step", "5"], ["critic_step`", "Did you mean `critic_steps`"]),
+        (DistillConfig, [*DISTILL, "--data.nam", "x"], ["data.nam", "Did you mean `data.name`"]),
+        (DistillConfig, [*DISTILL, "--critic_steps", "0"], ["critic_steps", "at least 1", "got 0"]),
+        (DistillConfig, [*DISTILL, "--generator_steps", "0"], ["generator_steps", "at least 1"]),
+        (DistillConfig, [*DISTILL, "--max_steps", "ten"], ["max_steps", "whole number", "ten"]),
+        (DistillConfig, [*DISTILL, "--max_steps", "1.5"], ["max_steps", "whole number", "1.5"]),
+        (DistillConfig, [*DISTILL, "--overwrite_output_dir", "maybe"], ["overwrite_output_dir", "true or false"]),
+        (DistillConfig, [*DISTILL, "--objective", "sidd"], ["Unknown objective 'sidd'", "cross_term"]),
+        (DistillConfig, [*DISTILL, "--objective_kwargs", "{alpah: 1}"], ["'sid' does not take", "alpah"]),
+        (DistillConfig, [*DISTILL, "--objective_kwargs", "{space: pixels}"], ["Unknown space", "velocity, sample"]),
+        (DistillConfig, [*DISTILL, "--objective_kwargs", "5"], ["objective_kwargs", "a mapping"]),
+        (DistillConfig, [*DISTILL, "--init_time", "1.5"], ["init_time", "(0, 1]"]),
+        (DistillConfig, [*DISTILL, "--t_min", "0"], ["t_min", "above 0"]),
+        (DistillConfig, [*DISTILL, "--t_min", "0.9", "--t_max", "0.5"], ["t_min < t_max", "[0.9, 0.5]"]),
+        (DistillConfig, [*DISTILL, "--learning_rate", "-1"], ["learning_rate", "positive"]),
+        (DistillConfig, [*DISTILL, "--learning_rate", "nan"], ["learning_rate", "positive"]),
+        (DistillConfig, [*DISTILL, "--ema_decay", "1"], ["ema_decay", "[0, 1)"]),
+        (DistillConfig, [*DISTILL, "--mixed_precision", "fp16"], ["mixed_precision", "no, bf16"]),
+        (DistillConfig, [*DISTILL, "--guidance_scale", "-1"], ["guidance_scale", "negative"]),
+        (DistillConfig, ["--output_dir", "runs/x", "--teacher", "runs/x"], ["same folder"]),
+        (DistillConfig, ["--output_dir", "runs/x"], ["`teacher` is not set"]),
+        (DistillConfig, ["--teacher", "runs/x"], ["`output_dir` is not set"]),
+        (DistillConfig, ["runs/x"], ["--key value", "'runs/x'"]),
+        (TeacherConfig, ["--output_dir", "a", "--interpolant", "linar"], ["'linar'", "linear, trigonometric, vp"]),
+        (TeacherConfig, ["--output_dir", "a", "--interpolant", "vp"], ["infinite velocity at t = 0", "t_min"]),
+        (TeacherConfig, ["--output_dir", "a", "--interpolant_kwargs", "{b0: 1}"], ["'linear' does not take", "b0"]),
+        (TeacherConfig, ["--output_dir", "a", "--data", "digits"], ["`data` is a section"]),
+        (TeacherConfig, ["--output_dir", "a", "--seed.deep", "1", "--seed", "2"], ["seed"]),
+        (TeacherConfig, ["--config", "nowhere.yaml"], ["Cannot read the config file nowhere.yaml"]),
+    ],
+)
+def test_mistakes_are_named_with_what_to_do(cls, argv, words):
+    with pytest.raises(InputError) as caught:
+        parse_settings(cls, argv)
+    for word in words:
+        assert word in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["- a\n- b\n", "output_dir: [\n", ""])
+def test_a_config_file_that_is_no_mapping_is_refused(tmp_path, text):
+    file = tmp_path / "c.yaml"
+    file.write_text(text)
+    with pytest.raises(InputError, match="config file"):
+        parse_settings(TeacherConfig, ["--config", str(file)])
+
+
+def test_help_names_every_setting(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        parse_settings(DistillConfig, ["--help"], "what it does")
+    assert stopped.value.code == 0
+    printed = capsys.readouterr().out
+    assert "what it does" in printed
+    for name in ("--critic_steps", "--data.image_size", "--objective", "--resume_from_checkpoint"):
+        assert name in printed
+
+
+def _configs(name: str) -> list[Path]:
+    return sorted((ROOT / "configs").glob(f"*/{name}.yaml"))
+
+
+@pytest.mark.parametrize("path", _configs("teacher"), ids=lambda p: p.parent.name)
+def test_every_teacher_config_is_valid(path):
+    assert parse_settings(TeacherConfig, ["--config", str(path)]).model
+
+
+@pytest.mark.parametrize("path", _configs("distill"), ids=lambda p: p.parent.name)
+def test_every_distillation_config_is_valid(path):
+    assert parse_settings(DistillConfig, ["--config", str(path)]).build_objective().source

@@ -1,0 +1,107 @@
+"""The parts of training, each against its definition."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from si_distill.data import GlobalBatchSampler
+from si_distill.training.ema import EMA
+from si_distill.training.sample_noise import STREAMS, SampleNoise, sample_seed
+from si_distill.training.times import TimeSampler
+
+
+def test_noise_of_a_sample_does_not_depend_on_the_slice_it_is_drawn_in():
+    noise = SampleNoise(3)
+    whole = noise.normal((2, 4), "generator", 5, 1, indices=range(8))
+    parts = [noise.normal((2, 4), "generator", 5, 1, indices=range(i, i + 2)) for i in (0, 2, 4, 6)]
+    assert torch.equal(whole, torch.cat(parts))
+    u, x1 = noise.uniform_and_normal((2, 4), "critic", 5, indices=range(8))
+    u_part, x1_part = noise.uniform_and_normal((2, 4), "critic", 5, indices=[6])
+    assert torch.equal(u[6:7], u_part)
+    assert torch.equal(x1[6:7], x1_part)
+
+
+def test_seed_stream_counters_and_sample_all_matter():
+    seeds = {
+        sample_seed(seed, stream, step, index)
+        for seed in range(3)
+        for stream in STREAMS
+        for step in range(3)
+        for index in range(3)
+    }
+    assert len(seeds) == 3 * len(STREAMS) * 3 * 3
+
+
+def test_noise_is_standard_normal_and_samples_are_uncorrelated():
+    noise = SampleNoise(0)
+    x = noise.normal((4,), "generator", 0, indices=range(4000)).double()
+    # Five standard errors of the mean, the variance and the correlation of neighbouring samples.
+    assert x.mean().abs() < 5 / math.sqrt(16000)
+    assert (x.var() - 1).abs() < 5 * math.sqrt(2 / 16000)
+    assert (x[1:] * x[:-1]).mean().abs() < 5 / math.sqrt(16000)
+    counts = noise.integers(5, "labels", 0, indices=range(5000)).bincount(minlength=5)
+    assert (counts - 1000).abs().max() < 5 * math.sqrt(800)
+
+
+def test_uniform_times_fill_their_range():
+    t = TimeSampler("uniform", 0.2, 0.6)(torch.linspace(0, 1, 101, dtype=torch.float64))
+    torch.testing.assert_close(t, torch.linspace(0.2, 0.6, 101, dtype=torch.float64))
+
+
+@pytest.mark.parametrize(("low", "high"), [(0.0, 1.0), (0.1, 0.7)])
+def test_logit_normal_times_have_the_quantiles_of_their_law(low, high):
+    sampler = TimeSampler("logit_normal", low, high, mean=-0.5, std=0.8)
+    u = torch.linspace(0.05, 0.95, 19, dtype=torch.float64)
+    t = sampler(u)
+    law = torch.distributions.Normal(torch.tensor(-0.5).double(), torch.tensor(0.8).double())
+    ends = law.cdf(torch.logit(torch.tensor([low, high], dtype=torch.float64)))
+    share = (law.cdf(torch.logit(t)) - ends[0]) / (ends[1] - ends[0])
+    torch.testing.assert_close(share, u, rtol=0, atol=1e-9)
+    assert ((t > low) & (t < high)).all()
+
+
+@pytest.mark.parametrize("u", [0.0, 1 - 2**-24])
+def test_times_stay_in_their_range_at_the_ends_of_the_uniform_numbers(u):
+    for name in ("uniform", "logit_normal"):
+        t = TimeSampler(name, 0.02, 0.98)(torch.tensor([u], dtype=torch.float32))
+        assert 0.02 - 1e-7 <= t.item() <= 0.98 + 1e-7
+
+
+def test_batches_of_all_ranks_are_the_global_batch_and_an_epoch_shows_every_image_once():
+    length, steps = 12, 6
+    one = iter(GlobalBatchSampler(length, 4, 0, 1, seed=1))
+    two = [iter(GlobalBatchSampler(length, 2, rank, 2, seed=1)) for rank in range(2)]
+    seen = []
+    for _ in range(steps):
+        batch = next(one)
+        assert batch == next(two[0]) + next(two[1])
+        seen += batch
+    assert sorted(seen[:length]) == list(range(length))
+    assert sorted(seen[length:]) == list(range(length))
+    assert seen[:length] != seen[length:]
+
+
+def test_a_sampler_started_later_continues_the_same_row():
+    first = iter(GlobalBatchSampler(7, 3, 1, 2, seed=4))
+    expected = [next(first) for _ in range(9)][4:]
+    later = iter(GlobalBatchSampler(7, 3, 1, 2, seed=4, start=4))
+    assert [next(later) for _ in range(5)] == expected
+
+
+def test_average_follows_the_formula_and_copies_buffers():
+    network = nn.BatchNorm1d(2)
+    ema = EMA.of(network, decay=0.5)
+    expected = network.weight.detach().clone()
+    for n, value in enumerate([3.0, -1.0, 2.0, 7.0, 5.0, 1.0, 0.0, 4.0, 2.0, 6.0]):
+        with torch.no_grad():
+            network.weight.fill_(value)
+            network.running_mean.fill_(value)
+        ema.update(network, n)
+        decay = min(0.5, (1 + n) / (10 + n))
+        expected = decay * expected + (1 - decay) * value
+        torch.testing.assert_close(ema.network.weight, expected)
+        assert torch.equal(ema.network.running_mean, network.running_mean)
+    assert ema.decay_at(8) == 0.5  # the warm-up is over
+    assert not ema.network.weight.requires_grad
