@@ -170,13 +170,15 @@ def test_sid_above_one_diverges_from_wide_starts_and_sid_one_does_not(interpolan
     assert (ends[1.2][1:] > 100 * ratio[1:]).all()
 
 
-def test_the_basin_of_sid_above_one_ends_between_spreads_of_4_and_6_on_linear():
+@pytest.mark.parametrize(("alpha", "inside", "outside"), [(1.2, 5, 7), (1.3, 3.6, 5.1)])
+def test_the_basin_of_sid_above_one_ends_near_alpha_over_alpha_minus_one(alpha, inside, outside):
+    # Found numerically on `linear` and `trigonometric`: τ/√S = α/(α−1), that is 6 and 4.33; on `vp` somewhat earlier.
     play = Game(
         get_interpolant("linear"),
-        without_sample_weight(get_objective("sid", alpha=1.2)),
+        without_sample_weight(get_objective("sid", alpha=alpha)),
         Gaussian(double(0, 0), double(1, 1)),
     )
-    law = trainable(Gaussian(double(0, 0), double(4, 6)))
+    law = trainable(Gaussian(double(0, 0), double(inside, outside)))
     with torch.no_grad():
         critic = play.best_critic(law)
     downhill = -parameter_gradient(play.generator_loss(critic, law), law)[2:]

@@ -184,6 +184,8 @@ def test_bfloat16_sees_the_same_noise():
     exact = pipe([0, 1], generator=seeded(), output_type="latent").images
     rounded = pipe.to(torch.bfloat16)([0, 1], generator=seeded(), output_type="latent").images
     assert rounded.dtype == torch.float32
+    noise = torch.randn(2, 3, 8, 8, generator=seeded())
+    assert torch.equal(rounded, pipe([0, 1], latents=noise, output_type="latent").images)
     # x̂0 = x1 − v: the noise is exact, and v, of size 1, has 8 bits that a few layers wear down. Other noise is off by 3.
     assert 1e-5 < (rounded - exact).abs().max() < 0.05
 

@@ -55,7 +55,7 @@ def test_logit_normal_times_have_the_quantiles_of_their_law(low, high):
     sampler = TimeSampler("logit_normal", low, high, mean=-0.5, std=0.8)
     u = torch.linspace(0.05, 0.95, 19, dtype=torch.float64)
     t = sampler(u)
-    law = torch.distributions.Normal(torch.tensor(-0.5).double(), torch.tensor(0.8).double())
+    law = torch.distributions.Normal(*torch.tensor([-0.5, 0.8], dtype=torch.float64))
     ends = law.cdf(torch.logit(torch.tensor([low, high], dtype=torch.float64)))
     share = (law.cdf(torch.logit(t)) - ends[0]) / (ends[1] - ends[0])
     torch.testing.assert_close(share, u, rtol=0, atol=1e-9)

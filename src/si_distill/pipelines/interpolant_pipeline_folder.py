@@ -100,7 +100,7 @@ class SelfContainedFolderMixin:
         name = saved if isinstance(saved, str) else saved[1]
         if name not in {base.__name__ for base in cls.__mro__}:
             raise ValueError(
-                f"it holds a {name}, which is sampled differently. Open it with {name}.from_pretrained or, when that is "
+                f"it was saved as {name}, which samples differently. Open it with {name}.from_pretrained or, when that is "
                 "not at hand, diffusers' DiffusionPipeline.from_pretrained."
             )
         if _PACKAGE:

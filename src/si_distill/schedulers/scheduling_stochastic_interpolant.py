@@ -73,7 +73,6 @@ class StochasticInterpolantScheduler(SchedulerMixin, ConfigMixin):
         self.interpolant = get_interpolant(interpolant, **(interpolant_kwargs or {}))
         self.order = 2 if solver == "heun" else 1
         self.num_inference_steps: int | None = None
-        self._begin_index: int | None = None
         self.set_timesteps(num_train_timesteps)
         self.num_inference_steps = None
 
@@ -139,6 +138,7 @@ class StochasticInterpolantScheduler(SchedulerMixin, ConfigMixin):
         if self.order == 2:
             self.timesteps[1::2] = self._times[1:-1]
         self._step_index: int | None = None
+        self._begin_index: int | None = None
         self._predictor: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def index_for_timestep(self, timestep: float | torch.Tensor) -> int:

@@ -11,10 +11,13 @@ import shutil
 from pathlib import Path
 
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import gather_object
+from safetensors import SafetensorError
 
 from ..errors import InputError, TrainingStopped
 
+#: How a full disk or a lost folder shows itself: torch and safetensors wrap the system's error in types of their own.
+WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)
 MANIFEST = "manifest.json"
 _FOLDER = re.compile(r"step_(\d+)")
 
@@ -42,40 +45,35 @@ class Checkpoints:
         final = self.folder / f"step_{step:08d}"
         partial = final.with_suffix(".tmp")
         main = self.accelerator.is_main_process
-        error = ""
-        try:
-            if main:
-                self.folder.mkdir(parents=True, exist_ok=True)
-                for leftover in self.folder.glob("*.tmp"):
-                    shutil.rmtree(leftover)
-                partial.mkdir()
-            self.accelerator.wait_for_everyone()
-            self.accelerator.save_state(str(partial))
-        except (
-            OSError,
-            RuntimeError,
-            ValueError,
-        ) as failure:  # torch and safetensors wrap a full disk in their own types
-            error = f"{type(failure).__name__}: {failure}"
-        errors = [text for text in gather_object([error]) if text]
-        if not errors and main:
+        stages = (
+            lambda: self._clear(partial) if main else None,
+            lambda: self.accelerator.save_state(str(partial)),
+            lambda: self._seal(partial, final, step) if main else None,
+        )
+        for stage in stages:
+            error = ""
             try:
-                self._seal(partial, final, step)
-            except OSError as failure:
-                errors = [f"{type(failure).__name__}: {failure}"]
-        if self.accelerator.num_processes > 1:
-            errors = broadcast_object_list([errors])[0]
-        if errors:
-            if main:
-                shutil.rmtree(partial, ignore_errors=True)
-            good = self.complete()
-            kept = (
-                f"The last good checkpoint is {good[-1]}; free some space and resume with --resume_from_checkpoint latest."
-                if good
-                else "There is no earlier checkpoint."
-            )
-            raise TrainingStopped(f"Could not save the checkpoint of step {step}: {errors[0]}. {kept}")
-        self.accelerator.wait_for_everyone()
+                stage()
+            except WRITE_ERRORS as failure:
+                error = f"{type(failure).__name__}: {failure}"
+            # The ranks agree after each stage: one that failed must not leave the others waiting.
+            errors = [text for text in gather_object([error]) if text]
+            if errors:
+                if main:
+                    shutil.rmtree(partial, ignore_errors=True)
+                good = self.complete()
+                kept = (
+                    f"The last good checkpoint is {good[-1]}; make room and resume with --resume_from_checkpoint latest."
+                    if good
+                    else "There is no earlier checkpoint."
+                )
+                raise TrainingStopped(f"Could not save the checkpoint of step {step}: {errors[0]}. {kept}")
+
+    def _clear(self, partial: Path) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for leftover in self.folder.glob("*.tmp"):
+            shutil.rmtree(leftover)
+        partial.mkdir()
 
     def _seal(self, partial: Path, final: Path, step: int) -> None:
         files = {}
@@ -138,7 +136,7 @@ class Checkpoints:
         """
         try:
             self.accelerator.load_state(str(path))
-        except (RuntimeError, KeyError, ValueError) as error:
+        except (RuntimeError, KeyError, ValueError, SafetensorError) as error:
             raise InputError(f"The checkpoint {path} does not fit this run: {error}") from error
 
 

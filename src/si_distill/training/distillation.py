@@ -233,7 +233,7 @@ class DistillationTrainer(Trainer):
         pictures = [pipeline.postprocess(row, "pil") for row in rows]
         names = pipeline.config.id2label or {}
         titles = [str(names.get(label, label)).split(",")[0] for label in labels.tolist()]
-        return image_grid(pictures, ["student", f"teacher x̂0, t={half:.2f}", f"critic x̂0, t={half:.2f}"], titles)
+        return image_grid(pictures, ["student", f"teacher, x0 at t={half:.2f}", f"critic, x0 at t={half:.2f}"], titles)
 
 
 def _load_teacher(name: str) -> InterpolantPipeline:

@@ -1,5 +1,6 @@
 """The loop that every training shares: run folder, resume, progress, metrics, samples, checkpoints, signals."""
 
+import contextlib
 import math
 import os
 import signal
@@ -18,7 +19,7 @@ from tqdm.auto import tqdm
 from ..data import GlobalBatchSampler, ImageDataset
 from ..errors import InputError, TrainingInterrupted, TrainingStopped
 from ..settings import settings_to_dict
-from .checkpoints import Checkpoints
+from .checkpoints import WRITE_ERRORS, Checkpoints
 from .config import TrainingConfig
 from .run_folder import CHECKPOINTS, RunFolder
 from .sample_noise import SampleNoise
@@ -142,7 +143,7 @@ class Trainer:
         try:
             if not resumed:
                 self._write_samples()
-            self._clock, self._clock_step = time.perf_counter(), self.step
+            self._busy, self._clock_step = 0.0, self.step
             while self.step < settings.max_steps:
                 self._one_iteration(bar)
         finally:
@@ -155,7 +156,9 @@ class Trainer:
 
     def _one_iteration(self, bar: tqdm) -> None:
         settings = self.settings
+        started = time.perf_counter()
         metrics, finite = self.iteration()
+        self._busy += time.perf_counter() - started  # without saving and sampling
         self.step += 1
         self._record(metrics, finite)
         bar.update()
@@ -190,7 +193,11 @@ class Trainer:
             self.run.start()
         accelerator.wait_for_everyone()
         if settings.report_to != "none":
-            accelerator.init_trackers("si_distill", config=_flat(settings_to_dict(settings)))
+            accelerator.init_trackers(
+                "si_distill",
+                config=_flat(settings_to_dict(settings)),
+                init_kwargs={"wandb": {"dir": settings.output_dir, "name": self.run.path.name}},
+            )
         return found is not None
 
     def _record(self, metrics: dict[str, torch.Tensor], finite: bool) -> None:
@@ -219,31 +226,36 @@ class Trainer:
     def _log(self) -> dict[str, float]:
         means = self._means()
         self._totals, self._count = {}, 0
-        now = time.perf_counter()
-        images = (self.step - self._clock_step) * self.global_batch_size
-        rate = images / max(now - self._clock, 1e-9)
-        self._clock, self._clock_step = now, self.step
+        rate = (self.step - self._clock_step) * self.global_batch_size / max(self._busy, 1e-9)
+        self._busy, self._clock_step = 0.0, self.step
         line = {"step": self.step, "images": self.step * self.global_batch_size, **means, **self.learning_rates()}
         line["images_per_second"] = round(rate, 2)
-        self.run.append_metrics({k: v if math.isfinite(v) else None for k, v in line.items()})
+        with self._writing("metrics"):
+            self.run.append_metrics({k: v if math.isfinite(v) else None for k, v in line.items()})
         self.accelerator.log({k: v for k, v in line.items() if k != "step"}, step=self.step)
         return {name: value for name, value in means.items() if name.endswith("loss")}
 
     def _write_samples(self) -> None:
         if self.accelerator.is_main_process:
-            with torch.no_grad():
+            with torch.no_grad(), self._writing("samples"):
                 self.sample_grid().save(self.run.sample_path(self.step))
 
     def _save(self) -> None:
         self._saved_means = self._means()  # collective, so not inside `state_dict`
         self.checkpoints.save(self.step)
         if self.accelerator.is_main_process:
-            try:
+            with self._writing("the pipeline"):
                 self.run.write_pipeline(self.pipeline())
-            except (OSError, RuntimeError) as error:
-                raise TrainingStopped(
-                    f"Could not write the pipeline to {self.run.path}: {error}. The checkpoint of step {self.step} is whole."
-                ) from error
+
+    @contextlib.contextmanager
+    def _writing(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except WRITE_ERRORS as error:
+            raise TrainingStopped(
+                f"Could not write {what} to {self.run.path} at step {self.step}: {error}. Whole checkpoints stay; make room "
+                "and resume with --resume_from_checkpoint latest."
+            ) from error
 
     def _on_signal(self, number: int, frame: Any) -> None:
         if self._signal is None:

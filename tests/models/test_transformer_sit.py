@@ -1,0 +1,248 @@
+"""SiT: published sizes, DiT's layout and initialisation, and Diffusers' model features."""
+
+import math
+
+import pytest
+import torch
+from diffusers.models.attention_dispatch import attention_backend
+from helpers import tiny_sit
+from safetensors.torch import load_file
+
+from si_distill.models import SIT_PRESETS, SiTTransformer2DModel
+
+PUBLISHED_SIZES = {"S": 33e6, "B": 130e6, "L": 458e6, "XL": 675e6}
+
+
+@pytest.fixture
+def inputs():
+    """(x_t, t, labels) for `tiny_sit`; the last label is its null class."""
+    images = torch.randn(4, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    return images, torch.tensor([0.0, 0.3, 0.7, 1.0]), torch.tensor([0, 1, 2, 3])
+
+
+def fresh(**config) -> SiTTransformer2DModel:
+    return SiTTransformer2DModel(
+        **{
+            **dict(sample_size=8, patch_size=4, in_channels=1, num_layers=1, num_attention_heads=2),
+            **dict(attention_head_dim=8, num_classes=3),
+            **config,
+        }
+    )
+
+
+def count(model: torch.nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+class TestSizes:
+    @pytest.mark.parametrize("size", PUBLISHED_SIZES)
+    def test_have_the_published_number_of_parameters(self, size):
+        with torch.device("meta"):
+            model = SiTTransformer2DModel.from_preset(f"SiT-{size}/2")
+        assert count(model) == pytest.approx(PUBLISHED_SIZES[size], rel=0.005)
+
+    @pytest.mark.parametrize("preset", SIT_PRESETS)
+    def test_differ_between_patches_only_at_the_borders(self, preset):
+        size, patch = preset.removeprefix("SiT-").split("/")
+        with torch.device("meta"):
+            model = SiTTransformer2DModel.from_preset(preset)
+            smallest = SiTTransformer2DModel.from_preset(f"SiT-{size}/2")
+        dim = model.config.num_attention_heads * model.config.attention_head_dim
+        # A patch of p² · 4 numbers enters through one linear map and leaves through another with biases.
+        assert count(model) - count(smallest) == 4 * (int(patch) ** 2 - 4) * (2 * dim + 1)
+
+    def test_may_be_changed(self):
+        with torch.device("meta"):
+            model = SiTTransformer2DModel.from_preset("SiT-S/4", sample_size=16, in_channels=3, num_layers=2)
+        assert (model.config.sample_size, model.config.in_channels, model.config.num_layers) == (16, 3, 2)
+        assert model.config.patch_size == 4
+
+    def test_of_an_unknown_name_are_refused_with_the_choices(self):
+        with pytest.raises(ValueError, match=r"Unknown preset 'SiT-S/3'.*SiT-S/2, SiT-S/4.*SiT-XL/8"):
+            SiTTransformer2DModel.from_preset("SiT-S/3")
+
+
+class TestStructure:
+    def test_a_fresh_network_says_zero(self, inputs):
+        assert not fresh()(*inputs).sample.any()
+
+    @pytest.mark.parametrize("learn_sigma", [False, True])
+    def test_patches_leave_where_they_entered(self, learn_sigma):
+        # Blocks of a fresh network are gated off. The patch's pixels and their negatives are the hidden channels, so
+        # that on images of ±1 the last normalisation is the identity; the output is DiT's order (row, column, channel).
+        channels, patch = 2, 2
+        pixels = channels * patch**2
+        model = fresh(
+            sample_size=6, patch_size=patch, in_channels=channels, attention_head_dim=pixels, learn_sigma=learn_sigma
+        )
+        model.pos_embed.pos_embed.zero_()
+        identity = torch.eye(pixels)
+        with torch.no_grad():
+            model.pos_embed.proj.weight.copy_(torch.cat([identity, -identity]).unflatten(1, (channels, patch, patch)))
+            weight = model.proj_out.weight.unflatten(0, (patch, patch, model.out_channels))
+            weight[:, :, :channels, :pixels] = identity.unflatten(0, (channels, patch, patch)).permute(1, 2, 0, 3)
+            weight[:, :, channels:] = 7.0
+        image = torch.randn(3, channels, 6, 6, generator=torch.Generator().manual_seed(0)).sign()
+        output = model(image, torch.rand(3), torch.tensor([0, 1, 2])).sample
+        torch.testing.assert_close(output, image, rtol=1e-5, atol=1e-5)
+
+    def test_learned_variances_are_dropped(self, inputs):
+        model = tiny_sit(learn_sigma=True)
+        plain = tiny_sit()
+        state = model.state_dict()
+        for name in ("proj_out.weight", "proj_out.bias"):
+            state[name] = state[name].unflatten(0, (16, 2))[:, 0]
+        plain.load_state_dict(state)
+        output = model(*inputs).sample
+        assert output.shape == inputs[0].shape
+        assert output.is_contiguous()
+        assert torch.equal(output, plain(*inputs).sample)
+
+    @pytest.mark.parametrize("scale", [1.0, 100.0])
+    def test_time_embedding_is_that_of_sit(self, scale):
+        t = torch.tensor([0.0, 0.25, 0.999, 1.0])
+        frequencies = torch.exp(-math.log(1e4) * torch.arange(128, dtype=torch.float64) / 128)
+        phase = scale * t.double()[:, None] * frequencies
+        expected = torch.cat([phase.cos(), phase.sin()], dim=1).float()
+        torch.testing.assert_close(fresh(timestep_scale=scale).time_proj(t), expected, rtol=0, atol=2e-5)
+
+    def test_times_keep_float32_in_a_bfloat16_network(self, inputs):
+        # In bfloat16 0.999 is 1, and times 100 the phase would be wrong by a tenth.
+        model, embedded = tiny_sit().to(torch.bfloat16), []
+        model.time_embed.register_forward_pre_hook(lambda module, args: embedded.append(args[0]))
+        model(inputs[0].bfloat16(), torch.full((4,), 0.999), inputs[2])
+        assert torch.equal(embedded[0], model.time_proj(torch.full((4,), 0.999)).bfloat16())
+        assert not torch.equal(embedded[0], model.time_proj(torch.ones(4)).bfloat16())
+
+    def test_one_number_is_a_time_for_the_whole_batch(self, inputs):
+        model, (images, _, labels) = tiny_sit(), inputs
+        expected = model(images, torch.full((4,), 0.3), labels).sample
+        assert torch.equal(model(images, 0.3, labels).sample, expected)
+        assert torch.equal(model(images, torch.tensor(0.3), labels).sample, expected)
+
+    @pytest.mark.parametrize("changed", [0, 1, 2])
+    def test_every_input_matters(self, inputs, changed):
+        other = list(inputs)
+        other[changed] = inputs[changed].flip(0)
+        model = tiny_sit()
+        assert (model(*inputs).sample - model(*other).sample).abs().amax((1, 2, 3)).min() > 1e-5
+
+    def test_positions_are_fixed(self):
+        model = fresh()
+        assert [name for name, _ in model.named_buffers()] == ["pos_embed.pos_embed"]
+        assert not any("pos_embed.pos_embed" in name for name, _ in model.named_parameters())
+        assert len({tuple(position) for position in model.pos_embed.pos_embed[0].tolist()}) == 4
+
+    def test_the_null_class_exists_only_with_label_dropout(self, inputs):
+        images, t, _ = inputs
+        model = tiny_sit()
+        assert model.null_class == 3
+        assert model.class_embed.num_embeddings == 4
+        without = tiny_sit(class_dropout_prob=0.0)
+        assert without.null_class is None
+        assert without.class_embed.num_embeddings == 3
+        with pytest.raises(IndexError):
+            without(images, t, torch.full((4,), 3))
+
+    @pytest.mark.parametrize("shape", [(4, 1, 8, 4), (4, 1, 4, 4), (4, 3, 8, 8), (4, 1, 16, 16), (1, 8, 8)])
+    def test_other_images_are_refused(self, inputs, shape):
+        with pytest.raises(ValueError, match=r"square images of shape \(batch, 1, 8, 8\)"):
+            tiny_sit()(torch.zeros(shape), *inputs[1:])
+
+    def test_impossible_shapes_are_refused(self):
+        with pytest.raises(ValueError, match="`patch_size` 3 does not divide `sample_size` 8"):
+            fresh(patch_size=3)
+        with pytest.raises(ValueError, match="= 6 must be a multiple of 4"):
+            fresh(num_attention_heads=1, attention_head_dim=6)
+
+    def test_returns_a_tuple_on_request(self, inputs):
+        model = tiny_sit()
+        (sample,) = model(*inputs, return_dict=False)
+        assert torch.equal(sample, model(*inputs).sample)
+
+
+class TestDiffusersFeatures:
+    def test_gradient_checkpointing_gives_the_same_gradients(self, inputs):
+        gradients, calls = [], []
+        for checkpointing in (False, True):
+            model = tiny_sit()
+            if checkpointing:
+                model.enable_gradient_checkpointing()
+            for block in model.transformer_blocks:
+                block.register_forward_pre_hook(lambda *_, kind=checkpointing: calls.append(kind))
+            model(*inputs).sample.square().sum().backward()
+            gradients.append([parameter.grad for parameter in model.parameters()])
+        assert calls.count(False) == 2
+        assert calls.count(True) == 4  # each block again in the backward pass
+        for plain, checkpointed in zip(*gradients, strict=True):
+            torch.testing.assert_close(checkpointed, plain)
+
+    def test_every_parameter_gets_a_gradient(self, inputs):
+        model = tiny_sit()
+        model(*inputs).sample.square().sum().backward()
+        assert not [name for name, parameter in model.named_parameters() if not parameter.grad.any()]
+
+    def test_fused_projections_give_the_same_output(self, inputs):
+        model = tiny_sit()
+        expected = model(*inputs).sample
+        model.fuse_qkv_projections()
+        assert all(block.attn.fused_projections for block in model.transformer_blocks)
+        torch.testing.assert_close(model(*inputs).sample, expected)
+        model.unfuse_qkv_projections()
+        assert torch.equal(model(*inputs).sample, expected)
+
+    def test_attention_backend_can_be_chosen(self, inputs):
+        model = tiny_sit()
+        expected = model(*inputs).sample
+        with attention_backend("_native_math"):
+            torch.testing.assert_close(model(*inputs).sample, expected)
+        model.set_attention_backend("_native_math")
+        assert {block.attn.processor._attention_backend for block in model.transformer_blocks} == {"_native_math"}
+        torch.testing.assert_close(model(*inputs).sample, expected)
+
+    def test_save_and_load_are_bit_identical(self, inputs, tmp_path):
+        model = tiny_sit(learn_sigma=True)
+        model.save_pretrained(tmp_path)
+        weights = load_file(tmp_path / "diffusion_pytorch_model.safetensors")
+        assert set(weights) == {name for name, _ in model.named_parameters()}
+        loaded = SiTTransformer2DModel.from_pretrained(tmp_path)
+        public = [{k: v for k, v in m.config.items() if not k.startswith("_")} for m in (model, loaded)]
+        assert public[0] == public[1]
+        for name, parameter in model.named_parameters():
+            assert torch.equal(loaded.get_parameter(name), parameter)
+        assert torch.equal(loaded(*inputs).sample, model(*inputs).sample)
+
+    def test_loads_in_bfloat16(self, inputs, tmp_path):
+        model = tiny_sit()
+        model.save_pretrained(tmp_path)
+        loaded = SiTTransformer2DModel.from_pretrained(tmp_path, torch_dtype=torch.bfloat16)
+        assert loaded.dtype == torch.bfloat16
+        images, t, labels = inputs
+        output = loaded(images.bfloat16(), t, labels).sample
+        expected = model(*inputs).sample
+        assert output.dtype == torch.bfloat16
+        assert (output.float() - expected).abs().max() < 0.03 * expected.abs().max()
+
+    def test_compiles_as_one_graph(self, inputs):
+        torch._dynamo.reset()
+        model = tiny_sit()
+        expected = model(*inputs).sample
+        compiled = torch.compile(model, backend="eager", fullgraph=True)
+        torch.testing.assert_close(compiled(*inputs).sample, expected)
+
+    def test_compiles_its_repeated_blocks(self, inputs):
+        torch._dynamo.reset()
+        model = tiny_sit()
+        expected = model(*inputs).sample
+        model.compile_repeated_blocks(backend="eager", fullgraph=True)
+        assert all(block._compiled_call_impl is not None for block in model.transformer_blocks)
+        torch.testing.assert_close(model(*inputs).sample, expected)
+
+    def test_layerwise_casting_stores_blocks_in_8_bits(self, inputs):
+        model = tiny_sit()
+        expected = model(*inputs).sample
+        model.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
+        assert model.transformer_blocks[0].ff[0].weight.dtype == torch.float8_e4m3fn
+        assert model.pos_embed.proj.weight.dtype == torch.float32
+        output = model(*inputs).sample
+        assert 0 < (output - expected).abs().max() < 0.05 * expected.abs().max()
