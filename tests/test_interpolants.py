@@ -267,11 +267,18 @@ class TestTimeOfRatio:
         with pytest.raises(ValueError, match=f"{ratio} is not reached"):
             get_interpolant(name).time_of_ratio(ratio)
 
-    def test_students_of_vp_start_where_sid_starts(self):
-        assert get_interpolant("linear").default_init_time == 1
-        assert get_interpolant("trigonometric").default_init_time == 1
+    @pytest.mark.parametrize("prediction", ["velocity", "sample", "epsilon", "score"])
+    def test_sampling_and_students_start_where_the_prediction_has_a_sample(self, prediction):
         vp = get_interpolant("vp")
-        assert vp.default_init_time == vp.time_of_ratio(2.5)
+        assert vp.default_init_time(prediction) == vp.time_of_ratio(2.5)
+        assert vp.start_time(prediction) == 1
+        for name in ("linear", "trigonometric"):
+            it = get_interpolant(name)
+            direct = prediction in ("velocity", "sample")
+            assert it.reaches_sample(1.0, prediction) == direct
+            assert it.start_time(prediction) == (1 if direct else it.time_of_ratio(80.0))
+            assert it.default_init_time(prediction) == (1 if direct else it.time_of_ratio(2.5))
+            assert it.reaches_sample(it.start_time(prediction), prediction)
 
 
 class TestIdentity:

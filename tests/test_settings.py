@@ -36,6 +36,14 @@ def test_numbers_that_yaml_reads_as_text_are_numbers(tmp_path):
     assert isinstance(settings.adam_beta1, float)  # an integer beta is another code path in Adam
 
 
+def test_no_is_a_word_and_false_is_a_boolean(tmp_path):
+    file = tmp_path / "c.yaml"
+    file.write_text("output_dir: a\nmixed_precision: no\noverwrite_output_dir: false\n")
+    for argv in (["--config", str(file)], ["--output_dir", "a", "--mixed_precision", "no"]):
+        settings = parse_settings(TeacherConfig, argv)
+        assert (settings.mixed_precision, settings.overwrite_output_dir) == ("no", False)
+
+
 def test_a_key_alone_is_a_flag_and_several_values_are_a_list():
     settings = parse_settings(TeacherConfig, ["--output_dir", "a", "--overwrite_output_dir", "--seed", "3"])
     assert settings.overwrite_output_dir is True

@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import os
+import re
 import sys
 import types
 import typing
@@ -55,10 +56,21 @@ def parse_settings(cls: type[T], argv: list[str], description: str = "") -> T:
     return settings_from_dict(cls, values)
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2's booleans: `no` is text here (a choice of `mixed_precision`), not False."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:bool"]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"true|false|True|False"), list("tTfF"))
+
+
 def read_yaml(path: str | Path) -> dict[str, Any]:
     """A YAML file that holds a mapping."""
     try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        values = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)
     except OSError as error:
         raise InputError(f"Cannot read the config file {path}: {error.strerror}.") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -149,7 +161,7 @@ def _split_arguments(argv: list[str]) -> list[tuple[str, Any]]:
 
 def _parse_word(word: str) -> Any:
     try:
-        return yaml.safe_load(word)
+        return yaml.load(word, _Loader)
     except yaml.YAMLError:
         return word
 

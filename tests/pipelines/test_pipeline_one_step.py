@@ -47,9 +47,7 @@ def test_the_student_is_evaluated_exactly_once():
 @pytest.mark.parametrize("name", ["linear", "trigonometric", "vp"])
 def test_latents_are_the_one_step_map(name, prediction_type):
     interpolant = get_interpolant(name)
-    # At t = 1 of `linear` and `trigonometric` α is 0: only a velocity or a sample has an x̂0 there.
-    defined_at_end = name == "vp" or prediction_type in ("velocity", "sample")
-    init_time = interpolant.default_init_time if defined_at_end else 0.7
+    init_time = interpolant.default_init_time(prediction_type)
     pipe = student({"interpolant": name, "prediction_type": prediction_type, "init_time": init_time})
     noise = torch.randn(2, 1, 8, 8, generator=seeded())
     labels = torch.tensor([2, 0])

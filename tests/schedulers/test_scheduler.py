@@ -265,6 +265,8 @@ class TestContract:
             (dict(solver="rk4"), "`solver` is 'rk4'; choose one of: euler, heun"),
             (dict(init_time=0.0), "`init_time` must lie in .*, got 0.0"),
             (dict(init_time=1.1), "`init_time` must lie in .*, got 1.1"),
+            (dict(prediction_type="epsilon"), "epsilon prediction says nothing about the sample .* at 0.9877"),
+            (dict(prediction_type="score", interpolant="trigonometric"), "score prediction says nothing"),
             (dict(interpolant="cosine"), "Unknown interpolant 'cosine'"),
             (dict(interpolant_kwargs={"b0": 1}), "'linear' does not take the settings"),
             (dict(interpolant="vp", interpolant_kwargs={"b0": 3, "b1": 2}), "0 < b0 < b1"),

@@ -218,10 +218,22 @@ class Interpolant:
             low, high = (middle, high) if c.beta < ratio * c.alpha else (low, middle)
         return 0.5 * (low + high)
 
-    @property
-    def default_init_time(self) -> float:
-        """Where a one-step student starts unless told otherwise: t = 1."""
-        return 1.0
+    def start_time(self, prediction_type: str) -> float:
+        """The time at which sampling begins: 1, or β/α = 80 (EDM's largest noise level, Karras et al. 2022, table 1)
+        where α(1) = 0 and the prediction says nothing about x̂0 there.
+        """
+        return 1.0 if self.reaches_sample(1.0, prediction_type) else self.time_of_ratio(80.0)
+
+    def default_init_time(self, prediction_type: str) -> float:
+        """Where a one-step student starts unless told otherwise: t = 1 if x̂0 follows from the prediction there,
+        else β/α = 2.5 (SiD's initial sigma).
+        """
+        return 1.0 if self.reaches_sample(1.0, prediction_type) else self.time_of_ratio(2.5)
+
+    def reaches_sample(self, t: float, prediction_type: str) -> bool:
+        """Whether x̂0 can be had from the prediction at time t: from `epsilon` and `score` it is (x_t − β x̂1) / α."""
+        alpha = self.coefficients(torch.tensor(t, dtype=torch.float64)).alpha
+        return prediction_type in ("velocity", "sample") or float(alpha) > 1e-6
 
 
 class LinearInterpolant(Interpolant):
@@ -267,8 +279,7 @@ class VPInterpolant(Interpolant):
         beta = torch.sqrt(-torch.expm1(2 * log_alpha))
         return alpha, beta, alpha * d_log_alpha, -(alpha**2) * d_log_alpha / beta
 
-    @property
-    def default_init_time(self) -> float:
+    def default_init_time(self, prediction_type: str) -> float:
         return self.time_of_ratio(2.5)
 
 

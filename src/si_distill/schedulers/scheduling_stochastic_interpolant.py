@@ -71,6 +71,12 @@ class StochasticInterpolantScheduler(SchedulerMixin, ConfigMixin):
         if not 0 < init_time <= 1:
             raise ValueError(f"`init_time` must lie in (0, 1], got {init_time}.")
         self.interpolant = get_interpolant(interpolant, **(interpolant_kwargs or {}))
+        if not self.interpolant.reaches_sample(init_time, prediction_type):
+            raise ValueError(
+                f"A {prediction_type} prediction says nothing about the sample at `init_time` {init_time}, where the "
+                f"interpolant {interpolant!r} has α = 0; start below, e.g. at "
+                f"{self.interpolant.start_time(prediction_type):.4f}."
+            )
         self.order = 2 if solver == "heun" else 1
         self.num_inference_steps: int | None = None
         self.set_timesteps(num_train_timesteps)

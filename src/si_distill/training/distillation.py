@@ -57,7 +57,16 @@ class DistillationTrainer(Trainer):
         config = teacher.transformer.config
         self.sample_shape = (config.in_channels, config.sample_size, config.sample_size)
         self.data = self._load_real_data() if self.objective.uses_real_data else None
-        self.init_time = self.interpolant.default_init_time if settings.init_time is None else settings.init_time
+        self.init_time = (
+            self.interpolant.default_init_time(self.prediction_type)
+            if settings.init_time is None
+            else settings.init_time
+        )
+        if not self.interpolant.reaches_sample(self.init_time, self.prediction_type):
+            raise InputError(
+                f"`init_time` is {self.init_time}, where the teacher's {self.prediction_type} prediction says nothing about "
+                "the sample (α = 0): leave it out, or set it below 1."
+            )
 
         network = teacher.transformer.requires_grad_(False)
         ema = EMA.of(network, settings.ema_decay)

@@ -91,6 +91,7 @@ class TeacherTrainer(Trainer):
             interpolant=self.settings.interpolant,
             interpolant_kwargs=self.interpolant.config,
             prediction_type=self.settings.prediction_type,
+            init_time=self.interpolant.start_time(self.settings.prediction_type),
         )
         network = self.accelerator.unwrap_model(self.ema.network, keep_fp32_wrapper=False)
         return InterpolantPipeline(network, scheduler, id2label=dict(enumerate(self.data.class_names)))
