@@ -39,6 +39,7 @@ setup(
     extras_require={
         "demo": ["scikit-learn>=1.4"],
         "space": ["gradio>=5.0"],
-        "dev": ["scikit-learn>=1.4", "pytest>=8.0", "pytest-xdist>=3.5", "ruff>=0.9"],
+        "bench": ["matplotlib>=3.8"],
+        "dev": ["scikit-learn>=1.4", "matplotlib>=3.8", "pytest>=8.0", "pytest-xdist>=3.5", "ruff>=0.9"],
     },
 )

@@ -51,10 +51,17 @@ class Gaussian:
         if space == "sample":
             return self.x0_given(interpolant, x_t, t)
         x1 = self.x1_given(interpolant, x_t, t)
+        if space == "edm":
+            return interpolant.target(
+                self.x0_given(interpolant, x_t, t), x1, t, "edm"
+            )  # the target is linear in x0, x1
         return x1 if space == "epsilon" else -x1 / interpolant.at(t, x_t).beta
 
     def flow_to_data(self, interpolant: Interpolant, x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        """End at t = 0 of the probability-flow ODE through (x_t, t): (x − α m) / √Σ is constant along it."""
+        """The data's end of the probability-flow ODE through (x_t, t): (x − α m) / √Σ is constant along it.
+
+        It is where β = 0, below t = 0 on the paths that begin with noise.
+        """
         c = interpolant.at(t, x_t)
         return self.mean + self.std * (x_t - c.alpha * self.mean) / (c.alpha**2 * self.std**2 + c.beta**2).sqrt()
 

@@ -2,35 +2,17 @@
 
 import math
 
+import interpolant_families as families
 import pytest
 import torch
+from interpolant_families import FAMILIES, PRESERVING, TIMES, double, every_family, exact_predictions, noise
 
-from si_distill.interpolants import INTERPOLANTS, PREDICTIONS, Interpolant, VPInterpolant, get_interpolant
-
-FAMILIES = [("linear", {}), ("trigonometric", {}), ("vp", {}), ("vp", dict(b0=0.5, b1=8.0))]
-TIMES = torch.linspace(0.02, 0.98, 25, dtype=torch.float64)
-
-every_family = pytest.mark.parametrize(("name", "config"), FAMILIES, ids=["linear", "trigonometric", "vp", "vp-other"])
-
-
-def double(*values: float) -> torch.Tensor:
-    return torch.tensor(values, dtype=torch.float64)
-
-
-def noise(seed: int, *shape: int) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+from si_distill.interpolants import INTERPOLANTS, PREDICTIONS, Interpolant, get_interpolant
 
 
 @pytest.fixture
 def truth():
-    """x0 and x1 at 25 times, as small images."""
-    return noise(0, len(TIMES), 2, 3, 3), noise(1, len(TIMES), 2, 3, 3)
-
-
-def exact_predictions(it: Interpolant, x0: torch.Tensor, x1: torch.Tensor, t: torch.Tensor) -> dict[str, torch.Tensor]:
-    """What perfect networks say when (x0, x1) is known."""
-    beta = it.at(t, x0).beta
-    return {"velocity": it.velocity(x0, x1, t), "sample": x0, "epsilon": x1, "score": -x1 / beta}
+    return families.truth()
 
 
 class Cubic(Interpolant):
@@ -52,22 +34,23 @@ class TestCoefficients:
         t = TIMES.clone().requires_grad_()
         c = it.coefficients(t)
         for value, derivative in ((c.alpha, c.d_alpha), (c.beta, c.d_beta)):
-            (expected,) = torch.autograd.grad(value.sum(), t, retain_graph=True)
+            # α of `edm` is constant.
+            expected = torch.autograd.grad(value.sum(), t, retain_graph=True)[0] if value.requires_grad else 0 * t
             torch.testing.assert_close(derivative, expected, rtol=1e-10, atol=1e-12)
 
     @every_family
     def test_data_at_0_and_reference_at_1(self, name, config):
         c = get_interpolant(name, **config).coefficients(double(0, 1))
-        torch.testing.assert_close(c.alpha[0], double(1)[0], rtol=0, atol=0)
-        assert c.beta[0] == 0
+        if name == "edm":
+            assert torch.equal(c.alpha, double(1, 1))
+            first, last = config.get("sigma_min", 0.002), config.get("sigma_max", 80.0)
+            torch.testing.assert_close(c.beta, double(first, last), rtol=1e-13, atol=0)
+            return
+        # The first level of a discrete schedule already has noise.
+        assert c.beta[0] == 0 or (name == "ddpm" and c.beta[0] < 0.06)
+        assert c.alpha[0] == pytest.approx(math.sqrt(1 - c.beta[0] ** 2), rel=1e-14)
         assert c.alpha[1] < 0.15
         assert c.beta[1] > 0.98
-
-    def test_end_values_of_each_family(self):
-        alpha = {n: float(get_interpolant(n).coefficients(double(1)).alpha) for n in INTERPOLANTS}
-        assert alpha["linear"] == 0
-        assert alpha["trigonometric"] == pytest.approx(0, abs=1e-15)
-        assert alpha["vp"] == pytest.approx(math.exp(-0.25 * 19.9 - 0.05), rel=1e-14)
 
     @every_family
     def test_signal_to_noise_falls(self, name, config):
@@ -76,7 +59,7 @@ class TestCoefficients:
         assert ((c.alpha / c.beta).diff() < 0).all()
         torch.testing.assert_close(c.kappa, c.d_alpha - c.d_beta * c.alpha / c.beta, rtol=1e-12, atol=1e-12)
 
-    @pytest.mark.parametrize(("name", "config"), FAMILIES[1:])
+    @pytest.mark.parametrize(("name", "config"), PRESERVING)
     def test_variance_is_preserved(self, name, config):
         c = get_interpolant(name, **config).coefficients(TIMES)
         torch.testing.assert_close(c.alpha**2 + c.beta**2, torch.ones_like(TIMES), rtol=1e-14, atol=0)
@@ -138,10 +121,11 @@ class TestInterpolation:
     def test_targets_are_what_perfect_networks_say(self, name, config, truth):
         it = get_interpolant(name, **config)
         for space, expected in exact_predictions(it, *truth, TIMES).items():
-            torch.testing.assert_close(it.target(*truth, TIMES, space), expected, rtol=0, atol=0)
+            rounding = dict(rtol=1e-11, atol=1e-11) if space == "edm" else dict(rtol=0, atol=0)
+            torch.testing.assert_close(it.target(*truth, TIMES, space), expected, **rounding)
 
     def test_refuses_a_target_it_does_not_know(self, truth):
-        with pytest.raises(ValueError, match="velocity, sample, epsilon, score"):
+        with pytest.raises(ValueError, match="velocity, sample, epsilon, score, edm"):
             get_interpolant("linear").target(*truth, TIMES, "noise")
 
     def test_low_precision_samples_keep_precise_times(self):
@@ -183,8 +167,14 @@ class TestConvert:
     def test_is_finite_at_the_ends_where_it_is_defined(self, name, config):
         it = get_interpolant(name, **config)
         x, prediction = noise(0, 1, 4), noise(1, 1, 4)
-        for source, target in (("sample", "velocity"), ("velocity", "sample"), ("velocity", "epsilon")):
-            assert it.convert(prediction, x, double(1), source, target).isfinite().all()
+        complete = ("velocity", "sample", "edm")
+        for source in complete:
+            for target in (*complete, "epsilon", "score"):
+                assert it.convert(prediction, x, double(1), source, target).isfinite().all()
+        assert it.network_input(x, double(1), "edm").isfinite().all()
+        assert it.edm_weight(double(1)).isfinite().all()
+        assert it.target(x, prediction, double(0), "edm").isfinite().all()
+        assert it.convert(prediction, x, double(0), "edm", "epsilon").isfinite().all()
 
     @pytest.mark.parametrize("family", [Cubic(), Cubic(power=2.0)])
     def test_works_for_a_new_family_of_a_dozen_lines(self, family, truth):
@@ -227,12 +217,13 @@ class TestOneStep:
     def test_is_the_same_map_in_every_parameterisation(self, name, config, source):
         it, x1, t = get_interpolant(name, **config), noise(0, 3, 2), 0.7
         times = torch.full((3,), t, dtype=torch.float64)
-        beta = it.at(times, x1).beta
+        x_t = it.at(times, x1).beta * x1
 
-        def network(x, t):
-            return it.convert(torch.tanh(x), x, t, "sample", source)
+        def network(network_input, t):
+            assert torch.equal(network_input, it.network_input(x_t, t, source))
+            return it.convert(torch.tanh(x_t), x_t, t, "sample", source)
 
-        torch.testing.assert_close(it.one_step(network, x1, t, source), torch.tanh(beta * x1), rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(it.one_step(network, x1, t, source), torch.tanh(x_t), rtol=1e-9, atol=1e-9)
 
     def test_gives_float32_times_and_returns_the_dtype_of_the_noise(self):
         seen = []
@@ -246,41 +237,6 @@ class TestOneStep:
         assert seen == [(torch.bfloat16, torch.float32)]
 
 
-class TestTimeOfRatio:
-    def test_closed_forms(self):
-        assert get_interpolant("linear").time_of_ratio(2.5) == pytest.approx(2.5 / 3.5, rel=1e-14)
-        expected = math.atan(2.5) / (math.pi / 2)
-        assert get_interpolant("trigonometric").time_of_ratio(2.5) == pytest.approx(expected, rel=1e-14)
-        # vp: α² = 1 / (1 + 2.5²), and −log α is a quadratic in t.
-        a, b, c = 0.25 * 19.9, 0.05, -0.5 * math.log(1 + 2.5**2)
-        assert VPInterpolant().time_of_ratio(2.5) == pytest.approx((-b + math.sqrt(b * b - 4 * a * c)) / (2 * a))
-
-    @every_family
-    @pytest.mark.parametrize("ratio", [0.01, 1.0, 6.0])
-    def test_inverts_beta_over_alpha(self, name, config, ratio):
-        it = get_interpolant(name, **config)
-        c = it.coefficients(double(it.time_of_ratio(ratio)))
-        torch.testing.assert_close(c.beta / c.alpha, double(ratio), rtol=1e-12, atol=0)
-
-    @pytest.mark.parametrize(("name", "ratio"), [("vp", 200.0), ("vp", 0.0), ("linear", -1.0)])
-    def test_refuses_a_ratio_out_of_reach(self, name, ratio):
-        with pytest.raises(ValueError, match=f"{ratio} is not reached"):
-            get_interpolant(name).time_of_ratio(ratio)
-
-    @pytest.mark.parametrize("prediction", ["velocity", "sample", "epsilon", "score"])
-    def test_sampling_and_students_start_where_the_prediction_has_a_sample(self, prediction):
-        vp = get_interpolant("vp")
-        assert vp.default_init_time(prediction) == vp.time_of_ratio(2.5)
-        assert vp.start_time(prediction) == 1
-        for name in ("linear", "trigonometric"):
-            it = get_interpolant(name)
-            direct = prediction in ("velocity", "sample")
-            assert it.reaches_sample(1.0, prediction) == direct
-            assert it.start_time(prediction) == (1 if direct else it.time_of_ratio(80.0))
-            assert it.default_init_time(prediction) == (1 if direct else it.time_of_ratio(2.5))
-            assert it.reaches_sample(it.start_time(prediction), prediction)
-
-
 class TestIdentity:
     @every_family
     def test_name_and_config_rebuild_it(self, name, config):
@@ -291,14 +247,37 @@ class TestIdentity:
         assert eval(repr(it), {"get_interpolant": get_interpolant}) == it
 
     def test_differs_by_family_and_by_setting(self):
-        several = {get_interpolant(name, **config) for name, config in FAMILIES}
+        several = {get_interpolant(name, **config) for name, config in FAMILIES.values()}
         assert len(several) == len(FAMILIES)
         assert get_interpolant("vp", b0=1, b1=2) == get_interpolant("vp", b0=1.0, b1=2.0)
         assert get_interpolant("linear") != "linear"
 
     def test_refuses_an_unknown_name_with_the_choices(self):
-        with pytest.raises(ValueError, match=r"Unknown interpolant 'cosine'.*linear, trigonometric, vp"):
+        with pytest.raises(ValueError, match=r"Unknown interpolant 'cosine'.*linear, trigonometric, vp, ddpm, edm"):
             get_interpolant("cosine")
+
+    def test_config_is_plain_scalars_also_after_use(self):
+        for it in map(get_interpolant, INTERPOLANTS):
+            it.coefficients(TIMES)
+            assert all(type(value) in (int, float, str) for value in it.config.values())
+
+    @pytest.mark.parametrize(
+        ("name", "config", "message"),
+        [
+            ("ddpm", dict(beta_schedule="sigmoid"), "'sigmoid'.*linear, scaled_linear, squaredcos_cap_v2"),
+            ("ddpm", dict(num_train_timesteps=1), "num_train_timesteps=1"),
+            ("ddpm", dict(num_train_timesteps=10.5), "num_train_timesteps=10.5"),
+            ("ddpm", dict(beta_start=0.1), "beta_start=0.1 and beta_end=0.02"),
+            ("ddpm", dict(beta_end=1.0), "beta_end=1.0"),
+            ("edm", dict(sigma_min=0.0), "'sigma_min': 0.0"),
+            ("edm", dict(sigma_max=0.001), "'sigma_max': 0.001"),
+            ("edm", dict(rho=0), "'rho': 0.0"),
+            ("edm", dict(sigma_data=-1), "'sigma_data': -1.0"),
+        ],
+    )
+    def test_refuses_settings_that_cannot_work(self, name, config, message):
+        with pytest.raises(ValueError, match=message):
+            get_interpolant(name, **config)
 
     @pytest.mark.parametrize("name", ["linear", "vp"])
     def test_refuses_settings_it_does_not_have(self, name):

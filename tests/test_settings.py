@@ -93,6 +93,16 @@ def test_settings_survive_a_round_trip_through_yaml():
         (DistillConfig, [*DISTILL, "--ema_decay", "1"], ["ema_decay", "[0, 1)"]),
         (DistillConfig, [*DISTILL, "--mixed_precision", "fp16"], ["mixed_precision", "no, bf16"]),
         (DistillConfig, [*DISTILL, "--guidance_scale", "-1"], ["guidance_scale", "negative"]),
+        (
+            DistillConfig,
+            [*DISTILL, "--guidance_t_min", "0.9", "--guidance_t_max", "0.2"],
+            ["guidance_t_min", "[0.9, 0.2]"],
+        ),
+        (DistillConfig, [*DISTILL, "--critic_guidance_scale", "2"], ["null class", "critic_class_dropout_prob"]),
+        (DistillConfig, [*DISTILL, "--adversarial.kind", "gan"], ["adversarial.kind", "none, encoder, head"]),
+        (DistillConfig, [*DISTILL, "--adversarial.t_min", "0.1"], ["adversarial.t_max", "or neither"]),
+        (DistillConfig, [*DISTILL, "--adversarial.kind", "head", "--adversarial.critic_weight", "-1"], ["negative"]),
+        (DistillConfig, [*DISTILL, "--objective", "realuid", "--objective_kwargs", "{gamma: 1.5}"], ["0 < c <= 1"]),
         (DistillConfig, ["--output_dir", "runs/x", "--teacher", "runs/x"], ["same folder"]),
         (DistillConfig, ["--output_dir", "runs/x"], ["`teacher` is not set"]),
         (DistillConfig, ["--teacher", "runs/x"], ["`output_dir` is not set"]),
@@ -137,6 +147,15 @@ def _configs(name: str) -> list[Path]:
 @pytest.mark.parametrize("path", _configs("teacher"), ids=lambda p: p.parent.name)
 def test_every_teacher_config_is_valid(path):
     assert parse_settings(TeacherConfig, ["--config", str(path)]).model
+
+
+@pytest.mark.parametrize("recipe", sorted((ROOT / "configs/recipes").glob("*.yaml")), ids=lambda p: p.stem)
+def test_every_recipe_lies_over_a_distillation_config(recipe):
+    base = ROOT / "configs/digits/distill.yaml"
+    settings = parse_settings(DistillConfig, ["--config", str(base), "--config", str(recipe)])
+    assert settings.objective == yaml.safe_load(recipe.read_text())["objective"]
+    assert settings.max_steps == yaml.safe_load(base.read_text())["max_steps"]
+    assert settings.build_objective().source
 
 
 @pytest.mark.parametrize("path", _configs("distill"), ids=lambda p: p.parent.name)

@@ -12,6 +12,7 @@ conditional velocity İ of the sample behind x_t,
 All three arguments may be given as velocities or as x̂0-predictions (`space`); the target is then İ or x0. Only torch.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -20,6 +21,8 @@ import torch
 from .interpolants import Interpolant
 
 SPACES = ("velocity", "sample")
+GENERATOR_WEIGHTS = ("uniform", "sid")
+CRITIC_WEIGHTS = ("uniform", "edm")
 #: Floor of the mean distance in the `sid` weight (SiD's code uses the same order of magnitude).
 SID_WEIGHT_FLOOR = 1e-5
 
@@ -59,6 +62,12 @@ def interpolant_gap(
     return (2 * b * delta * target - 2 * a * delta * teacher - c * delta**2).flatten(1).mean(1)
 
 
+def sid_weight(sample: torch.Tensor, teacher_sample: torch.Tensor) -> torch.Tensor:
+    """1 / mean|x_g − x̂0*| per sample, (B,), without gradient: SiD's weight of a loss in sample space."""
+    with torch.no_grad():
+        return 1 / (sample - teacher_sample).abs().flatten(1).mean(1).clamp(min=SID_WEIGHT_FLOOR)
+
+
 @dataclass(frozen=True)
 class DistillationObjective:
     """One member of the family: what the critic and the generator minimise, and in which space and weight.
@@ -70,7 +79,9 @@ class DistillationObjective:
         detach: whether the generator's gradient stops at v* and v_ψ and only flows through the target.
         space: `"velocity"` or `"sample"`: what `critic_loss` and `generator_loss` are given. For a = b the two spaces
             differ by the factor κ² alone, which the weight undoes; for a ≠ b they are different objectives.
-        weight: `"uniform"`, 1 in velocity space, or `"sid"`, 1 / mean|x_g − x̂0*| in sample space (SiD, Zhou et al. 2024).
+        weight: of the generator's loss: `"uniform"`, 1 in velocity space, or `"sid"`, 1 / mean|x_g − x̂0*| in sample space
+            (SiD, Zhou et al. 2024).
+        critic_weight: of the critic's loss: `"uniform"` or `"edm"`, (σ² + σ_d²) / (σ σ_d)² in sample space (EDM).
         source: where the preset is from.
     """
 
@@ -80,13 +91,28 @@ class DistillationObjective:
     detach: bool = False
     space: str = "velocity"
     weight: str = "uniform"
+    critic_weight: str = "uniform"
     source: str = ""
 
     def __post_init__(self) -> None:
         if self.space not in SPACES:
             raise ValueError(f"Unknown space {self.space!r} of a loss. Choose one of: {', '.join(SPACES)}.")
-        if self.weight not in ("uniform", "sid"):
-            raise ValueError(f"Unknown weight {self.weight!r} of a loss. Choose one of: uniform, sid.")
+        for name, choices in (("weight", GENERATOR_WEIGHTS), ("critic_weight", CRITIC_WEIGHTS)):
+            if getattr(self, name) not in choices:
+                raise ValueError(
+                    f"Unknown {name} {getattr(self, name)!r} of a loss. Choose one of: {', '.join(choices)}."
+                )
+        if not all(math.isfinite(value) for value in (*self.critic, *self.generator)):
+            raise ValueError(
+                f"The coefficients of {self.name!r} must be finite, got {self.critic} and {self.generator}."
+            )
+        a, b, c = self.critic
+        if not (a > 0 and b > 0 and 0 < c <= 1):
+            raise ValueError(
+                f"The critic's coefficients of {self.name!r} must have a > 0, b > 0 and 0 < c <= 1, got {self.critic}: "
+                "‖Δ‖² has the weight c on generated and 1 − c on real data, and where it turns negative the critic's "
+                "loss has no minimum."
+            )
 
     @property
     def uses_real_data(self) -> bool:
@@ -153,6 +179,7 @@ class DistillationObjective:
         sample: torch.Tensor | None = None,
         teacher_sample: torch.Tensor | None = None,
         weight: str | None = None,
+        edm_weight: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Per-sample weight for a loss in this objective's space, (B,), without gradient.
 
@@ -160,14 +187,19 @@ class DistillationObjective:
             kappa: (B,) κ = α' − β' α / β at the times of the batch; a squared velocity error is κ² times the squared
                 error of x̂0.
             sample, teacher_sample: x_g and x̂0* of shape (B, …), needed by the `sid` weight.
-            weight: another weight than the generator's; the critic of every preset so far uses `"uniform"`.
+            weight: another weight than the generator's: `critic_weight` for the critic.
+            edm_weight: (B,) `Interpolant.edm_weight` at the times, needed by the `edm` weight.
         """
         in_sample_space = self.space == "sample"
         with torch.no_grad():
-            if (weight or self.weight) == "uniform":
-                return kappa**2 if in_sample_space else torch.ones_like(kappa)
-            distance = (sample - teacher_sample).abs().flatten(1).mean(1).clamp(min=SID_WEIGHT_FLOOR)
-            return 1 / distance if in_sample_space else 1 / (kappa**2 * distance)
+            match weight or self.weight:
+                case "uniform":
+                    return kappa**2 if in_sample_space else torch.ones_like(kappa)
+                case "edm":
+                    in_sample = edm_weight
+                case _:
+                    in_sample = sid_weight(sample, teacher_sample)
+            return in_sample if in_sample_space else in_sample / kappa**2
 
     def check_interpolant(self, interpolant: Interpolant) -> None:
         """Refuses an interpolant on which this objective has no gradient.
@@ -217,6 +249,22 @@ def _sid(alpha: float = 1.0) -> DistillationObjective:
     )
 
 
+def _sida(alpha: float = 1.0) -> DistillationObjective:
+    return replace(_sid(alpha), name="sida", source="SiDA (Zhou et al. 2024): sid with an `encoder` adversarial term")
+
+
+def _dmd2() -> DistillationObjective:
+    return DistillationObjective(
+        "dmd2",
+        (1, 1, 1),
+        (0, 1, 0),
+        detach=True,
+        space="sample",
+        weight="sid",
+        source="DMD2 (Yin et al. 2024), its gradient; with a `head` adversarial term",
+    )
+
+
 def _realuid(alpha: float = 0.92, beta: float = 0.94, gamma: float | None = None) -> DistillationObjective:
     triple = (alpha, beta, alpha if gamma is None else gamma)
     return DistillationObjective("realuid", triple, triple, source="RealUID; CIFAR-10 (0.92, 0.94), (0.98, 0.96)")
@@ -239,18 +287,25 @@ PRESETS: dict[str, Callable[..., DistillationObjective]] = {
     "sid": _sid,
     "realuid": _realuid,
     "realsid": _realsid,
+    "sida": _sida,
+    "dmd2": _dmd2,
 }
 
 
 def get_objective(
-    name: str, *, space: str | None = None, weight: str | None = None, **coefficients: float
+    name: str,
+    *,
+    space: str | None = None,
+    weight: str | None = None,
+    critic_weight: str | None = None,
+    **coefficients: float,
 ) -> DistillationObjective:
     """A preset of the family, e.g. `get_objective("sid", alpha=1.2)`, `get_objective("realuid", alpha=0.92, beta=0.94)`.
 
     Args:
-        name: `gap`, `cross_term`, `cross_term_detached`, `sid` (alpha), `realuid` (alpha, beta, and optionally gamma)
-            or `realsid` (alpha, beta, alpha_sid).
-        space, weight: instead of the preset's own (see `DistillationObjective`).
+        name: `gap`, `cross_term`, `cross_term_detached`, `sid` (alpha), `realuid` (alpha, beta, and optionally gamma),
+            `realsid` (alpha, beta, alpha_sid), `sida` (alpha) or `dmd2`.
+        space, weight, critic_weight: instead of the preset's own (see `DistillationObjective`).
         coefficients: the preset's coefficients.
 
     Raises:
@@ -262,5 +317,5 @@ def get_objective(
         objective = PRESETS[name](**coefficients)
     except TypeError as error:
         raise ValueError(f"The objective {name!r} does not take {coefficients}: {error}.") from None
-    changes = {key: value for key, value in (("space", space), ("weight", weight)) if value is not None}
-    return replace(objective, **changes)
+    changes = {"space": space, "weight": weight, "critic_weight": critic_weight}
+    return replace(objective, **{key: value for key, value in changes.items() if value is not None})

@@ -7,6 +7,7 @@ import re
 import sys
 import types
 import typing
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -26,9 +27,9 @@ def setting(default: Any, help: str, choices: tuple[str, ...] | None = None) -> 
 
 
 def parse_settings(cls: type[T], argv: list[str], description: str = "") -> T:
-    """Reads `--config FILE` and then `--key value`, `--key=value` or `--section.key value` overrides.
+    """Reads `--config FILE` (several are laid one over the other) and then `--key value` or `--section.key value`.
 
-    Overriding a setting that has a companion `…_kwargs` (objective, interpolant) drops the file's companion: its values
+    Overriding a setting that has a companion `…_kwargs` (objective, interpolant) drops the earlier companion: its values
     belong to the other choice.
 
     Raises:
@@ -41,10 +42,11 @@ def parse_settings(cls: type[T], argv: list[str], description: str = "") -> T:
     values: dict[str, Any] = {}
     overrides = _split_arguments(argv)
     for path in [value for key, value in overrides if key == "config"]:
-        values = _merge(values, read_yaml(path))
+        layer = read_yaml(path)
+        _forget_companions(values, layer)
+        values = _merge(values, layer)
     overrides = [(key, value) for key, value in overrides if key != "config"]
-    for key, _ in overrides:
-        values.pop(f"{key}_kwargs", None)
+    _forget_companions(values, (key for key, _ in overrides))
     for key, value in overrides:
         *sections, last = key.split(".")
         place = values
@@ -164,6 +166,11 @@ def _parse_word(word: str) -> Any:
         return yaml.load(word, _Loader)
     except yaml.YAMLError:
         return word
+
+
+def _forget_companions(values: dict[str, Any], chosen: Iterable[str]) -> None:
+    for key in chosen:
+        values.pop(f"{key}_kwargs", None)
 
 
 def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:

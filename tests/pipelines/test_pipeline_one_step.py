@@ -43,8 +43,8 @@ def test_the_student_is_evaluated_exactly_once():
     assert rows == [3]
 
 
-@pytest.mark.parametrize("prediction_type", ["velocity", "sample", "epsilon", "score"])
-@pytest.mark.parametrize("name", ["linear", "trigonometric", "vp"])
+@pytest.mark.parametrize("prediction_type", ["velocity", "sample", "epsilon", "score", "edm"])
+@pytest.mark.parametrize("name", ["linear", "trigonometric", "vp", "ddpm", "edm"])
 def test_latents_are_the_one_step_map(name, prediction_type):
     interpolant = get_interpolant(name)
     init_time = interpolant.default_init_time(prediction_type)
@@ -61,7 +61,7 @@ def test_latents_are_the_one_step_map(name, prediction_type):
     actual = pipe(labels, latents=noise, output_type="latent").images
     # The same float32 operations on the same numbers; the margin is for another order within a matrix product.
     torch.testing.assert_close(actual, expected, rtol=1e-6, atol=1e-6)
-    assert (actual - elsewhere).abs().max() > 1e-3
+    assert (actual - elsewhere).abs().max() > 1e-4
 
 
 def test_the_pipeline_draws_the_noise_of_the_generator():

@@ -23,12 +23,18 @@ def scheduler(interpolant: str = "linear", prediction: str = "velocity", solver:
 
 
 def defined_init_time(interpolant: str, prediction: str) -> float:
-    """x1 alone says nothing about x0 where α = 0; α(1) of `vp` is small but not 0."""
-    return 1.0 if interpolant == "vp" or prediction in ("velocity", "sample") else 0.98
+    """x1 alone says nothing about x0 where α = 0; α(1) of `vp`, `ddpm` and `edm` is not 0."""
+    vanishes = interpolant in ("linear", "trigonometric")
+    return 0.98 if vanishes and prediction in ("epsilon", "score") else 1.0
 
 
 def exact_network(sched: StochasticInterpolantScheduler, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-    return DATA.field(sched.interpolant, x, t.reshape(1).double(), sched.config.prediction_type)
+    """The network's output on the input that the scheduler makes of the state."""
+    t, kind = t.double(), sched.config.prediction_type
+    network_input = sched.scale_model_input(x, t)
+    c, data = sched.interpolant.coefficients(t), sched.interpolant.sigma_data
+    state = network_input * (c.beta**2 + (c.alpha * data) ** 2).sqrt() if kind == "edm" else network_input
+    return DATA.field(sched.interpolant, state, t.reshape(1), kind)
 
 
 def sample(sched: StochasticInterpolantScheduler, x: torch.Tensor) -> torch.Tensor:
@@ -49,10 +55,23 @@ class TestSolvers:
             x = sched.init_noise_sigma * noise(0, 5, 3)
             exact = DATA.flow_to_data(sched.interpolant, x, sched.timesteps[:1].double())
             errors.append((sample(sched, x) - exact).abs().max())
-        # The last step's error is proportional to β² at its start, which on `vp` begins with b0 t: between the orders.
-        low, high = (1.85, 2.25) if solver == "euler" else (2.7, 3.4) if interpolant == "vp" else (3.7, 4.4)
+        # The last step's error is proportional to β² at its start, which on `vp` and its discrete twin `ddpm` begins with
+        # b0 t: between the orders. On `edm` steps of t are long at first, and the noise that they move is 80 times larger.
+        between = interpolant in ("vp", "ddpm")
+        low, high = (1.85, 2.25) if solver == "euler" else (2.7, 3.4) if between else (3.7, 4.4)
         assert low < errors[0] / errors[1] < high
-        assert errors[1] < (0.08 if solver == "euler" else 0.008)
+        assert errors[1] < (0.08 if solver == "euler" else 0.008) * (10 if interpolant == "edm" else 1)
+
+    @pytest.mark.parametrize("interpolant", ["vp", "ddpm", "edm"])
+    @every_prediction
+    def test_one_step_from_the_default_time_is_the_posterior_mean_at_sigma_2_5(self, interpolant, prediction):
+        it = get_interpolant(interpolant)
+        sched = scheduler(interpolant, prediction, init_time=it.default_init_time(prediction))
+        sched.set_timesteps(1)
+        x1 = noise(0, 5, 3)
+        variance = DATA.std**2
+        expected = DATA.mean + variance / (variance + 2.5**2) * (2.5 * x1 - DATA.mean)
+        torch.testing.assert_close(sample(sched, sched.init_noise_sigma * x1), expected, rtol=1e-5, atol=1e-5)
 
     @every_interpolant
     @every_prediction
@@ -70,7 +89,7 @@ class TestSolvers:
         expected = sched.interpolant.one_step(network, x1, init_time, prediction)
         x_t = sched.init_noise_sigma * x1
         (t,) = sched.timesteps
-        result = sched.step(torch.tanh(x_t), t, x_t)
+        result = sched.step(torch.tanh(sched.scale_model_input(x_t, t)), t, x_t)
         torch.testing.assert_close(result.prev_sample, expected, rtol=1e-5, atol=1e-5)
         assert times == [init_time] * 4
         assert float(t) == pytest.approx(init_time, abs=1e-7)
@@ -235,7 +254,14 @@ class TestTimesteps:
 class TestContract:
     @every_solver
     @pytest.mark.parametrize(
-        ("interpolant", "settings"), [("linear", None), ("trigonometric", None), ("vp", {"b0": 0.2, "b1": 12.0})]
+        ("interpolant", "settings"),
+        [
+            ("linear", None),
+            ("trigonometric", None),
+            ("vp", {"b0": 0.2, "b1": 12.0}),
+            ("ddpm", {"num_train_timesteps": 100, "beta_schedule": "scaled_linear"}),
+            ("edm", {"sigma_max": 40.0, "sigma_data": 0.7}),
+        ],
     )
     def test_save_and_load_give_the_same_step(self, tmp_path, solver, interpolant, settings):
         sched = scheduler(
@@ -261,7 +287,10 @@ class TestContract:
     @pytest.mark.parametrize(
         ("config", "message"),
         [
-            (dict(prediction_type="v"), "`prediction_type` is 'v'; choose one of: velocity, sample, epsilon, score"),
+            (
+                dict(prediction_type="v"),
+                "`prediction_type` is 'v'; choose one of: velocity, sample, epsilon, score, edm",
+            ),
             (dict(solver="rk4"), "`solver` is 'rk4'; choose one of: euler, heun"),
             (dict(init_time=0.0), "`init_time` must lie in .*, got 0.0"),
             (dict(init_time=1.1), "`init_time` must lie in .*, got 1.1"),
@@ -270,6 +299,7 @@ class TestContract:
             (dict(interpolant="cosine"), "Unknown interpolant 'cosine'"),
             (dict(interpolant_kwargs={"b0": 1}), "'linear' does not take the settings"),
             (dict(interpolant="vp", interpolant_kwargs={"b0": 3, "b1": 2}), "0 < b0 < b1"),
+            (dict(interpolant="edm", interpolant_kwargs={"sigma_max": 0}), "0 < sigma_min < sigma_max"),
             (dict(num_train_timesteps=0), "at least 1, got 0"),
         ],
     )
@@ -293,9 +323,24 @@ class TestContract:
         with pytest.raises(TypeError, match="floating point"):
             scheduler().add_noise(x, x, torch.tensor([10, 999]))
 
-    def test_networks_see_the_sample_itself(self):
+    @pytest.mark.parametrize("prediction", ["velocity", "sample", "epsilon", "score"])
+    def test_networks_see_the_sample_itself(self, prediction):
         x = noise(0, 2, 3)
-        assert scheduler().scale_model_input(x, 0.5) is x
+        sched = scheduler("edm", prediction)
+        assert sched.scale_model_input(x, 0.5) is x
+        assert sched.scale_model_input(x) is x
+
+    @every_interpolant
+    @pytest.mark.parametrize("t", [1.0, 0.5, torch.tensor(0.5), torch.tensor([0.2, 0.9])])
+    def test_edm_networks_see_the_state_at_unit_variance(self, interpolant, t):
+        it, x = get_interpolant(interpolant), noise(0, 2, 3)
+        c = it.coefficients(torch.as_tensor(t))
+        expected = x / (c.beta.double() ** 2 + 0.25 * c.alpha.double() ** 2).sqrt().reshape(-1, 1)
+        torch.testing.assert_close(scheduler(interpolant, "edm").scale_model_input(x, t), expected, rtol=1e-6, atol=0)
+
+    def test_edm_networks_need_the_time_of_their_input(self):
+        with pytest.raises(ValueError, match="no `timestep`"):
+            scheduler("edm", "edm").scale_model_input(noise(0, 2, 3))
 
     def test_length_is_the_number_of_training_steps(self):
         assert len(scheduler()) == 1000

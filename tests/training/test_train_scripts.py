@@ -9,8 +9,8 @@ import sys
 import time
 
 import pytest
-from runs import DISTILL, ROOT, command, environment, metrics, run
 from safetensors.torch import load_file
+from script_runs import DISTILL, ROOT, command, environment, metrics, run
 
 from si_distill import InterpolantPipeline, OneStepInterpolantPipeline
 

@@ -4,10 +4,10 @@ import math
 
 import pytest
 import torch
-from torch import nn
 
 from si_distill.data import GlobalBatchSampler
-from si_distill.training.ema import EMA
+from si_distill.interpolants import INTERPOLANTS, get_interpolant
+from si_distill.training.config import TeacherConfig
 from si_distill.training.sample_noise import STREAMS, SampleNoise, sample_seed
 from si_distill.training.times import TimeSampler
 
@@ -62,11 +62,79 @@ def test_logit_normal_times_have_the_quantiles_of_their_law(low, high):
     assert ((t > low) & (t < high)).all()
 
 
+def level(interpolant, t: torch.Tensor) -> torch.Tensor:
+    """σ = β/α at t."""
+    c = interpolant.coefficients(t)
+    return c.beta / c.alpha
+
+
+@pytest.mark.parametrize("name", INTERPOLANTS)
+@pytest.mark.parametrize(("low", "high"), [(0.0, 1.0), (0.1, 0.7)])
+def test_lognormal_times_have_the_quantiles_of_their_law(name, low, high):
+    it = get_interpolant(name)
+    u = torch.linspace(0.01, 0.99, 33, dtype=torch.float64)
+    t = TimeSampler("lognormal", low, high, mean=-0.4, std=1.0, interpolant=it)(u)
+    law = torch.distributions.Normal(*torch.tensor([-0.4, 1.0], dtype=torch.float64))
+    ends = torch.special.ndtr(level(it, torch.tensor([low, high], dtype=torch.float64)).log() + 0.4)
+    share = (law.cdf(level(it, t).log()) - ends[0]) / (ends[1] - ends[0])
+    torch.testing.assert_close(share, u, rtol=0, atol=1e-7)
+    assert (t.diff() > 0).all()
+    assert ((t > low) & (t < high)).all()
+
+
+@pytest.mark.parametrize("name", INTERPOLANTS)
+def test_karras_times_have_the_levels_of_sids_generator(name):
+    it = get_interpolant(name)
+    u = torch.linspace(0, 1, 33, dtype=torch.float64)
+    t = TimeSampler("karras", 0.0, 0.8, interpolant=it)(u)
+    # `ddpm` begins at σ = 0.01, later than EDM's map: the law is what is left of it.
+    map_of_first = ((level(it, torch.zeros_like(u))[0] ** (1 / 7)) - 0.002 ** (1 / 7)) / (
+        80 ** (1 / 7) - 0.002 ** (1 / 7)
+    )
+    first = max(0.0, float(map_of_first))
+    place = first + (0.8 - first) * u
+    sigma = (0.002 ** (1 / 7) + place * (80 ** (1 / 7) - 0.002 ** (1 / 7))) ** 7
+    torch.testing.assert_close(level(it, t), sigma, rtol=1e-6, atol=0)
+
+
+def test_karras_times_on_edm_are_uniform_in_its_own_map():
+    u = torch.linspace(0, 1, 11, dtype=torch.float64)
+    it = get_interpolant("edm", sigma_max=20.0, rho=5.0)
+    torch.testing.assert_close(TimeSampler("karras", 0.1, 0.9, interpolant=it)(u), 0.1 + 0.8 * u)
+
+
+@pytest.mark.parametrize("name", ["uniform", "logit_normal", "lognormal", "karras"])
+@pytest.mark.parametrize("interpolant", ["linear", "vp", "edm"])
 @pytest.mark.parametrize("u", [0.0, 1 - 2**-24])
-def test_times_stay_in_their_range_at_the_ends_of_the_uniform_numbers(u):
-    for name in ("uniform", "logit_normal"):
-        t = TimeSampler(name, 0.02, 0.98)(torch.tensor([u], dtype=torch.float32))
+def test_times_stay_in_their_range_at_the_ends_of_the_uniform_numbers(name, interpolant, u):
+    t = TimeSampler(name, 0.02, 0.98, interpolant=get_interpolant(interpolant))(torch.tensor([u], dtype=torch.float32))
+    assert t.dtype == torch.float32
+    if name != "karras" or interpolant == "edm":
         assert 0.02 - 1e-7 <= t.item() <= 0.98 + 1e-7
+    assert 0 < t.item() < 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (dict(name="cosine"), "'cosine'.*uniform, logit_normal, lognormal, karras"),
+        (dict(name="lognormal"), "'lognormal' .* needs the interpolant"),
+        (dict(name="karras"), "'karras' .* needs the interpolant"),
+        (dict(name="lognormal", mean=100.0, interpolant=get_interpolant("edm")), "nothing between t_min=0.0"),
+        (dict(name="karras", t_max=0.05, interpolant=get_interpolant("ddpm")), "t_max=0.05 on the interpolant 'ddpm'"),
+    ],
+)
+def test_laws_of_times_that_cannot_work_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        TimeSampler(**arguments)
+
+
+def test_settings_build_the_law_for_the_interpolant():
+    settings = TeacherConfig(
+        output_dir="a", interpolant="edm", time_sampler="lognormal", time_mean=-1.2, time_std=1.2, t_max=0.9
+    )
+    it = settings.build_interpolant()
+    assert settings.build_time_sampler(it) == TimeSampler("lognormal", 0.0, 0.9, -1.2, 1.2, it)
 
 
 def test_batches_of_all_ranks_are_the_global_batch_and_an_epoch_shows_every_image_once():
@@ -88,20 +156,3 @@ def test_a_sampler_started_later_continues_the_same_row():
     expected = [next(first) for _ in range(9)][4:]
     later = iter(GlobalBatchSampler(7, 3, 1, 2, seed=4, start=4))
     assert [next(later) for _ in range(5)] == expected
-
-
-def test_average_follows_the_formula_and_copies_buffers():
-    network = nn.BatchNorm1d(2)
-    ema = EMA.of(network, decay=0.5)
-    expected = network.weight.detach().clone()
-    for n, value in enumerate([3.0, -1.0, 2.0, 7.0, 5.0, 1.0, 0.0, 4.0, 2.0, 6.0]):
-        with torch.no_grad():
-            network.weight.fill_(value)
-            network.running_mean.fill_(value)
-        ema.update(network, n)
-        decay = min(0.5, (1 + n) / (10 + n))
-        expected = decay * expected + (1 - decay) * value
-        torch.testing.assert_close(ema.network.weight, expected)
-        assert torch.equal(ema.network.running_mean, network.running_mean)
-    assert ema.decay_at(8) == 0.5  # the warm-up is over
-    assert not ema.network.weight.requires_grad

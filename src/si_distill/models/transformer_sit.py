@@ -4,6 +4,8 @@ Transformers"), a DiT (Peebles & Xie 2023) on continuous times, as a Diffusers m
 This file travels into the transformer folder of every saved pipeline: it imports only torch and diffusers.
 """
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -19,6 +21,19 @@ from diffusers.models.modeling_utils import ModelMixin
 #: (layers, heads, width of a head) of the published sizes (DiT, table 1); any of them comes with patches of 2, 4 and 8.
 SIT_SIZES = {"S": (12, 6, 64), "B": (12, 12, 64), "L": (24, 16, 64), "XL": (28, 16, 72)}
 SIT_PRESETS = {f"SiT-{size}/{patch}": (*shape, patch) for size, shape in SIT_SIZES.items() for patch in (2, 4, 8)}
+
+
+@dataclass
+class SiTTransformer2DModelOutput(Transformer2DModelOutput):
+    """
+    Output of `SiTTransformer2DModel`.
+
+    Args:
+        sample (`torch.Tensor` of shape (B, C, H, W)): the prediction.
+        features (`torch.Tensor` of shape (B, N, D), *optional*): hidden tokens after the middle block.
+    """
+
+    features: torch.Tensor | None = None
 
 
 class SiTAttnProcessor:
@@ -46,7 +61,7 @@ class SiTAttention(nn.Module, AttentionModuleMixin):
     _default_processor_cls = SiTAttnProcessor
     _available_processors = [SiTAttnProcessor]
 
-    def __init__(self, dim: int, heads: int, head_dim: int):
+    def __init__(self, dim: int, heads: int, head_dim: int, dropout: float = 0.0):
         super().__init__()
         inner_dim = heads * head_dim
         self.heads = heads
@@ -57,7 +72,7 @@ class SiTAttention(nn.Module, AttentionModuleMixin):
         self.to_q = nn.Linear(dim, inner_dim)
         self.to_k = nn.Linear(dim, inner_dim)
         self.to_v = nn.Linear(dim, inner_dim)
-        self.to_out = nn.ModuleList([nn.Linear(inner_dim, dim), nn.Dropout(0.0)])
+        self.to_out = nn.ModuleList([nn.Linear(inner_dim, dim), nn.Dropout(dropout)])
         self.set_processor(self._default_processor_cls())
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -67,13 +82,15 @@ class SiTAttention(nn.Module, AttentionModuleMixin):
 class SiTTransformerBlock(nn.Module):
     """Attention and MLP, each scaled, shifted and gated by the conditioning (adaLN-Zero)."""
 
-    def __init__(self, dim: int, heads: int, head_dim: int, mlp_ratio: float):
+    def __init__(self, dim: int, heads: int, head_dim: int, mlp_ratio: float, dropout: float = 0.0):
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
-        self.attn = SiTAttention(dim, heads, head_dim)
+        self.attn = SiTAttention(dim, heads, head_dim, dropout)
         self.norm2 = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
         mlp_dim = int(dim * mlp_ratio)
-        self.ff = nn.Sequential(nn.Linear(dim, mlp_dim), nn.GELU(approximate="tanh"), nn.Linear(mlp_dim, dim))
+        self.ff = nn.Sequential(
+            nn.Linear(dim, mlp_dim), nn.GELU(approximate="tanh"), nn.Linear(mlp_dim, dim), nn.Dropout(dropout)
+        )
         self.modulation = nn.Linear(dim, 6 * dim)
 
     def forward(self, hidden_states: torch.Tensor, conditioning: torch.Tensor) -> torch.Tensor:
@@ -103,6 +120,7 @@ class SiTTransformer2DModel(
         learn_sigma (`bool`): the last layer has 2 C channels as in the published checkpoints; `.sample` is the first C.
         timestep_scale (`float`): the time embedding is cos and sin of t · timestep_scale · f with f ≤ 1. SiT uses 1;
             a tiny network on t in [0, 1] learns faster with 100.
+        dropout (`float`): after attention and MLP, in training. SiT uses none.
 
     Raises:
         ValueError: when `patch_size` does not divide `sample_size`, or the width is not a multiple of 4 (2-D positions).
@@ -127,6 +145,7 @@ class SiTTransformer2DModel(
         class_dropout_prob: float = 0.1,
         learn_sigma: bool = False,
         timestep_scale: float = 1.0,
+        dropout: float = 0.0,
     ):
         super().__init__()
         if sample_size % patch_size:
@@ -142,7 +161,8 @@ class SiTTransformer2DModel(
         self.time_embed = TimestepEmbedding(256, dim)
         self.class_embed = nn.Embedding(num_classes + (class_dropout_prob > 0), dim)
         self.transformer_blocks = nn.ModuleList(
-            SiTTransformerBlock(dim, num_attention_heads, attention_head_dim, mlp_ratio) for _ in range(num_layers)
+            SiTTransformerBlock(dim, num_attention_heads, attention_head_dim, mlp_ratio, dropout)
+            for _ in range(num_layers)
         )
         self.norm_out = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
         self.modulation_out = nn.Linear(dim, 2 * dim)
@@ -190,16 +210,19 @@ class SiTTransformer2DModel(
         timestep: torch.Tensor | float,
         class_labels: torch.Tensor,
         return_dict: bool = True,
-    ) -> Transformer2DModelOutput | tuple[torch.Tensor]:
+        return_features: bool = False,
+    ) -> SiTTransformer2DModelOutput | tuple[torch.Tensor, ...]:
         """
         Args:
             hidden_states (`torch.Tensor` of shape (B, C, H, W)): x_t with H = W = `sample_size`.
             timestep (`torch.Tensor` of shape (B,) or a number): t in [0, 1], 0 = data. Keep it in float32.
             class_labels (`torch.LongTensor` of shape (B,)): classes; `null_class` means none.
             return_dict (`bool`): whether to return an output object or a tuple.
+            return_features (`bool`): whether to return the hidden tokens after block depth/2 too, (B, N, D): what an
+                adversarial term looks at.
 
         Returns:
-            `Transformer2DModelOutput` whose `sample` has the shape of `hidden_states`.
+            `SiTTransformer2DModelOutput` whose `sample` has the shape of `hidden_states`, or a tuple of its fields.
 
         Raises:
             ValueError: for an image that is not (C, sample_size, sample_size).
@@ -215,11 +238,14 @@ class SiTTransformer2DModel(
         conditioning = self.time_embed(self.time_proj(timestep).to(hidden_states.dtype))
         conditioning = conditioning + self.class_embed(class_labels)
 
-        for block in self.transformer_blocks:
+        features = None
+        for index, block in enumerate(self.transformer_blocks, start=1):
             if torch.is_grad_enabled() and self.gradient_checkpointing:
                 hidden_states = self._gradient_checkpointing_func(block, hidden_states, conditioning)
             else:
                 hidden_states = block(hidden_states, conditioning)
+            if return_features and index == max(1, len(self.transformer_blocks) // 2):
+                features = hidden_states
 
         shift, scale = self.modulation_out(F.silu(conditioning)).unsqueeze(1).chunk(2, dim=-1)
         hidden_states = self.proj_out(self.norm_out(hidden_states) * (1 + scale) + shift)
@@ -227,4 +253,6 @@ class SiTTransformer2DModel(
         image = hidden_states.unflatten(1, (grid, grid)).unflatten(-1, (patch_size, patch_size, self.out_channels))
         image = image.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
         sample = image[:, : self.config.in_channels].contiguous()
-        return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
+        if return_dict:
+            return SiTTransformer2DModelOutput(sample=sample, features=features)
+        return (sample, features) if return_features else (sample,)

@@ -1,5 +1,5 @@
-from .interpolant_pipeline_base import guided_prediction
+from .interpolant_pipeline_base import guided_outputs
 from .pipeline_interpolant import InterpolantPipeline
 from .pipeline_one_step_interpolant import OneStepInterpolantPipeline
 
-__all__ = ["InterpolantPipeline", "OneStepInterpolantPipeline", "guided_prediction"]
+__all__ = ["InterpolantPipeline", "OneStepInterpolantPipeline", "guided_outputs"]

@@ -20,44 +20,47 @@ OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 ClassLabels = int | str | list[int | str] | torch.Tensor
 
 
-def guided_prediction(
+def guided_outputs(
     network: torch.nn.Module,
     x_t: torch.Tensor,
     timesteps: torch.Tensor,
     class_labels: torch.Tensor,
     null_class: int | None,
-    guidance_scale: float = 1.0,
-) -> torch.Tensor:
+    guidance_scale: float | torch.Tensor = 1.0,
+) -> tuple[torch.Tensor, ...]:
     """
     Classifier-free guidance in one forward: v_∅ + w (v_y − v_∅), with w = 1 a plain forward of B rows.
 
     The weights of the two predictions sum to 1, so the formula is the same for every kind of prediction.
 
     Args:
-        network: called once as `network(x_t, timesteps, class_labels, return_dict=False)[0]`.
+        network: called once as `network(x_t, timesteps, class_labels, return_dict=False)`; gives a tuple.
         x_t (`torch.Tensor` of shape (B, C, H, W)): its input.
         timesteps (`torch.Tensor` of shape (B,), float32): times in [0, 1].
         class_labels (`torch.LongTensor` of shape (B,)): the classes y.
         null_class (`int`, *optional*): the label that means "no class".
-        guidance_scale (`float`): w; 0 ignores the class, 1 is no guidance.
+        guidance_scale (`float`, or `torch.Tensor` of shape (B,)): w; 0 ignores the class, 1 is no guidance.
 
     Returns:
-        `torch.Tensor` of the shape of `x_t`.
+        The network's tuple: first the guided prediction of the shape of `x_t`; anything else as it is for the classes y.
 
     Raises:
         ValueError: when guidance is asked of a network without a null class.
     """
-    if guidance_scale == 1:
-        return network(x_t, timesteps, class_labels, return_dict=False)[0]
+    if not torch.is_tensor(guidance_scale) and guidance_scale == 1:
+        return network(x_t, timesteps, class_labels, return_dict=False)
     if null_class is None:
         raise ValueError(
             f"`guidance_scale` is {guidance_scale}, but the network was trained without label dropout and has no null "
             "class to guide with. Use `guidance_scale=1.0`, or train it with `class_dropout_prob` above 0."
         )
     labels = torch.cat([class_labels, torch.full_like(class_labels, null_class)])
-    prediction = network(torch.cat([x_t, x_t]), torch.cat([timesteps, timesteps]), labels, return_dict=False)[0]
-    conditional, unconditional = prediction.chunk(2)
-    return unconditional + guidance_scale * (conditional - unconditional)
+    outputs = network(torch.cat([x_t, x_t]), torch.cat([timesteps, timesteps]), labels, return_dict=False)
+    conditional, unconditional = outputs[0].chunk(2)
+    if torch.is_tensor(guidance_scale):
+        guidance_scale = guidance_scale.to(conditional.dtype).view(-1, *[1] * (x_t.ndim - 1))
+    guided = unconditional + guidance_scale * (conditional - unconditional)
+    return guided, *(None if extra is None else extra.chunk(2)[0] for extra in outputs[1:])
 
 
 class InterpolantPipelineBase(DiffusionPipeline):
@@ -227,14 +230,16 @@ class InterpolantPipelineBase(DiffusionPipeline):
         self, latents: torch.Tensor, timestep: torch.Tensor, class_labels: torch.Tensor, guidance_scale: float = 1.0
     ) -> torch.Tensor:
         """One forward of the network at (x_t, t), (B, C, H, W) and a scalar, in the network's dtype."""
-        return guided_prediction(
+        # Scaled before the cast: what the network sees has unit size, x_t itself may be 80 times that.
+        network_input = self.scheduler.scale_model_input(latents, timestep)
+        return guided_outputs(
             self.transformer,
-            latents.to(self.transformer.dtype),
+            network_input.to(self.transformer.dtype),
             timestep.to(device=latents.device, dtype=torch.float32).expand(len(latents)),
             class_labels,
             getattr(self.transformer, "null_class", None),
             guidance_scale,
-        )
+        )[0]
 
     def apply_callback(
         self,

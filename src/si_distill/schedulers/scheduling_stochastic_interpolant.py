@@ -41,9 +41,10 @@ class StochasticInterpolantScheduler(SchedulerMixin, ConfigMixin):
 
     Args:
         num_train_timesteps (`int`): what `len(scheduler)` reports; times are continuous.
-        interpolant (`str`): `"linear"`, `"trigonometric"` or `"vp"`.
+        interpolant (`str`): `"linear"`, `"trigonometric"`, `"vp"`, `"ddpm"` or `"edm"`.
         interpolant_kwargs (`dict`, *optional*): settings of the interpolant, e.g. `{"b0": 0.1, "b1": 20.0}`.
-        prediction_type (`str`): what the network predicts: `"velocity"`, `"sample"`, `"epsilon"` or `"score"`.
+        prediction_type (`str`): what the network predicts: `"velocity"`, `"sample"`, `"epsilon"`, `"score"`, or
+            `"edm"`, the raw output in EDM's preconditioning (see `Interpolant.convert`).
         solver (`str`): `"euler"` (one evaluation a step) or `"heun"` (second order, 2 N − 1 evaluations for N steps).
         init_time (`float`): where sampling starts, in (0, 1]. A student keeps here the time it was trained at.
 
@@ -104,8 +105,22 @@ class StochasticInterpolantScheduler(SchedulerMixin, ConfigMixin):
         self._begin_index = begin_index
 
     def scale_model_input(self, sample: torch.Tensor, timestep: float | torch.Tensor | None = None) -> torch.Tensor:
-        """The identity: networks see x_t itself."""
-        return sample
+        """
+        What the network is given for the state `sample` at `timestep`: the state itself, scaled to unit variance for
+        `prediction_type="edm"` (see `Interpolant.network_input`). `step` takes the state, not this.
+
+        Args:
+            sample (`torch.Tensor` of shape (B, C, H, W)): x_t.
+            timestep: the time, a number or shape () or (B,); may be left out where nothing is scaled.
+        """
+        if timestep is None:
+            if self.config.prediction_type == "edm":
+                raise ValueError(
+                    "`scale_model_input` was given no `timestep`, and an edm prediction's scale depends on it."
+                )
+            return sample
+        t = torch.as_tensor(timestep, device=sample.device)
+        return self.interpolant.network_input(sample, t, self.config.prediction_type)
 
     def set_timesteps(
         self,
@@ -170,7 +185,8 @@ class StochasticInterpolantScheduler(SchedulerMixin, ConfigMixin):
         One evaluation's step towards t = 0. Differentiable in `model_output` and `sample`.
 
         Args:
-            model_output (`torch.Tensor` of shape (B, C, H, W)): the network's prediction at (`sample`, `timestep`).
+            model_output (`torch.Tensor` of shape (B, C, H, W)): the network's prediction at (`sample`, `timestep`), of
+                the input that `scale_model_input` gives.
             timestep: the element of `timesteps` that the network saw.
             sample (`torch.Tensor` of shape (B, C, H, W)): x_t.
             generator: unused, the ODE draws no noise; part of every scheduler's signature.

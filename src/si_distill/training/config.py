@@ -6,11 +6,13 @@ Names are those of transformers' `TrainingArguments` where it has them.
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ..adversarial import KINDS, AdversarialTerm
 from ..data.config import DataConfig
 from ..errors import InputError
 from ..interpolants import PREDICTIONS, Interpolant, get_interpolant
 from ..objectives import DistillationObjective, get_objective
 from ..settings import at_least, positive, setting
+from .posthoc_ema import power_exponent
 from .times import TIME_SAMPLERS, TimeSampler
 
 
@@ -32,11 +34,22 @@ class TrainingConfig:
     adam_epsilon: float = setting(1e-8, "Adam's epsilon.")
     max_grad_norm: float = setting(1.0, "Gradients are clipped to this global norm.")
     ema_decay: float = setting(0.999, "Decay of the weights' moving average; warmed up as (1 + n) / (10 + n).")
-    time_sampler: str = setting("uniform", "Law of the training times t.", TIME_SAMPLERS)
+    ema_halflife_images: float | None = setting(None, "Its half-life in images, instead of `ema_decay`.")
+    ema_rampup_ratio: float | None = setting(
+        0.05, "Bounds half-lives by this share of the images seen; EDM, SiD: 0.05."
+    )
+    ema_extra: list[float] = setting(
+        [], "Further averages, in ema/: decays (below 1) or half-lives in images (from 1)."
+    )
+    ema_power_sigmas: list[float] = setting(
+        [], "Power-function averages to snapshot, by relative width; EDM2: 0.05, 0.1."
+    )
+    ema_snapshot_steps: int | None = setting(None, "Iterations between their snapshots; `save_steps` when not given.")
+    time_sampler: str = setting("uniform", "Law of the training times t, or of σ = β/α.", TIME_SAMPLERS)
     t_min: float = setting(0.0, "Smallest training time.")
     t_max: float = setting(1.0, "Largest training time.")
-    logit_mean: float = setting(0.0, "Mean of logit(t) for `logit_normal`.")
-    logit_std: float = setting(1.0, "Standard deviation of logit(t) for `logit_normal`.")
+    time_mean: float = setting(0.0, "Mean of logit(t) for `logit_normal`, of ln σ for `lognormal` (EDM: -1.2).")
+    time_std: float = setting(1.0, "Standard deviation of the same (EDM: 1.2).")
     mixed_precision: str = setting("no", "`bf16` runs networks in bfloat16; losses stay in float32.", ("no", "bf16"))
     dataloader_num_workers: int = setting(0, "Processes that read images, per device.")
     logging_steps: int = setting(50, "Iterations between lines of metrics.jsonl.")
@@ -50,7 +63,7 @@ class TrainingConfig:
     #: What may change when a run is resumed; everything else decides the trajectory.
     RESUMABLE = frozenset(
         "output_dir max_steps logging_steps eval_steps save_steps save_total_limit report_to resume_from_checkpoint "
-        "overwrite_output_dir dataloader_num_workers".split()
+        "overwrite_output_dir dataloader_num_workers ema_snapshot_steps".split()
     )
 
     def __post_init__(self) -> None:
@@ -63,13 +76,34 @@ class TrainingConfig:
             at_least(name, getattr(self, name), 1)
         for name in ("seed", "lr_warmup_steps", "dataloader_num_workers"):
             at_least(name, getattr(self, name), 0)
-        for name in ("learning_rate", "adam_epsilon", "max_grad_norm", "logit_std"):
+        for name in ("learning_rate", "adam_epsilon", "max_grad_norm", "time_std"):
             positive(name, getattr(self, name))
         for name in ("adam_beta1", "adam_beta2", "ema_decay"):
             if not 0 <= getattr(self, name) < 1:
                 raise InputError(f"`{name}` must lie in [0, 1), got {getattr(self, name)}.")
+        self._check_averages()
         if not 0 <= self.t_min < self.t_max <= 1:
             raise InputError(f"Training times need 0 <= t_min < t_max <= 1, got [{self.t_min}, {self.t_max}].")
+
+    def _check_averages(self) -> None:
+        if self.ema_halflife_images is not None:
+            positive("ema_halflife_images", self.ema_halflife_images)
+            at_least("ema_halflife_images", self.ema_halflife_images, 1)
+        if self.ema_rampup_ratio is not None:
+            positive("ema_rampup_ratio", self.ema_rampup_ratio)
+        for value in self.ema_extra:
+            if not 0 <= value < float("inf"):
+                raise InputError(
+                    f"`ema_extra` must hold decays in [0, 1) or half-lives of at least 1 image, got {value}."
+                )
+        for sigma_rel in self.ema_power_sigmas:
+            power_exponent(sigma_rel)
+        for name in ("ema_extra", "ema_power_sigmas"):
+            values = getattr(self, name)
+            if len(set(values)) < len(values):
+                raise InputError(f"`{name}` holds a value twice: {values}. Each average needs its own.")
+        if self.ema_snapshot_steps is not None:
+            at_least("ema_snapshot_steps", self.ema_snapshot_steps, 1)
 
     def check_times(self, interpolant: Interpolant) -> None:
         """Refuses training times at an end where the interpolant's velocity is infinite."""
@@ -80,15 +114,21 @@ class TrainingConfig:
                     f"are [{self.t_min}, {self.t_max}]: set `{'t_min' if end == 0 else 't_max'}` away from it, e.g. 0.001."
                 )
 
-    def build_time_sampler(self) -> TimeSampler:
-        return TimeSampler(self.time_sampler, self.t_min, self.t_max, self.logit_mean, self.logit_std)
+    def build_time_sampler(self, interpolant: Interpolant) -> TimeSampler:
+        """The law of the training times; the laws of noise levels need the interpolant."""
+        try:
+            return TimeSampler(
+                self.time_sampler, self.t_min, self.t_max, self.time_mean, self.time_std, interpolant=interpolant
+            )
+        except ValueError as error:
+            raise InputError(str(error)) from None
 
 
 @dataclass
 class TeacherConfig(TrainingConfig):
     """Settings of `training/train_teacher.py`."""
 
-    interpolant: str = setting("linear", "`linear`, `trigonometric` or `vp`.")
+    interpolant: str = setting("linear", "`linear`, `trigonometric`, `vp`, `ddpm` or `edm`.")
     interpolant_kwargs: dict = setting({}, "Settings of the interpolant, e.g. {b0: 0.1, b1: 20}.")
     prediction_type: str = setting("velocity", "What the network predicts.", PREDICTIONS)
     model: dict = setting({}, "Arguments of SiTTransformer2DModel, or `preset: SiT-S/2` and changes to it.")
@@ -107,16 +147,62 @@ class TeacherConfig(TrainingConfig):
 
 
 @dataclass
+class AdversarialConfig:
+    """An adversarial term beside the objective, in the units of its publication (see `si_distill.adversarial`)."""
+
+    kind: str = setting("none", "The term.", ("none", *KINDS))
+    critic_weight: float = setting(1.0, "Published factor of the critic's term (SiDA's λ_D).")
+    generator_weight: float = setting(0.01, "Published factor of the generator's term (SiDA's λ_G).")
+    weights_of_sums: bool = setting(True, "Whether these stand beside sums over a sample's values (SiDA, RealUID).")
+    generator_scale: float = setting(1.0, "Published factor of the generator's distillation loss (SiDA: 50).")
+    clamp: float | None = setting(None, "Cut of the generator's logits (SiDA: 10).")
+    t_min: float | None = setting(None, "Smallest time of this term; with t_max; by default the times of the losses.")
+    t_max: float | None = setting(None, "Largest time of this term.")
+    start_images: int = setting(0, "Generated images before the generator feels the term (SiDA: 200,000).")
+
+    def __post_init__(self) -> None:
+        at_least("adversarial.start_images", self.start_images, 0)
+        if (self.t_min is None) != (self.t_max is None):
+            raise InputError("Set both `adversarial.t_min` and `adversarial.t_max`, or neither.")
+        if self.t_min is not None and not 0 <= self.t_min < self.t_max <= 1:
+            raise InputError(f"Adversarial times need 0 <= t_min < t_max <= 1, got [{self.t_min}, {self.t_max}].")
+        self.build()
+
+    def build(self) -> AdversarialTerm | None:
+        """The term, or None."""
+        if self.kind == "none":
+            return None
+        try:
+            return AdversarialTerm(
+                self.kind,
+                self.critic_weight,
+                self.generator_weight,
+                self.weights_of_sums,
+                self.generator_scale,
+                self.clamp,
+            )
+        except ValueError as error:
+            raise InputError(str(error)) from None
+
+
+@dataclass
 class DistillConfig(TrainingConfig):
     """Settings of `training/train_distill.py`."""
 
     teacher: str = setting("", "The teacher: a pipeline folder or a Hub id.")
     objective: str = setting("sid", "A preset of the family, see docs/objectives.md.")
     objective_kwargs: dict = setting({}, "Coefficients, `space` and `weight`, e.g. {alpha: 1.2}.")
+    adversarial: AdversarialConfig = field(default_factory=AdversarialConfig)
+    student: str | None = setting(None, "A finished student to start from (SiD²A, fine-tuning): a folder or Hub id.")
     critic_steps: int = setting(1, "Critic updates k per iteration.")
     generator_steps: int = setting(1, "Generator updates per iteration.")
     critic_learning_rate: float | None = setting(None, "The critic's learning rate; `learning_rate` when not given.")
+    generator_start_images: int = setting(0, "Images that only the critic learns from at first (SiDA: 100,000).")
     guidance_scale: float = setting(1.0, "Classifier-free guidance of the teacher; 1 is none.")
+    critic_guidance_scale: float = setting(1.0, "Guidance of the critic in the generator's loss; 1 is none.")
+    critic_class_dropout_prob: float = setting(0.0, "Share of null classes in the critic's training, for its guidance.")
+    guidance_t_min: float = setting(0.0, "Smallest time with guidance.")
+    guidance_t_max: float = setting(1.0, "Largest time with guidance.")
     init_time: float | None = setting(None, "Time of the one-step map; by default the interpolant's own.")
     adam_beta1: float = setting(0.0, "First-moment decay of Adam; 0 for the game (SiD, RealUID, the report).")
     t_min: float = setting(0.02, "Smallest time of the losses.")
@@ -138,8 +224,22 @@ class DistillConfig(TrainingConfig):
             raise InputError("`t_min` must be above 0 when distilling: the loss weights are infinite at t = 0.")
         if self.critic_learning_rate is not None:
             positive("critic_learning_rate", self.critic_learning_rate)
-        if self.guidance_scale < 0:
-            raise InputError(f"`guidance_scale` must not be negative, got {self.guidance_scale}.")
+        at_least("generator_start_images", self.generator_start_images, 0)
+        for name in ("guidance_scale", "critic_guidance_scale"):
+            if getattr(self, name) < 0:
+                raise InputError(f"`{name}` must not be negative, got {getattr(self, name)}.")
+        if not 0 <= self.guidance_t_min < self.guidance_t_max <= 1:
+            raise InputError(
+                f"Guidance needs 0 <= guidance_t_min < guidance_t_max <= 1, got [{self.guidance_t_min}, "
+                f"{self.guidance_t_max}]."
+            )
+        if not 0 <= self.critic_class_dropout_prob < 1:
+            raise InputError(f"`critic_class_dropout_prob` must lie in [0, 1), got {self.critic_class_dropout_prob}.")
+        if self.critic_guidance_scale != 1 and self.critic_class_dropout_prob == 0:
+            raise InputError(
+                f"`critic_guidance_scale` is {self.critic_guidance_scale}, but the critic never learns the null class: "
+                "set `critic_class_dropout_prob`, e.g. 0.1."
+            )
         if self.init_time is not None and not 0 < self.init_time <= 1:
             raise InputError(f"`init_time` must lie in (0, 1], got {self.init_time}.")
         if Path(self.output_dir).resolve() == Path(self.teacher).resolve():

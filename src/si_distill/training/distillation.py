@@ -1,26 +1,37 @@
 """The game of three networks: a frozen teacher, a critic that follows the student, and a one-step student."""
 
 import copy
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from PIL import Image
 
-from ..data import load_images
+from ..adversarial import CriticNetwork
+from ..data import ImageDataset, load_images
 from ..errors import InputError
-from ..objectives import Fields
+from ..objectives import DistillationObjective, Fields, sid_weight
 from ..pipelines import InterpolantPipeline, OneStepInterpolantPipeline
 from ..velocity import Field
 from ..visualization import image_grid
 from .config import DistillConfig
-from .ema import EMA
+from .ema import Averages
+from .health import HealthMonitor
 from .networks import TrainedNetwork
+from .times import TimeSampler
 from .trainer import Trainer
 
 
 @dataclass
 class MicroBatch:
-    """What the critic and the generator share in one iteration: labels (B,), real images if used, places in the batch."""
+    """What the critic and the generator share in one iteration.
+
+    Args:
+        labels: (B,) classes of the generated and, if used, of the real images.
+        real: (B, C, H, W) real images, or None when the recipe needs none.
+        indices: places in the global batch.
+    """
 
     labels: torch.Tensor
     real: torch.Tensor | None
@@ -32,71 +43,123 @@ class DistillationTrainer(Trainer):
 
     One iteration is `critic_steps` critic updates and `generator_steps` generator updates. All critic updates and the
     first generator update share ONE generator forward; x_t is built from a generated sample with fresh (t, x1) each time.
+    An adversarial term looks at the critic's features in the same forward.
     """
 
     settings: DistillConfig
 
     def setup(self) -> None:
         settings = self.settings
-        self.objective = settings.build_objective()
-        self.teacher_pipeline = teacher = _load_teacher(settings.teacher)
+        self.teacher_pipeline = teacher = _load(InterpolantPipeline, "teacher", settings.teacher)
         self.interpolant = teacher.scheduler.interpolant
         self.prediction_type = teacher.scheduler.config.prediction_type
         settings.check_times(self.interpolant)
-        try:
-            self.objective.check_interpolant(self.interpolant)
-        except ValueError as error:
-            raise InputError(str(error)) from None
-        null_class = teacher.transformer.null_class
-        if settings.guidance_scale != 1 and null_class is None:
-            raise InputError(
-                f"`guidance_scale` is {settings.guidance_scale}, but the teacher has no null class: it was trained "
-                "without label dropout. Use guidance_scale=1."
-            )
-        self.num_classes = teacher.transformer.config.num_classes
+        self.objective = self._fitting_objective()
+        self.adversarial = settings.adversarial.build()
         config = teacher.transformer.config
+        null_class = self._checked_null_class()
+        self.num_classes = config.num_classes
         self.sample_shape = (config.in_channels, config.sample_size, config.sample_size)
-        self.data = self._load_real_data() if self.objective.uses_real_data else None
-        self.init_time = (
-            self.interpolant.default_init_time(self.prediction_type)
-            if settings.init_time is None
-            else settings.init_time
-        )
-        if not self.interpolant.reaches_sample(self.init_time, self.prediction_type):
-            raise InputError(
-                f"`init_time` is {self.init_time}, where the teacher's {self.prediction_type} prediction says nothing about "
-                "the sample (α = 0): leave it out, or set it below 1."
-            )
+        self.values = config.in_channels * config.sample_size**2
+        needs_images = self.objective.uses_real_data or self.adversarial is not None
+        self.data = self._load_real_data() if needs_images else None
 
         network = teacher.transformer.requires_grad_(False)
-        ema = EMA.of(network, settings.ema_decay)
+        student, self.init_time = self._starting_student()
+        averages = Averages(student, settings, images_per_update=self.global_batch_size)
+        kind = None if self.adversarial is None else self.adversarial.kind
+        width = config.num_attention_heads * config.attention_head_dim
         self.critic = TrainedNetwork(
             self.accelerator,
-            copy.deepcopy(network),
+            CriticNetwork(copy.deepcopy(network), kind, width),
             settings,
             settings.learning_rate if settings.critic_learning_rate is None else settings.critic_learning_rate,
             total_updates=settings.max_steps * settings.critic_steps,
         )
         self.generator = TrainedNetwork(
             self.accelerator,
-            copy.deepcopy(network),
+            student,
             settings,
             settings.learning_rate,
             total_updates=settings.max_steps * settings.generator_steps,
         )
-        ema.network = self.accelerator.prepare_model(ema.network, evaluation_mode=True)  # saved with the rest
-        self.ema = ema
+        averages.prepare(self.accelerator)
+        self.averages = averages
         teacher.to(self.accelerator.device)
-        self.teacher_field = Field(
-            network.eval(), self.interpolant, self.prediction_type, null_class, settings.guidance_scale
+        self.null_class = null_class
+        self.teacher_field = self._field(network.eval(), settings.guidance_scale)
+        self.time_sampler = settings.build_time_sampler(self.interpolant)
+        own_times = settings.adversarial.t_min is not None
+        self.adversarial_times = (
+            TimeSampler("uniform", settings.adversarial.t_min, settings.adversarial.t_max) if own_times else None
         )
+        self.health = HealthMonitor()
 
-    def _load_real_data(self):
+    # What is checked and built once.
+
+    def _fitting_objective(self) -> DistillationObjective:
+        objective = self.settings.build_objective()
+        try:
+            objective.check_interpolant(self.interpolant)
+        except ValueError as error:
+            if "space" in self.settings.objective_kwargs:
+                raise InputError(str(error)) from None
+            # Where the velocity does not contain the sample, the same coefficients live in sample space.
+            objective = replace(objective, space="sample")
+        return objective
+
+    def _checked_null_class(self) -> int | None:
+        settings, null_class = self.settings, self.teacher_pipeline.transformer.null_class
+        guided = settings.guidance_scale != 1 or settings.critic_guidance_scale != 1
+        if null_class is None and (guided or settings.critic_class_dropout_prob > 0):
+            raise InputError(
+                f"guidance_scale={settings.guidance_scale}, critic_guidance_scale={settings.critic_guidance_scale} and "
+                f"critic_class_dropout_prob={settings.critic_class_dropout_prob} need a null class, but the teacher was "
+                "trained without label dropout and has no null class. Leave them at 1, 1 and 0."
+            )
+        return null_class
+
+    def _starting_student(self) -> tuple[torch.nn.Module, float]:
+        """The student's network and the time of its one-step map: the teacher's copy, or a finished student."""
+        settings, teacher = self.settings, self.teacher_pipeline.transformer
+        if settings.student is None:
+            network = copy.deepcopy(teacher)
+            init_time = self.interpolant.default_init_time(self.prediction_type)
+        else:
+            pipeline = _load(OneStepInterpolantPipeline, "student", settings.student)
+            network, init_time = pipeline.transformer, pipeline.scheduler.config.init_time
+            found = {name: tuple(value.shape) for name, value in network.state_dict().items()}
+            wanted = {name: tuple(value.shape) for name, value in teacher.state_dict().items()}
+            different = [name for name in wanted | found if wanted.get(name) != found.get(name)]
+            if different or pipeline.scheduler.interpolant != self.interpolant:
+                what = (
+                    f"{different[0]} has the shape {found.get(different[0])} instead of {wanted.get(different[0])}"
+                    if different
+                    else f"it lives on {pipeline.scheduler.interpolant!r} instead of {self.interpolant!r}"
+                )
+                raise InputError(
+                    f"The student {settings.student!r} does not fit the teacher {settings.teacher!r}: {what}."
+                )
+            if pipeline.scheduler.config.prediction_type != self.prediction_type:
+                raise InputError(
+                    f"The student {settings.student!r} predicts {pipeline.scheduler.config.prediction_type} and the "
+                    f"teacher {self.prediction_type}."
+                )
+        init_time = init_time if settings.init_time is None else settings.init_time
+        if not self.interpolant.reaches_sample(init_time, self.prediction_type):
+            raise InputError(
+                f"`init_time` is {init_time}, where the teacher's {self.prediction_type} prediction says nothing about "
+                "the sample (α = 0): leave it out, or set it below 1."
+            )
+        return network, init_time
+
+    def _load_real_data(self) -> ImageDataset:
         data = load_images(self.settings.data)
         if self.teacher_pipeline.vae is not None:
             raise InputError(
-                f"The objective {self.objective.name!r} uses real data and the teacher works on latents: real images "
-                "cannot be used without precomputed latents. Choose an objective without real data, e.g. sid."
+                f"The objective {self.objective.name!r} and the adversarial term {self.settings.adversarial.kind!r} use "
+                "real data and the teacher works on latents: real images cannot be used without precomputed latents. "
+                "Choose an objective without real data, e.g. sid, and no adversarial term."
             )
         found = (data.channels, data.size, data.size)
         if found != self.sample_shape or len(data.class_names) != self.num_classes:
@@ -106,48 +169,57 @@ class DistillationTrainer(Trainer):
             )
         return data
 
+    def _field(self, network: Callable[..., tuple[torch.Tensor, ...]], guidance_scale: float = 1.0) -> Field:
+        interval = (self.settings.guidance_t_min, self.settings.guidance_t_max)
+        return Field(network, self.interpolant, self.prediction_type, self.null_class, guidance_scale, interval)
+
     # One iteration.
+
+    @property
+    def images_seen(self) -> int:
+        """Samples that the student has generated for training so far."""
+        return self.step * self.global_batch_size
 
     def iteration(self) -> tuple[dict[str, torch.Tensor], bool]:
         settings = self.settings
         batches = [self._micro_batch(m) for m in range(settings.gradient_accumulation_steps)]
-        shared: list[torch.Tensor]
-        if len(batches) == 1:
-            shared = [self._generate(batches[0], 0)]
-        else:
-            # With several micro-batches their graphs would all stay in memory: the generator's update runs them again.
-            with torch.no_grad():
-                shared = [self._generate(batch, 0) for batch in batches]
+        generator_learns = self.images_seen >= settings.generator_start_images
+        # With several micro-batches their graphs would all stay in memory: the generator's update runs them again.
+        with torch.set_grad_enabled(generator_learns and len(batches) == 1):
+            shared = [self._generate(batch, 0) for batch in batches]
 
         metrics: dict[str, torch.Tensor] = {}
         finite = True
         for k in range(settings.critic_steps):
             for m, (batch, samples) in enumerate(zip(batches, shared, strict=True)):
                 with self.critic.forward_context(m):
-                    loss = self._critic_loss(batch, samples.detach(), k)
+                    loss, parts = self._critic_loss(batch, samples.detach(), k)
                     self.critic.backward(loss)
-                _add(metrics, "critic_loss", loss, settings.critic_steps * len(batches))
+                _add(metrics, parts, settings.critic_steps * len(batches))
             norm, applied = self.critic.update()
-            _add(metrics, "critic_grad_norm", norm, settings.critic_steps)
+            _add(metrics, {"critic_grad_norm": norm}, settings.critic_steps)
             finite &= applied
 
-        for j in range(settings.generator_steps):
+        for j in range(settings.generator_steps if generator_learns else 0):
             with self.critic.frozen() as critic:
-                field = Field(critic, self.interpolant, self.prediction_type)
+                field = self._field(critic, settings.critic_guidance_scale)
                 for m, batch in enumerate(batches):
                     with self.generator.forward_context(m):
                         has_graph = j == 0 and shared[m].requires_grad
                         samples = shared[m] if has_graph else self._generate(batch, j)
-                        loss, distance = self._generator_loss(field, batch, samples, j)
+                        loss, parts = self._generator_loss(field, batch, samples, j)
                         self.generator.backward(loss)
-                    _add(metrics, "generator_loss", loss, settings.generator_steps * len(batches))
-                    _add(metrics, "field_distance", distance, settings.generator_steps * len(batches))
+                    _add(metrics, parts, settings.generator_steps * len(batches))
             norm, applied = self.generator.update()
-            _add(metrics, "generator_grad_norm", norm, settings.generator_steps)
+            _add(metrics, {"generator_grad_norm": norm}, settings.generator_steps)
             finite &= applied
-            if applied:
-                self.ema.update(self.generator.unwrapped, self.step * settings.generator_steps + j)
+            self.averages.update(self.generator.unwrapped, self.step * settings.generator_steps + j)
+        if not generator_learns:
+            metrics["generator_loss"] = torch.full_like(metrics["critic_loss"], float("nan"))
         return metrics, finite
+
+    def watch(self, means: dict[str, float]) -> list[str]:
+        return self.health.check(means)
 
     def _micro_batch(self, micro_batch: int) -> MicroBatch:
         indices = self.indices(micro_batch)
@@ -161,55 +233,122 @@ class DistillationTrainer(Trainer):
     def _generate(self, batch: MicroBatch, update: int) -> torch.Tensor:
         noise = self.noise.normal(self.sample_shape, "generator_noise", self.step, update, indices=batch.indices)
         with self.accelerator.autocast():
-            field = Field(self.generator.module, self.interpolant, self.prediction_type)
-            return field.one_step(noise, self.init_time, batch.labels)
+            return self._field(self.generator.module).one_step(noise, self.init_time, batch.labels)
 
-    def _times_and_reference(self, batch: MicroBatch, stream: str, update: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Fresh (t, x1), independent of the noise behind the samples."""
+    def _draw(
+        self, batch: MicroBatch, stream: str, update: int
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Fresh times, reference x1 and, if they are its own, the adversarial term's times.
+
+        They are independent of the noise behind the samples; real and generated images share them.
+        """
         u, x1 = self.noise.uniform_and_normal(self.sample_shape, stream, self.step, update, indices=batch.indices)
-        return self.time_sampler(u), x1
+        if self.adversarial_times is None:
+            return self.time_sampler(u), x1, None
+        own = self.noise.uniform(f"{stream}_adversarial", self.step, update, indices=batch.indices)
+        return self.time_sampler(u), x1, self.adversarial_times(own)
 
-    def _critic_loss(self, batch: MicroBatch, samples: torch.Tensor, update: int) -> torch.Tensor:
-        t, x1 = self._times_and_reference(batch, "critic", update)
-        critic = Field(self.critic.module, self.interpolant, self.prediction_type)
+    def _critic_loss(
+        self, batch: MicroBatch, samples: torch.Tensor, update: int
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        objective, space = self.objective, self.objective.space
+        t, x1, own_t = self._draw(batch, "critic", update)
+        labels = batch.labels
+        if self.settings.critic_class_dropout_prob > 0:
+            u = self.noise.uniform("labels", self.step, update, indices=batch.indices)
+            labels = torch.where(u < self.settings.critic_class_dropout_prob, self.null_class, labels)
 
-        def fields(x0: torch.Tensor) -> Fields:
-            space = self.objective.space
-            x_t = self.interpolant.interpolate(x0, x1, t)
-            with self.accelerator.autocast():
-                prediction = critic(x_t, t, batch.labels, space)
-                teacher = None
-                if self.objective.uses_teacher_in_critic:
-                    with torch.no_grad():
-                        teacher = self.teacher_field(x_t, t, batch.labels, space)
-            return prediction, teacher, self.interpolant.target(x0, x1, t, space)
+        # Everything that the critic has to look at goes through it in one forward.
+        views = {"fake": (samples, t)}
+        if objective.uses_real_data or (self.adversarial is not None and own_t is None):
+            views["real"] = (batch.real, t)
+        if own_t is not None:
+            views |= {"own fake": (samples, own_t), "own real": (batch.real, own_t)}
+        x_t = [self.interpolant.interpolate(x0, x1, times) for x0, times in views.values()]
+        times = [times for _, times in views.values()]
+        with self.accelerator.autocast():
+            predictions, logits = self._field(self.critic.module).outputs(
+                torch.cat(x_t), torch.cat(times), labels.repeat(len(views))
+            )
+        seen = dict(
+            zip(views, zip(x_t, predictions.chunk(len(views)), _chunks(logits, len(views)), strict=True), strict=True)
+        )
 
-        real = None if batch.real is None else fields(batch.real)
-        weight = self.objective.loss_weight(self.interpolant.coefficients(t).kappa, weight="uniform")
-        return (weight * self.objective.critic_loss(*fields(samples), real=real)).mean()
+        def fields(name: str) -> Fields:
+            x_t, prediction, _ = seen[name]
+            teacher = None
+            if objective.uses_teacher_in_critic:
+                with torch.no_grad(), self.accelerator.autocast():
+                    teacher = self.teacher_field(x_t, t, labels, space)
+            critic = self.interpolant.convert(prediction, x_t, t, self.prediction_type, space)
+            return critic, teacher, self.interpolant.target(views[name][0], x1, t, space)
+
+        kappa = self.interpolant.coefficients(t).kappa
+        edm_weight = self.interpolant.edm_weight(t) if objective.critic_weight == "edm" else None
+        weight = objective.loss_weight(kappa, weight=objective.critic_weight, edm_weight=edm_weight)
+        real = fields("real") if objective.uses_real_data else None
+        loss = (weight * objective.critic_loss(*fields("fake"), real=real)).mean()
+        parts = {"critic_loss": loss}
+        if self.adversarial is not None:
+            prefix = "" if own_t is None else "own "
+            in_sample_space = weight if space == "sample" else weight * kappa**2  # where SiDA weighs its term
+            adversarial = self.adversarial.critic_loss(
+                seen[prefix + "real"][2],
+                seen[prefix + "fake"][2],
+                in_sample_space if self.adversarial.kind == "encoder" else torch.ones_like(t),
+                self.values,
+            )
+            parts["critic_adversarial_loss"] = adversarial
+            loss = loss + adversarial
+        return loss, parts
 
     def _generator_loss(
         self, critic: Field, batch: MicroBatch, samples: torch.Tensor, update: int
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The loss, and mean ‖v_ψ − v*‖² in velocity space for the log."""
-        objective, space = self.objective, self.objective.space
-        t, x1 = self._times_and_reference(batch, "generator", update)
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        objective, space, labels = self.objective, self.objective.space, batch.labels
+        t, x1, own_t = self._draw(batch, "generator", update)
         x_t = self.interpolant.interpolate(samples, x1, t)
-        seen = x_t if objective.needs_field_gradient else x_t.detach()
-        with torch.set_grad_enabled(objective.needs_field_gradient), self.accelerator.autocast():
-            teacher = self.teacher_field.predict(seen, t, batch.labels)
-            fake = critic.predict(seen, t, batch.labels)
+        judged = self.adversarial is not None and self.images_seen >= self.settings.adversarial.start_images
+        with self.accelerator.autocast():
+            with torch.set_grad_enabled(objective.needs_field_gradient):
+                teacher = self.teacher_field.predict(x_t, t, labels)
+            with torch.set_grad_enabled(objective.needs_field_gradient or judged):
+                if judged and own_t is not None:
+                    own_x_t = self.interpolant.interpolate(samples, x1, own_t)
+                    prediction, logits = critic.outputs(
+                        torch.cat([x_t, own_x_t]), torch.cat([t, own_t]), labels.repeat(2)
+                    )
+                    fake, logits = prediction.chunk(2)[0], logits.chunk(2)[1]
+                else:
+                    fake, logits = critic.outputs(x_t, t, labels)
 
-        def to_space(prediction: torch.Tensor, target: str) -> torch.Tensor:
-            return self.interpolant.convert(prediction, seen, t, self.prediction_type, target)
+        def in_space(prediction: torch.Tensor, target: str) -> torch.Tensor:
+            return self.interpolant.convert(prediction, x_t, t, self.prediction_type, target)
 
         kappa = self.interpolant.coefficients(t).kappa
         with torch.no_grad():
-            weight = objective.loss_weight(kappa, samples, to_space(teacher, "sample"))
-            distance = (to_space(fake, "velocity") - to_space(teacher, "velocity")).square().mean()
+            x0_teacher = in_space(teacher, "sample")
+            weight = objective.loss_weight(kappa, samples, x0_teacher)
+            v_teacher, v_critic = in_space(teacher, "velocity"), in_space(fake, "velocity")
+            velocity = self.interpolant.velocity(samples, x1, t)
+            parts = {
+                "field_distance": (v_critic - v_teacher).square().mean(),
+                "critic_matching_loss": (v_critic - velocity).square().mean(),
+                "teacher_matching_loss": (v_teacher - velocity).square().mean(),
+                "sample_mean": samples.mean(),
+                "sample_std": samples.std(),
+            }
         target = self.interpolant.target(samples, x1, t, space)
-        loss = objective.generator_loss(to_space(fake, space), to_space(teacher, space), target, weight)
-        return loss.mean(), distance
+        loss = objective.generator_loss(in_space(fake, space), in_space(teacher, space), target, weight).mean()
+        parts["generator_loss"] = loss
+        if judged:
+            encoder = self.adversarial.kind == "encoder"
+            adversarial = self.adversarial.generator_loss(
+                logits, sid_weight(samples, x0_teacher) if encoder else torch.ones_like(t), self.values
+            )
+            parts["generator_adversarial_loss"] = adversarial
+            loss = loss + adversarial
+        return loss, parts
 
     # What comes out.
 
@@ -221,7 +360,7 @@ class DistillationTrainer(Trainer):
         scheduler = type(teacher.scheduler).from_config(
             teacher.scheduler.config, solver="euler", init_time=self.init_time
         )
-        network = self.accelerator.unwrap_model(self.ema.network, keep_fp32_wrapper=False)
+        network = self.accelerator.unwrap_model(self.averages.network, keep_fp32_wrapper=False)
         return OneStepInterpolantPipeline(network, scheduler, vae=teacher.vae, id2label=teacher.config.id2label)
 
     def sample_grid(self) -> Image.Image:
@@ -234,10 +373,9 @@ class DistillationTrainer(Trainer):
         half = self.interpolant.time_of_ratio(1.0)
         t = torch.full((len(labels),), half, device=noise.device)
         with self.accelerator.autocast():
-            student = Field(pipeline.transformer, self.interpolant, self.prediction_type)
-            samples = student.one_step(noise, self.init_time, labels)
+            samples = self._field(pipeline.transformer).one_step(noise, self.init_time, labels)
             x_t = self.interpolant.interpolate(samples, x1, t)
-            critic = Field(self.critic.unwrapped, self.interpolant, self.prediction_type)
+            critic = self._field(self.critic.unwrapped)
             rows = [samples, self.teacher_field(x_t, t, labels, "sample"), critic(x_t, t, labels, "sample")]
         pictures = [pipeline.postprocess(row, "pil") for row in rows]
         names = pipeline.config.id2label or {}
@@ -245,13 +383,18 @@ class DistillationTrainer(Trainer):
         return image_grid(pictures, ["student", f"teacher, x0 at t={half:.2f}", f"critic, x0 at t={half:.2f}"], titles)
 
 
-def _load_teacher(name: str) -> InterpolantPipeline:
+def _load(cls: type, role: str, name: str) -> Any:
     try:
-        return InterpolantPipeline.from_pretrained(name)
+        return cls.from_pretrained(name)
     except (OSError, ValueError) as error:
-        raise InputError(f"Cannot load the teacher {name!r}: {error}") from error
+        raise InputError(f"Cannot load the {role} {name!r}: {error}") from error
 
 
-def _add(metrics: dict[str, torch.Tensor], name: str, value: torch.Tensor, count: int) -> None:
-    """Adds one of `count` equal shares to a metric."""
-    metrics[name] = metrics.get(name, 0.0) + value.detach() / count
+def _chunks(logits: torch.Tensor | None, count: int) -> tuple[torch.Tensor | None, ...]:
+    return (None,) * count if logits is None else logits.chunk(count)
+
+
+def _add(metrics: dict[str, torch.Tensor], parts: dict[str, torch.Tensor], count: int) -> None:
+    """Adds one of `count` equal shares to each metric."""
+    for name, value in parts.items():
+        metrics[name] = metrics.get(name, 0.0) + value.detach() / count

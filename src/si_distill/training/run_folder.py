@@ -10,8 +10,10 @@ import yaml
 from diffusers import DiffusionPipeline
 
 from ..errors import InputError
-from ..settings import read_yaml, settings_to_dict
+from ..settings import read_yaml, settings_from_dict, settings_to_dict
 from .config import TrainingConfig
+from .ema import EMA_WEIGHTS
+from .posthoc_ema import EMA_SNAPSHOTS
 
 CONFIG, METRICS, SAMPLES, CHECKPOINTS = "config.yaml", "metrics.jsonl", "samples", "checkpoints"
 EVALUATION = "evaluation.json"
@@ -51,10 +53,12 @@ class RunFolder:
                 f"`output_dir` {self.path} already holds a run. Resume it with --resume_from_checkpoint latest, "
                 "give another --output_dir, or delete it with --overwrite_output_dir."
             )
-        saved, now = read_yaml(config), settings_to_dict(self.settings)
-        changed = [key for key in now if key not in self.settings.RESUMABLE and saved.get(key) != now[key]]
+        # Through the class, so that a setting that did not exist when the run was started has its default.
+        saved = settings_to_dict(settings_from_dict(type(self.settings), read_yaml(config)))
+        now = settings_to_dict(self.settings)
+        changed = [key for key in now if key not in self.settings.RESUMABLE and saved[key] != now[key]]
         if changed:
-            listing = "; ".join(f"{key}: {saved.get(key)!r} then, {now[key]!r} now" for key in changed)
+            listing = "; ".join(f"{key}: {saved[key]!r} then, {now[key]!r} now" for key in changed)
             raise InputError(
                 f"The run in {self.path} was started with other settings ({listing}). A resumed run repeats the "
                 "uninterrupted one exactly: use the same settings, or another --output_dir."
@@ -68,7 +72,7 @@ class RunFolder:
             # Only what a run writes: the folder may hold files of its owner. The pipeline's files are replaced later.
             for name in (CONFIG, METRICS, EVALUATION, "model_index.json"):
                 (self.path / name).unlink(missing_ok=True)
-            for name in (SAMPLES, CHECKPOINTS):
+            for name in (SAMPLES, CHECKPOINTS, EMA_WEIGHTS, EMA_SNAPSHOTS):
                 shutil.rmtree(self.path / name, ignore_errors=True)
         self.path.mkdir(parents=True, exist_ok=True)
         self.write_config()

@@ -11,13 +11,26 @@ from collections.abc import Iterable
 import torch
 
 #: What the numbers are for; part of the seed, so that no two uses share numbers.
-STREAMS = ("data_order", "teacher", "labels", "generator_noise", "critic", "generator", "samples", "evaluation")
+STREAMS = (
+    "teacher",
+    "labels",
+    "generator_noise",
+    "critic",
+    "critic_adversarial",
+    "generator",
+    "generator_adversarial",
+    "dropout",
+    "samples",
+    "evaluation",
+)
 
 
 def sample_seed(seed: int, stream: str, *counters: int) -> int:
     """A 63-bit seed from integers, by hashing: nearby counters give unrelated seeds."""
-    numbers = (seed, STREAMS.index(stream), *counters)
-    digest = hashlib.blake2b(struct.pack(f"<{len(numbers)}q", *numbers), digest_size=8).digest()
+    if stream not in STREAMS:
+        raise ValueError(f"Unknown stream {stream!r} of random numbers: {', '.join(STREAMS)}.")
+    numbers = struct.pack(f"<{1 + len(counters)}q", seed, *counters)
+    digest = hashlib.blake2b(numbers + stream.encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") & (2**63 - 1)
 
 

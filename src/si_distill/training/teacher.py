@@ -13,7 +13,7 @@ from ..pipelines import InterpolantPipeline
 from ..schedulers.scheduling_stochastic_interpolant import StochasticInterpolantScheduler
 from ..visualization import image_grid
 from .config import TeacherConfig
-from .ema import EMA
+from .ema import Averages
 from .networks import TrainedNetwork
 from .trainer import Trainer
 
@@ -28,15 +28,15 @@ class TeacherTrainer(Trainer):
     def setup(self) -> None:
         settings = self.settings
         self.interpolant = settings.build_interpolant()
+        self.time_sampler = settings.build_time_sampler(self.interpolant)
         self.data = load_images(settings.data)
         network = self._build_network()
         self.class_dropout_prob, self.null_class = network.config.class_dropout_prob, network.null_class
-        ema = EMA.of(network, settings.ema_decay)
+        self.averages = Averages(network, settings, self.global_batch_size)
         self.trained = TrainedNetwork(
             self.accelerator, network, settings, settings.learning_rate, total_updates=settings.max_steps
         )
-        ema.network = self.accelerator.prepare_model(ema.network, evaluation_mode=True)  # saved with the rest
-        self.ema = ema
+        self.averages.prepare(self.accelerator)
 
     def _build_network(self) -> SiTTransformer2DModel:
         arguments = dict(self.settings.model)
@@ -74,13 +74,13 @@ class TeacherTrainer(Trainer):
             target = self.interpolant.target(x0, x1, t, settings.prediction_type)
             with trained.forward_context(micro_batch):
                 with self.accelerator.autocast():
-                    prediction = trained.module(x_t, t, labels, return_dict=False)[0]
+                    network_input = self.interpolant.network_input(x_t, t, settings.prediction_type)
+                    prediction = trained.module(network_input, t, labels, return_dict=False)[0]
                 loss = F.mse_loss(prediction.float(), target)
                 trained.backward(loss)
             total += loss.detach() / settings.gradient_accumulation_steps
         norm, applied = trained.update()
-        if applied:
-            self.ema.update(trained.unwrapped, self.step)
+        self.averages.update(trained.unwrapped, self.step)
         return {"loss": total, "grad_norm": norm}, applied
 
     def learning_rates(self) -> dict[str, float]:
@@ -93,7 +93,7 @@ class TeacherTrainer(Trainer):
             prediction_type=self.settings.prediction_type,
             init_time=self.interpolant.start_time(self.settings.prediction_type),
         )
-        network = self.accelerator.unwrap_model(self.ema.network, keep_fp32_wrapper=False)
+        network = self.accelerator.unwrap_model(self.averages.network, keep_fp32_wrapper=False)
         return InterpolantPipeline(network, scheduler, id2label=dict(enumerate(self.data.class_names)))
 
     def sample_grid(self) -> Image.Image:

@@ -4,18 +4,32 @@ from dataclasses import dataclass
 
 import torch
 
-TIME_SAMPLERS = ("uniform", "logit_normal")
+from ..interpolants import EDMInterpolant, Interpolant
+
+TIME_SAMPLERS = ("uniform", "logit_normal", "lognormal", "karras")
 
 
 @dataclass(frozen=True)
 class TimeSampler:
-    """t in [t_min, t_max] from u ~ U(0, 1).
+    """t in [t_min, t_max] from u ~ U(0, 1), monotonically.
+
+    * `uniform`;
+    * `logit_normal`: logit(t) ~ N(mean, std²) restricted to [t_min, t_max] (Esser et al. 2024, "Scaling Rectified Flow
+      Transformers", section 3.1);
+    * `lognormal`: σ = β/α with ln σ ~ N(mean, std²) restricted to [t_min, t_max] (Karras et al. 2022, table 1: -1.2 and
+      1.2 for pixels; 2024, "EDM2": -0.4 and 1.0 for latents);
+    * `karras`: σ = β/α at a time of EDM's map that is uniform in [t_min, t_max] (the generator's times of SiD: 0 and 0.8),
+      and in what the interpolant reaches. On `edm` it is `uniform`; elsewhere t_min and t_max are times of EDM's map, not
+      of the interpolant, with its σ from 0.002 to 80 and ρ = 7.
 
     Args:
-        name: `uniform`, or `logit_normal`: logit(t) ~ N(mean, std²) restricted to [t_min, t_max] (Esser et al. 2024,
-            "Scaling Rectified Flow Transformers", section 3.1).
+        name: the law.
         t_min, t_max: ends of the times.
-        mean, std: of logit(t).
+        mean, std: of logit(t) or ln σ.
+        interpolant: needed by `lognormal` and `karras`.
+
+    Raises:
+        ValueError: for an unknown law, one without its interpolant, or an interval of times that is empty.
     """
 
     name: str = "uniform"
@@ -23,13 +37,63 @@ class TimeSampler:
     t_max: float = 1.0
     mean: float = 0.0
     std: float = 1.0
+    interpolant: Interpolant | None = None
+
+    def __post_init__(self) -> None:
+        if self.name not in TIME_SAMPLERS:
+            raise ValueError(f"Unknown law of times {self.name!r}. Choose one of: {', '.join(TIME_SAMPLERS)}.")
+        if self.name in ("lognormal", "karras"):
+            if self.interpolant is None:
+                raise ValueError(f"The law of times {self.name!r} is one of noise levels and needs the interpolant.")
+            low, high = self._ends(torch.device("cpu")).tolist()
+            if not low < high:
+                raise ValueError(
+                    f"The law of times {self.name!r} has nothing between t_min={self.t_min} and t_max={self.t_max} on the "
+                    f"interpolant {self.interpolant.name!r}: widen them, or choose another mean."
+                )
 
     def __call__(self, u: torch.Tensor) -> torch.Tensor:
         """u (B,) in [0, 1) to times (B,) in the dtype of u; computed in float64."""
-        precise = u.double()
         if self.name == "uniform":
-            return (self.t_min + (self.t_max - self.t_min) * precise).to(u.dtype)
-        ends = torch.tensor([self.t_min, self.t_max], dtype=torch.float64, device=u.device)
-        low, high = torch.special.ndtr((torch.logit(ends) - self.mean) / self.std)
-        normal = torch.special.ndtri((low + (high - low) * precise).clamp(1e-12, 1 - 1e-12))
-        return torch.sigmoid(self.mean + self.std * normal).clamp(self.t_min, self.t_max).to(u.dtype)
+            return (self.t_min + (self.t_max - self.t_min) * u.double()).to(u.dtype)
+        low, high = self._ends(u.device)
+        share = low + (high - low) * u.double()
+        if self.name == "karras":
+            karras = self._karras()
+            if karras == self.interpolant:
+                return share.to(u.dtype)
+            return self.interpolant.times_of_ratios(karras.coefficients(share).beta).to(u.dtype)
+        value = self.mean + self.std * torch.special.ndtri(share.clamp(1e-12, 1 - 1e-12))
+        if self.name == "logit_normal":
+            return torch.sigmoid(value).clamp(self.t_min, self.t_max).to(u.dtype)
+        # The clamp of the share may have left the interval; σ must stay within what the interpolant reaches.
+        sigma = torch.minimum(torch.maximum(value.exp(), self._ratio(self.t_min, u)), self._ratio(self.t_max, u))
+        return self.interpolant.times_of_ratios(sigma).clamp(self.t_min, self.t_max).to(u.dtype)
+
+    def _ends(self, device: torch.device) -> torch.Tensor:
+        """Values of the law's own uniform variable at t_min and t_max: of the normal's distribution function, or of the
+        times of EDM's map.
+        """
+        ends = torch.tensor([self.t_min, self.t_max], dtype=torch.float64, device=device)
+        if self.name == "karras":
+            karras = self._karras()
+            if karras == self.interpolant:
+                return ends
+            reach = torch.stack([self._ratio(t, ends) for t in (0.0, 1.0)])
+            reached = karras.times_of_ratios(reach.clamp(karras.sigma_min, karras.sigma_max))
+            return torch.stack([torch.maximum(ends[0], reached[0]), torch.minimum(ends[1], reached[1])])
+        value = (
+            torch.logit(ends)
+            if self.name == "logit_normal"
+            else torch.stack([self._ratio(t, ends) for t in (self.t_min, self.t_max)]).log()
+        )
+        return torch.special.ndtr((value - self.mean) / self.std)
+
+    def _ratio(self, t: float, like: torch.Tensor) -> torch.Tensor:
+        """β/α at t, float64, on the device of `like`."""
+        c = self.interpolant.coefficients(torch.tensor(t, dtype=torch.float64, device=like.device))
+        return c.beta / c.alpha
+
+    def _karras(self) -> EDMInterpolant:
+        """The interpolant itself where it is EDM's map, else the map of Karras et al. 2022."""
+        return self.interpolant if isinstance(self.interpolant, EDMInterpolant) else EDMInterpolant()

@@ -21,15 +21,17 @@ from ..errors import InputError, TrainingInterrupted, TrainingStopped
 from ..settings import settings_to_dict
 from .checkpoints import WRITE_ERRORS, Checkpoints
 from .config import TrainingConfig
+from .ema import Averages
 from .run_folder import CHECKPOINTS, RunFolder
-from .sample_noise import SampleNoise
+from .sample_noise import SampleNoise, sample_seed
 
 #: Iterations in a row with an update that was thrown away (not finite) before training stops.
 MAX_FAILURES = 10
 
 
 class Trainer:
-    """Base of the trainers. A subclass builds its networks in `setup` and plays one round in `iteration`.
+    """Base of the trainers. A subclass builds its networks and their `averages` in `setup` and plays one round in
+    `iteration`.
 
     Nothing is written before `setup` has accepted all inputs.
 
@@ -46,7 +48,6 @@ class Trainer:
         self.run.check()
         self.accelerator = _build_accelerator(settings)
         self.noise = SampleNoise(settings.seed, self.accelerator.device)
-        self.time_sampler = settings.build_time_sampler()
         self.checkpoints = Checkpoints(self.accelerator, self.run.path / CHECKPOINTS, settings.save_total_limit)
         self.step = 0
         self.failures = 0
@@ -61,6 +62,8 @@ class Trainer:
 
     # What a subclass says.
 
+    averages: Averages
+
     def setup(self) -> None:
         """Loads data and networks; raises `InputError` for what does not fit."""
         raise NotImplementedError
@@ -68,6 +71,10 @@ class Trainer:
     def iteration(self) -> tuple[dict[str, torch.Tensor], bool]:
         """One round. Returns its metrics (scalars of this rank) and whether every update was finite."""
         raise NotImplementedError
+
+    def watch(self, means: dict[str, float]) -> list[str]:
+        """Warnings for the user from one line of the log."""
+        return []
 
     def learning_rates(self) -> dict[str, float]:
         """The present learning rates, for the log."""
@@ -157,6 +164,8 @@ class Trainer:
     def _one_iteration(self, bar: tqdm) -> None:
         settings = self.settings
         started = time.perf_counter()
+        # Dropout is all that draws from the process's own generator; this makes it a function of the step and rank.
+        torch.manual_seed(sample_seed(settings.seed, "dropout", self.step, self.accelerator.process_index))
         metrics, finite = self.iteration()
         self._busy += time.perf_counter() - started  # without saving and sampling
         self.step += 1
@@ -167,6 +176,8 @@ class Trainer:
             bar.set_postfix({name: f"{value:.4g}" for name, value in self._log().items()}, refresh=False)
         if last or self.step % settings.eval_steps == 0:
             self._write_samples()
+        # Before the checkpoint: a kill between the two leaves a snapshot that the resumed run writes again.
+        self.averages.store(self.step)
         stop = self._stop_asked()
         if last or stop or self.step % settings.save_steps == 0:
             self._save()
@@ -233,7 +244,9 @@ class Trainer:
         with self._writing("metrics"):
             self.run.append_metrics({k: v if math.isfinite(v) else None for k, v in line.items()})
         self.accelerator.log({k: v for k, v in line.items() if k != "step"}, step=self.step)
-        return {name: value for name, value in means.items() if name.endswith("loss")}
+        for warning in self.watch(means):
+            self.accelerator.print(f"Step {self.step}, warning: {warning}")
+        return {name: means[name] for name in ("loss", "critic_loss", "generator_loss") if name in means}
 
     def _write_samples(self) -> None:
         if self.accelerator.is_main_process:

@@ -1,0 +1,53 @@
+"""Early warnings of a game that goes wrong, with what to try."""
+
+from collections import defaultdict
+
+#: Lines of the log in a row before a warning: one bad line is noise.
+PATIENCE = 3
+
+
+class HealthMonitor:
+    """Watches the means of each line of the log.
+
+    * The critic must know the student's samples at least as well as the teacher does: ‖v_ψ − İ‖² ≤ ‖v* − İ‖² on them.
+    * The distance of the fields E‖v_ψ − v*‖² falls when the student learns; the loss itself says nothing (it is a game).
+    * The spread of the student's samples is that of the data from the first steps on; a collapse or an explosion shows.
+    """
+
+    def __init__(self) -> None:
+        self._in_a_row: defaultdict[str, int] = defaultdict(int)
+        self._least_distance = float("inf")
+        self._first_spread: float | None = None
+
+    def check(self, means: dict[str, float]) -> list[str]:
+        """Warnings for the user, each once per spell of trouble; none while the generator does not learn yet."""
+        if "field_distance" not in means:
+            return []
+        distance, spread = means["field_distance"], means["sample_std"]
+        self._least_distance = min(self._least_distance, distance)
+        self._first_spread = self._first_spread or spread
+        critic, teacher = means["critic_matching_loss"], means["teacher_matching_loss"]
+        signs = {
+            "critic": (
+                critic > 1.05 * teacher,
+                f"the critic follows the student worse than the teacher does ({critic:.4g} against {teacher:.4g} on its "
+                "samples), so its advice is wrong. Try more critic_steps, a higher critic_learning_rate or a lower "
+                "learning_rate.",
+            ),
+            "distance": (
+                distance > 10 * self._least_distance,
+                f"the fields drift apart (distance {distance:.4g}, it was {self._least_distance:.4g}). Try a lower "
+                "learning_rate, more critic_steps or, with sid, alpha=1.0.",
+            ),
+            "spread": (
+                not 0.5 < spread / self._first_spread < 2,
+                f"the spread of the student's samples is {spread:.4g} and began at {self._first_spread:.4g}: it collapses "
+                "or explodes. Try a lower learning_rate, or start again from the last good checkpoint.",
+            ),
+        }
+        warnings = []
+        for kind, (trouble, text) in signs.items():
+            self._in_a_row[kind] = self._in_a_row[kind] + 1 if trouble else 0
+            if self._in_a_row[kind] == PATIENCE:
+                warnings.append(text)
+        return warnings

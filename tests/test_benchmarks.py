@@ -1,0 +1,128 @@
+"""The benchmarks run, write what they promise, and measure what they say."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from unittest.mock import patch
+
+import pytest
+import torch
+
+from si_distill.errors import InputError
+
+pytest.importorskip("matplotlib", reason="the benchmarks draw figures: pip install 'si_distill[bench]'")
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(autouse=True)
+def _benchmarks_on_path(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    with patch.dict(os.environ):  # the scripts set variables for their processes
+        yield
+
+
+def run(script: str, *arguments: object, check: bool = True) -> subprocess.CompletedProcess:
+    command = [sys.executable, f"benchmarks/{script}", *map(str, arguments), "--workers", "1"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert not check or done.returncode == 0, done.stderr
+    return done
+
+
+def table_rows(path: Path) -> dict[str, list[str]]:
+    """First cell → the others, of a Markdown table."""
+    lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("|")]
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    return {row[0]: row[1:] for row in cells[2:]}
+
+
+def test_sliced_wasserstein_of_a_shift_is_the_root_mean_square_of_its_projections():
+    from mixture_points import sliced_wasserstein
+
+    points = torch.randn(500, 2, generator=torch.Generator().manual_seed(0))
+    shuffled = points[torch.randperm(500, generator=torch.Generator().manual_seed(1))]
+    shift = torch.tensor([3.0, -4.0])
+
+    # A shift moves every projection by ⟨d, θ⟩, and E⟨d, θ⟩² = |d|² / D.
+    found = sliced_wasserstein(points, shuffled + shift, projections=4096)
+    assert found == pytest.approx(5 / math.sqrt(2), rel=0.02)
+    # Twice the shift is twice the distance for the same directions, exactly.
+    assert sliced_wasserstein(points, shuffled + 2 * shift, projections=4096) == pytest.approx(2 * found, rel=1e-6)
+    assert sliced_wasserstein(points, shuffled) == pytest.approx(0, abs=1e-7)
+    assert sliced_wasserstein(points, shuffled + shift) == sliced_wasserstein(shuffled + shift, points)
+
+
+def test_sliced_wasserstein_of_a_scaling():
+    from mixture_points import sliced_wasserstein
+
+    points = torch.randn(2000, 1, generator=torch.Generator().manual_seed(0)).double()
+    # In one dimension W₂ between x and 3x is |3 − 1| times the root mean square of x.
+    assert sliced_wasserstein(points, 3 * points) == pytest.approx(2 * points.square().mean().sqrt().item(), rel=1e-9)
+    with pytest.raises(ValueError, match="same shape"):
+        sliced_wasserstein(points, points[:-1])
+
+
+@pytest.mark.parametrize("target", ["gaussians", "moons"])
+def test_targets_have_about_zero_mean_and_unit_variance(target):
+    from mixture_points import TARGETS
+
+    points = TARGETS[target](20000, torch.Generator().manual_seed(0))
+    assert points.mean(0).abs().max() < 0.05
+    assert points.var(0).sub(1).abs().max() < 0.1
+
+
+def test_mixture_compares_every_preset(tmp_path):
+    from mixture_2d import presets
+
+    run("mixture_2d.py", "--quick", "--targets", "moons", "--output", tmp_path, "--figures", tmp_path)
+
+    rows = table_rows(tmp_path / "mixture_2d.md")
+    assert list(rows) == ["data against data", "teacher, 50 steps", *presets()]
+    assert all(math.isfinite(float(value)) for row in rows.values() for value in row)
+    result = json.loads((tmp_path / "mixture_2d.json").read_text(encoding="utf-8"))
+    assert all(math.isfinite(gap) and gap > 0 for student in result["students"] for gap in student["gap"])
+    assert (tmp_path / "mixture_2d_moons.png").stat().st_size > 10_000
+
+
+def test_digits_sweep_measures_resumes_and_refuses_another_budget(tmp_path, teacher_folder, capsys):
+    from digits_sweep import main
+
+    runs = tmp_path / "runs.yaml"
+    runs.write_text("gap: {objective: gap}\nreal: {objective: realuid, objective_kwargs: {alpha: 0.9, beta: 0.95}}\n")
+    sizes = "--steps 4 --points 2 --num_samples 64 --teacher_steps 1".split()
+    folders = ["--runs", runs, "--teacher", teacher_folder, "--output", tmp_path, "--figures", tmp_path]
+    sweep = [*map(str, folders), *sizes]
+
+    run("digits_sweep.py", *sweep, "--seeds", 0, 1, "--only", "gap")
+    rows = table_rows(tmp_path / "digits_sweep.md")
+    assert list(rows) == ["teacher, 1 step", "gap"]
+    (seeds, *cells) = rows["gap"]
+    assert seeds == "2"
+    assert all(math.isfinite(float(value)) for found in cells for value in found.split(" ± "))
+    assert (tmp_path / "digits_sweep.png").stat().st_size > 10_000
+    found = json.loads((tmp_path / "digits_sweep.json").read_text(encoding="utf-8"))["runs"]
+    assert [[point["updates"] for point in one["curve"]] for one in found] == [[0, 2, 4], [0, 2, 4]]
+
+    main([*sweep, "--seeds", "0", "1", "--only", "gap"])
+    assert "0 runs to make, 2 are there" in capsys.readouterr().err
+    with pytest.raises(InputError, match="other settings"):
+        main([*sweep, "--num_samples", "32"])
+    # An entry that has changed since is another run: its old results leave the table.
+    runs.write_text("gap: {objective: gap, critic_steps: 2}\n")
+    main([*sweep, "--seeds", "[]"])
+    assert list(table_rows(tmp_path / "digits_sweep.md")) == ["teacher, 1 step"]
+
+
+def test_every_run_of_the_sweep_is_valid():
+    import yaml
+    from digits_sweep import SweepConfig, run_arguments, run_settings
+
+    config = SweepConfig(base=str(ROOT / "configs/digits/distill.yaml"))
+    entries = yaml.safe_load((ROOT / "benchmarks/digits_sweep.yaml").read_text(encoding="utf-8"))
+    settings = [run_settings(run_arguments(config, changes, seed=2), 100) for changes in entries.values()]
+    assert len({repr(s) for s in settings}) == len(entries)  # no two runs are the same
+    assert all(s.seed == 2 and s.max_steps * s.generator_steps == 100 for s in settings)

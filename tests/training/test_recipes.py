@@ -1,0 +1,167 @@
+"""Adversarial terms, guidance, schedules and starting students in the real trainer."""
+
+import pytest
+import torch
+import yaml
+from helpers import tiny_sit
+from script_runs import ROOT
+from test_trainers import distillation, lines, save_teacher
+
+from si_distill import OneStepInterpolantPipeline, StochasticInterpolantScheduler
+from si_distill.errors import InputError
+
+RECIPES = sorted(path.stem for path in (ROOT / "configs/recipes").glob("*.yaml"))
+
+
+def save_student(folder, seed=1, scheduler=None, **config):
+    scheduler = scheduler or StochasticInterpolantScheduler(init_time=0.8)
+    OneStepInterpolantPipeline(tiny_sit(seed, **{"num_classes": 10, **config}), scheduler).save_pretrained(folder)
+    return folder
+
+
+def recipe(name, teacher, folder, *arguments):
+    return distillation(teacher, folder, "--config", ROOT / f"configs/recipes/{name}.yaml", *arguments)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_plays(teacher_folder, tmp_path, name):
+    student = save_student(tmp_path / "student")
+    trainer = recipe(
+        name, teacher_folder, tmp_path / "run", "--student", student, "--generator_start_images", 4,
+        "--adversarial.start_images", 8,
+    )  # fmt: skip
+    adversarial = yaml.safe_load((ROOT / f"configs/recipes/{name}.yaml").read_text()).get("adversarial")
+    before = [p.clone() for p in trainer.generator.parameters]
+    seen = []
+    for _ in range(3):
+        metrics, finite = trainer.iteration()
+        trainer.step += 1
+        assert finite
+        seen.append(metrics)
+        moved = any(not torch.equal(p, q) for p, q in zip(trainer.generator.parameters, before, strict=True))
+        assert moved == (trainer.step > 1)  # the first 4 images belong to the critic alone
+    assert torch.isnan(seen[0]["generator_loss"])
+    assert torch.isfinite(seen[2]["generator_loss"])
+    assert ("critic_adversarial_loss" in seen[0]) == (adversarial is not None)
+    assert ["generator_adversarial_loss" in metrics for metrics in seen] == [False, False, adversarial is not None]
+
+
+@pytest.mark.parametrize(
+    ("objective", "kind", "drawn"), [("sid", "none", False), ("realuid", "none", True), ("sid", "encoder", True)]
+)
+def test_real_images_are_drawn_only_when_the_recipe_needs_them(tmp_path, objective, kind, drawn):
+    teacher = save_teacher(tmp_path / "t")
+    arguments = ["--objective", objective, "--adversarial.kind", kind, "--data.name", "no/such-data"]
+    if drawn:
+        with pytest.raises(InputError, match="Cannot load the data set 'no/such-data'"):
+            distillation(teacher, tmp_path / "run", *arguments)
+    else:
+        assert distillation(teacher, tmp_path / "run", *arguments).iteration()[1]
+
+
+@pytest.mark.parametrize("own_times", [False, True])
+def test_prediction_and_logits_come_from_one_forward_of_the_critic(teacher_folder, tmp_path, own_times):
+    times = ["--adversarial.t_min", 0.0, "--adversarial.t_max", 0.2] if own_times else []
+    trainer = distillation(teacher_folder, tmp_path / "run", "--adversarial.kind", "head", *times)
+    rows = []
+    trainer.critic.unwrapped.network.register_forward_hook(lambda m, i, o: rows.append(len(o[0])))
+    trainer.iteration()
+    # 4 samples: the critic's update sees fakes and reals (twice with times of their own), the generator's only fakes.
+    assert rows == ([12, 8] if own_times else [8, 4])
+
+
+def test_adversarial_gradient_reaches_the_student_also_where_the_objective_is_detached(teacher_folder, tmp_path):
+    norms = {}
+    for weight in (0.0, 1e4):
+        trainer = recipe(
+            "dmd2",
+            teacher_folder,
+            tmp_path / f"{weight}",
+            "--adversarial.generator_weight",
+            weight,
+            "--critic_steps",
+            1,
+        )
+        norms[weight] = trainer.iteration()[0]["generator_grad_norm"].item()
+    assert norms[1e4] > 10 * norms[0.0]
+
+
+def test_a_finished_student_is_the_start_and_the_critic_starts_from_the_teacher(teacher_folder, tmp_path):
+    student = save_student(tmp_path / "student")
+    trainer = recipe("sid2a", teacher_folder, tmp_path / "run", "--student", student)
+    started = OneStepInterpolantPipeline.from_pretrained(student)
+    assert trainer.init_time == started.scheduler.config.init_time == 0.8
+    for network, expected in (
+        (trainer.generator.unwrapped, started.transformer),
+        (trainer.averages.network, started.transformer),
+        (trainer.critic.unwrapped.network, trainer.teacher_pipeline.transformer),
+    ):
+        for found, value in zip(network.parameters(), expected.parameters(), strict=True):
+            assert torch.equal(found, value)
+    assert trainer.pipeline().scheduler.config.init_time == 0.8
+
+
+def test_a_student_that_does_not_fit_is_named(teacher_folder, tmp_path):
+    for name, student, words in (
+        (
+            "layers",
+            save_student(tmp_path / "1", num_layers=3),
+            r"transformer_blocks\.2\..* has the shape .* instead of None",
+        ),
+        ("width", save_student(tmp_path / "2", attention_head_dim=4), r"has the shape \(8, .*instead of \(16, "),
+        ("path", save_student(tmp_path / "3", scheduler=StochasticInterpolantScheduler(interpolant="vp")), "'vp'"),
+        (
+            "kind",
+            save_student(tmp_path / "4", scheduler=StochasticInterpolantScheduler(prediction_type="sample")),
+            "sample",
+        ),
+        ("teacher", teacher_folder, "InterpolantPipeline"),
+    ):
+        with pytest.raises(InputError, match=words):
+            distillation(teacher_folder, tmp_path / name, "--student", student)
+
+
+def test_guidance_of_the_critic_needs_and_uses_its_null_class(tmp_path):
+    teacher = save_teacher(tmp_path / "t")
+    trainer = distillation(
+        teacher, tmp_path / "run", "--guidance_scale", 2, "--critic_guidance_scale", 3, "--critic_class_dropout_prob", 0.5,
+        "--per_device_train_batch_size", 64,
+    )  # fmt: skip
+    labels = []
+    trainer.critic.unwrapped.network.class_embed.register_forward_hook(lambda m, i, o: labels.append(i[0]))
+    assert trainer.iteration()[1]
+    trained, guided = labels
+    assert len(trained) == 64
+    assert 16 < (trained == 10).sum() < 48  # label dropout of one half, 64 draws
+    assert len(guided) == 128  # one batched forward: classes and null classes
+    assert (guided[64:] == 10).all()
+    assert (guided[:64] != 10).all()
+
+
+def test_guidance_outside_its_interval_is_none(tmp_path):
+    teacher = save_teacher(tmp_path / "t")
+
+    def field_at(*arguments):
+        trainer = distillation(teacher, tmp_path / "run", *arguments)
+        t = torch.tensor([0.1, 0.5, 0.9])
+        x_t = torch.randn(3, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+        with torch.no_grad():
+            return trainer.teacher_field(x_t, t, torch.tensor([1, 2, 3]), "velocity")
+
+    plain, everywhere = field_at(), field_at("--guidance_scale", 3)
+    middle = field_at("--guidance_scale", 3, "--guidance_t_min", 0.3, "--guidance_t_max", 0.7)
+    torch.testing.assert_close(middle[[0, 2]], plain[[0, 2]], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(middle[1], everywhere[1], rtol=1e-5, atol=1e-6)
+    assert (everywhere - plain).abs().amin(0).max() > 1e-3
+
+
+def test_dropout_is_a_function_of_the_step(tmp_path):
+    teacher = save_teacher(tmp_path / "t", dropout=0.3)
+    losses = []
+    for run, other_draws in (("a", 0), ("b", 5)):
+        trainer = distillation(teacher, tmp_path / run, "--max_steps", 3)
+        torch.randn(other_draws)  # whatever else has used the process's generator
+        trainer.train()
+        losses.append([(line["critic_loss"], line["generator_loss"]) for line in lines(tmp_path / run)])
+    assert len(losses[0]) == 3
+    assert losses[0] == losses[1]
