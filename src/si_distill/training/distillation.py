@@ -2,20 +2,18 @@
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from PIL import Image
 
 from ..adversarial import CriticNetwork
-from ..data import ImageDataset, load_images
-from ..errors import InputError
-from ..objectives import DistillationObjective, Fields, sid_weight
-from ..pipelines import InterpolantPipeline, OneStepInterpolantPipeline
+from ..objectives import Fields, sid_weight
+from ..pipelines import OneStepInterpolantPipeline
 from ..velocity import Field
 from ..visualization import image_grid
 from .config import DistillConfig
+from .distillation_inputs import fitting_objective, load_fitting_images, load_teacher, starting_student
 from .ema import Averages
 from .health import HealthMonitor
 from .networks import TrainedNetwork
@@ -50,22 +48,22 @@ class DistillationTrainer(Trainer):
 
     def setup(self) -> None:
         settings = self.settings
-        self.teacher_pipeline = teacher = _load(InterpolantPipeline, "teacher", settings.teacher)
+        self.teacher_pipeline = teacher = load_teacher(settings)
         self.interpolant = teacher.scheduler.interpolant
         self.prediction_type = teacher.scheduler.config.prediction_type
         settings.check_times(self.interpolant)
-        self.objective = self._fitting_objective()
+        self.objective = fitting_objective(settings, self.interpolant)
         self.adversarial = settings.adversarial.build()
         config = teacher.transformer.config
-        null_class = self._checked_null_class()
+        self.null_class = teacher.transformer.null_class
         self.num_classes = config.num_classes
         self.sample_shape = (config.in_channels, config.sample_size, config.sample_size)
         self.values = config.in_channels * config.sample_size**2
         needs_images = self.objective.uses_real_data or self.adversarial is not None
-        self.data = self._load_real_data() if needs_images else None
+        self.data = load_fitting_images(settings, teacher) if needs_images else None
 
         network = teacher.transformer.requires_grad_(False)
-        student, self.init_time = self._starting_student()
+        student, self.init_time = starting_student(settings, teacher)
         averages = Averages(student, settings, images_per_update=self.global_batch_size)
         kind = None if self.adversarial is None else self.adversarial.kind
         width = config.num_attention_heads * config.attention_head_dim
@@ -86,7 +84,6 @@ class DistillationTrainer(Trainer):
         averages.prepare(self.accelerator)
         self.averages = averages
         teacher.to(self.accelerator.device)
-        self.null_class = null_class
         self.teacher_field = self._field(network.eval(), settings.guidance_scale)
         self.time_sampler = settings.build_time_sampler(self.interpolant)
         own_times = settings.adversarial.t_min is not None
@@ -94,80 +91,6 @@ class DistillationTrainer(Trainer):
             TimeSampler("uniform", settings.adversarial.t_min, settings.adversarial.t_max) if own_times else None
         )
         self.health = HealthMonitor()
-
-    # What is checked and built once.
-
-    def _fitting_objective(self) -> DistillationObjective:
-        objective = self.settings.build_objective()
-        try:
-            objective.check_interpolant(self.interpolant)
-        except ValueError as error:
-            if "space" in self.settings.objective_kwargs:
-                raise InputError(str(error)) from None
-            # Where the velocity does not contain the sample, the same coefficients live in sample space.
-            objective = replace(objective, space="sample")
-        return objective
-
-    def _checked_null_class(self) -> int | None:
-        settings, null_class = self.settings, self.teacher_pipeline.transformer.null_class
-        guided = settings.guidance_scale != 1 or settings.critic_guidance_scale != 1
-        if null_class is None and (guided or settings.critic_class_dropout_prob > 0):
-            raise InputError(
-                f"guidance_scale={settings.guidance_scale}, critic_guidance_scale={settings.critic_guidance_scale} and "
-                f"critic_class_dropout_prob={settings.critic_class_dropout_prob} need a null class, but the teacher was "
-                "trained without label dropout and has no null class. Leave them at 1, 1 and 0."
-            )
-        return null_class
-
-    def _starting_student(self) -> tuple[torch.nn.Module, float]:
-        """The student's network and the time of its one-step map: the teacher's copy, or a finished student."""
-        settings, teacher = self.settings, self.teacher_pipeline.transformer
-        if settings.student is None:
-            network = copy.deepcopy(teacher)
-            init_time = self.interpolant.default_init_time(self.prediction_type)
-        else:
-            pipeline = _load(OneStepInterpolantPipeline, "student", settings.student)
-            network, init_time = pipeline.transformer, pipeline.scheduler.config.init_time
-            found = {name: tuple(value.shape) for name, value in network.state_dict().items()}
-            wanted = {name: tuple(value.shape) for name, value in teacher.state_dict().items()}
-            different = [name for name in wanted | found if wanted.get(name) != found.get(name)]
-            if different or pipeline.scheduler.interpolant != self.interpolant:
-                what = (
-                    f"{different[0]} has the shape {found.get(different[0])} instead of {wanted.get(different[0])}"
-                    if different
-                    else f"it lives on {pipeline.scheduler.interpolant!r} instead of {self.interpolant!r}"
-                )
-                raise InputError(
-                    f"The student {settings.student!r} does not fit the teacher {settings.teacher!r}: {what}."
-                )
-            if pipeline.scheduler.config.prediction_type != self.prediction_type:
-                raise InputError(
-                    f"The student {settings.student!r} predicts {pipeline.scheduler.config.prediction_type} and the "
-                    f"teacher {self.prediction_type}."
-                )
-        init_time = init_time if settings.init_time is None else settings.init_time
-        if not self.interpolant.reaches_sample(init_time, self.prediction_type):
-            raise InputError(
-                f"`init_time` is {init_time}, where the teacher's {self.prediction_type} prediction says nothing about "
-                "the sample (α = 0): leave it out, or set it below 1."
-            )
-        return network, init_time
-
-    def _load_real_data(self) -> ImageDataset:
-        data = load_images(self.settings.data)
-        if self.teacher_pipeline.vae is not None:
-            raise InputError(
-                f"The objective {self.objective.name!r} and the adversarial term {self.settings.adversarial.kind!r} use "
-                "real data and the teacher works on latents: real images cannot be used without precomputed latents. "
-                "Choose an objective without real data, e.g. sid, and no adversarial term."
-            )
-        found = (data.channels, data.size, data.size)
-        if found != self.sample_shape or len(data.class_names) != self.num_classes:
-            raise InputError(
-                f"The teacher generates {self.num_classes} classes of shape {self.sample_shape}, but the data set "
-                f"{data.name} has {len(data.class_names)} classes of shape {found}."
-            )
-        return data
 
     def _field(self, network: Callable[..., tuple[torch.Tensor, ...]], guidance_scale: float = 1.0) -> Field:
         interval = (self.settings.guidance_t_min, self.settings.guidance_t_max)
@@ -381,13 +304,6 @@ class DistillationTrainer(Trainer):
         names = pipeline.config.id2label or {}
         titles = [str(names.get(label, label)).split(",")[0] for label in labels.tolist()]
         return image_grid(pictures, ["student", f"teacher, x0 at t={half:.2f}", f"critic, x0 at t={half:.2f}"], titles)
-
-
-def _load(cls: type, role: str, name: str) -> Any:
-    try:
-        return cls.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise InputError(f"Cannot load the {role} {name!r}: {error}") from error
 
 
 def _chunks(logits: torch.Tensor | None, count: int) -> tuple[torch.Tensor | None, ...]:
