@@ -25,6 +25,9 @@ def test_command_line_overrides_the_file_at_any_depth(tmp_path):
     )
     assert (settings.output_dir, settings.max_steps, settings.data.max_train_samples) == ("a", 9, 20)
     assert settings.model == {"num_layers": 4}
+    # A section given as a whole lies over the file's too.
+    settings = parse_settings(TeacherConfig, ["--config", str(file), "--data", "{image_size: 8}"])
+    assert settings.data.max_train_samples == 50
 
 
 def test_numbers_that_yaml_reads_as_text_are_numbers(tmp_path):

@@ -54,7 +54,8 @@ def parse_settings(cls: type[T], argv: list[str], description: str = "") -> T:
             place = place.setdefault(section, {})
             if not isinstance(place, dict):
                 raise InputError(f"--{key}: `{section}` is a single value, not a section.")
-        place[last] = value
+        is_section = dataclasses.is_dataclass(typing.get_type_hints(cls).get(key))
+        place[last] = _merge(place.get(last, {}), value) if is_section and isinstance(value, dict) else value
     return settings_from_dict(cls, values)
 
 
