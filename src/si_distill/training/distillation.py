@@ -45,6 +45,7 @@ class DistillationTrainer(Trainer):
     """
 
     settings: DistillConfig
+    losses = ("generator_loss", "critic_loss")
 
     def setup(self) -> None:
         settings = self.settings
@@ -137,8 +138,6 @@ class DistillationTrainer(Trainer):
             _add(metrics, {"generator_grad_norm": norm}, settings.generator_steps)
             finite &= applied
             self.averages.update(self.generator.unwrapped, self.step * settings.generator_steps + j)
-        if not generator_learns:
-            metrics["generator_loss"] = torch.full_like(metrics["critic_loss"], float("nan"))
         return metrics, finite
 
     def watch(self, means: dict[str, float]) -> list[str]:

@@ -24,6 +24,7 @@ class TeacherTrainer(Trainer):
     """Minimises E‖network(x_t, t, y) − target‖² on an interpolant (Ma et al. 2024, SiT, eq. 5), with label dropout."""
 
     settings: TeacherConfig
+    losses = ("loss",)
 
     def setup(self) -> None:
         settings = self.settings

@@ -52,7 +52,7 @@ class Trainer:
         self.step = 0
         self.failures = 0
         self._totals: dict[str, torch.Tensor | float] = {}
-        self._count = 0
+        self._counts: dict[str, int] = {}
         self._saved_means: dict[str, float] = {}
         self._signal: int | None = None
         self._images: Iterator[list[torch.Tensor]] | None = None
@@ -63,6 +63,8 @@ class Trainer:
     # What a subclass says.
 
     averages: Averages
+    #: Names of the losses, which every line of the log has.
+    losses: tuple[str, ...]
 
     def setup(self) -> None:
         """Loads data and networks; raises `InputError` for what does not fit."""
@@ -91,11 +93,11 @@ class Trainer:
     # The state that is saved with the networks.
 
     def state_dict(self) -> dict[str, Any]:
-        return {"step": self.step, "failures": self.failures, "totals": self._saved_means, "count": self._count}
+        return {"step": self.step, "failures": self.failures, "means": self._saved_means, "counts": dict(self._counts)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.step, self.failures, self._count = state["step"], state["failures"], state["count"]
-        self._totals = {name: value * self._count for name, value in state["totals"].items()}
+        self.step, self.failures, self._counts = state["step"], state["failures"], dict(state["counts"])
+        self._totals = {name: mean * self._counts[name] for name, mean in state["means"].items()}
 
     # Arithmetic of the global batch.
 
@@ -223,30 +225,33 @@ class Trainer:
             return
         for name, value in metrics.items():
             self._totals[name] = self._totals.get(name, 0.0) + value.detach()
-        self._count += 1
+            self._counts[name] = self._counts.get(name, 0) + 1
 
     def _means(self) -> dict[str, float]:
         """Means over the iterations since the last line of the log, over all ranks; collective."""
-        if not self._count:
-            return {}
         names = sorted(self._totals)
-        values = [torch.as_tensor(self._totals[n], dtype=torch.float64, device=self.accelerator.device) for n in names]
-        means = self.accelerator.reduce(torch.stack(values), "mean") / self._count
+        if not names:
+            return {}
+        kind = dict(dtype=torch.float64, device=self.accelerator.device)
+        totals = torch.stack([torch.as_tensor(self._totals[name], **kind) for name in names])
+        means = self.accelerator.reduce(totals, "mean") / torch.tensor([self._counts[name] for name in names], **kind)
         return dict(zip(names, means.tolist(), strict=True))
 
     def _log(self) -> dict[str, float]:
         means = self._means()
-        self._totals, self._count = {}, 0
+        self._totals, self._counts = {}, {}
         rate = (self.step - self._clock_step) * self.global_batch_size / max(self._busy, 1e-9)
         self._busy, self._clock_step = 0.0, self.step
-        line = {"step": self.step, "images": self.step * self.global_batch_size, **means, **self.learning_rates()}
-        line["images_per_second"] = round(rate, 2)
+        values = {**means, **self.learning_rates(), "images_per_second": round(rate, 2)}
+        line = {"step": self.step, "images": self.step * self.global_batch_size}
+        line |= dict.fromkeys(self.losses)  # null in lines in which a network did not learn
+        line |= {name: value if math.isfinite(value) else None for name, value in values.items()}
         with self._writing("metrics"):
-            self.run.append_metrics({k: v if math.isfinite(v) else None for k, v in line.items()})
-        self.accelerator.log({k: v for k, v in line.items() if k != "step"}, step=self.step)
+            self.run.append_metrics(line)
+        self.accelerator.log({"images": line["images"], **values}, step=self.step)
         for warning in self.watch(means):
             self.accelerator.print(f"Step {self.step}, warning: {warning}")
-        return {name: means[name] for name in ("loss", "critic_loss", "generator_loss") if name in means}
+        return {name: means[name] for name in self.losses if name in means}
 
     def _write_samples(self) -> None:
         if self.accelerator.is_main_process:
