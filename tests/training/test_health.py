@@ -7,7 +7,8 @@ GOOD = dict(field_distance=0.2, sample_std=0.7, critic_matching_loss=0.4, teache
 
 def spell(**trouble) -> list[list[str]]:
     monitor = HealthMonitor()
-    assert monitor.check(GOOD) == []
+    for distance in (0.01, 0.3, 0.2):  # the critic gets to know the student, then the student learns
+        assert monitor.check({**GOOD, "field_distance": distance}) == []
     return [monitor.check({**GOOD, **trouble}) for _ in range(PATIENCE + 2)]
 
 
@@ -25,6 +26,12 @@ def test_each_trouble_is_told_once_after_it_has_lasted():
         told = spell(**trouble)
         assert [len(warnings) for warnings in told] == [0] * (PATIENCE - 1) + [1, 0, 0]
         assert word in told[PATIENCE - 1][0]
+
+
+def test_the_rise_while_the_critic_learns_is_no_drift():
+    monitor = HealthMonitor()
+    for distance in (0.0, 0.001, 0.02, 0.1, 0.3, 0.5, 0.6, 0.6):
+        assert monitor.check({**GOOD, "field_distance": distance}) == []
 
 
 def test_a_single_bad_line_is_noise():

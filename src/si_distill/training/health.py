@@ -10,12 +10,14 @@ class HealthMonitor:
     """Watches the means of each line of the log.
 
     * The critic must know the student's samples at least as well as the teacher does: ‖v_ψ − İ‖² ≤ ‖v* − İ‖² on them.
-    * The distance of the fields E‖v_ψ − v*‖² falls when the student learns; the loss itself says nothing (it is a game).
+    * The distance of the fields E‖v_ψ − v*‖² rises while the critic, which begins as a copy of the teacher, gets to know the
+      student, and then falls as the student learns; the loss itself says nothing (it is a game).
     * The spread of the student's samples is that of the data from the first steps on; a collapse or an explosion shows.
     """
 
     def __init__(self) -> None:
         self._in_a_row: defaultdict[str, int] = defaultdict(int)
+        self._peak_distance = 0.0
         self._least_distance = float("inf")
         self._first_spread: float | None = None
 
@@ -24,7 +26,9 @@ class HealthMonitor:
         if "field_distance" not in means:
             return []
         distance, spread = means["field_distance"], means["sample_std"]
-        self._least_distance = min(self._least_distance, distance)
+        self._peak_distance = max(self._peak_distance, distance)
+        if distance < 0.8 * self._peak_distance:
+            self._least_distance = min(self._least_distance, distance)
         self._first_spread = self._first_spread or spread
         critic, teacher = means["critic_matching_loss"], means["teacher_matching_loss"]
         signs = {
