@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from accelerate.commands.config.config_args import load_config_from_file
 
 from si_distill.errors import InputError
 from si_distill.evaluation.config import EvaluationConfig
@@ -91,6 +92,12 @@ def test_settings_survive_a_round_trip_through_yaml():
         (DistillConfig, [*DISTILL, "--init_time", "1.5"], ["init_time", "(0, 1]"]),
         (DistillConfig, [*DISTILL, "--t_min", "0"], ["t_min", "above 0"]),
         (DistillConfig, [*DISTILL, "--t_min", "0.9", "--t_max", "0.5"], ["t_min < t_max", "[0.9, 0.5]"]),
+        (DistillConfig, [*DISTILL, "--generator_t_min", "0.99"], ["generator_t_min", "[0.99, 0.98]"]),
+        (
+            DistillConfig,
+            [*DISTILL, "--generator_time_sampler", "beta"],
+            ["generator_time_sampler", "uniform, logit_normal"],
+        ),
         (DistillConfig, [*DISTILL, "--learning_rate", "-1"], ["learning_rate", "positive"]),
         (DistillConfig, [*DISTILL, "--learning_rate", "nan"], ["learning_rate", "positive"]),
         (DistillConfig, [*DISTILL, "--ema_decay", "1"], ["ema_decay", "[0, 1)"]),
@@ -150,6 +157,15 @@ def _configs(name: str) -> list[Path]:
 @pytest.mark.parametrize("path", _configs("teacher"), ids=lambda p: p.parent.name)
 def test_every_teacher_config_is_valid(path):
     assert parse_settings(TeacherConfig, ["--config", str(path)]).model
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs/accelerate").glob("*.yaml")), ids=lambda p: p.stem)
+def test_every_accelerate_config_is_one_that_the_launcher_reads(path):
+    config = load_config_from_file(str(path))  # refuses unknown keys
+    assert config.num_processes == (1 if path.stem == "cpu" else 8)
+    assert config.use_cpu == (path.stem == "cpu")
+    # The settings of a run decide: a launcher that says otherwise would change what config.yaml records.
+    assert config.mixed_precision == "no"
 
 
 @pytest.mark.parametrize("recipe", sorted((ROOT / "configs/recipes").glob("*.yaml")), ids=lambda p: p.stem)

@@ -102,7 +102,7 @@ def settings_from_dict(cls: type[T], values: dict[str, Any], prefix: str = "") -
             continue
         built[key] = _coerce(name, value, hint)
         choices = fields[key].metadata.get("choices")
-        if choices and built[key] not in choices:
+        if choices and built[key] is not None and built[key] not in choices:
             raise InputError(f"`{name}` is {value!r}; choose one of: {', '.join(choices)}.")
     return cls(**built)
 

@@ -96,6 +96,31 @@ def test_adversarial_gradient_reaches_the_student_also_where_the_objective_is_de
     assert norms[1e4] > 10 * norms[0.0]
 
 
+def test_critic_and_generator_may_have_times_of_their_own(tmp_path):
+    teacher = save_teacher(
+        tmp_path / "t", scheduler=StochasticInterpolantScheduler(interpolant="edm", prediction_type="edm")
+    )
+    trainer = distillation(
+        teacher, tmp_path / "run", "--time_sampler", "lognormal", "--time_mean", -1.2, "--time_std", 1.2,
+        "--generator_time_sampler", "karras", "--generator_t_max", 0.8, "--objective_kwargs", "{critic_weight: edm}",
+        "--per_device_train_batch_size", 256,
+    )  # fmt: skip
+    seen = {"critic": [], "generator": []}
+
+    def keep(module, arguments, _):
+        seen["critic" if module.proj_out.weight.requires_grad else "generator"].append(arguments[1])
+
+    trainer.critic.unwrapped.network.register_forward_hook(keep)
+    _, finite = trainer.iteration()
+    assert finite
+    assert trainer.init_time == pytest.approx(trainer.interpolant.time_of_ratio(2.5))
+    critic, generator = (torch.cat(seen[name]).double() for name in ("critic", "generator"))
+    sigma = trainer.interpolant.coefficients(critic).beta
+    assert sigma.log().mean() == pytest.approx(-1.2, abs=5 * 1.2 / 16)  # five standard errors of 256 draws
+    assert generator.max() <= 0.8
+    assert generator.mean() == pytest.approx(0.41, abs=5 * 0.23 / 16)  # uniform in EDM's own times
+
+
 def test_a_finished_student_is_the_start_and_the_critic_starts_from_the_teacher(teacher_folder, tmp_path):
     student = save_student(tmp_path / "student")
     trainer = recipe("sid2a", teacher_folder, tmp_path / "run", "--student", student)

@@ -3,7 +3,7 @@
 Names are those of transformers' `TrainingArguments` where it has them.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ..adversarial import KINDS, AdversarialTerm
@@ -207,6 +207,15 @@ class DistillConfig(TrainingConfig):
     adam_beta1: float = setting(0.0, "First-moment decay of Adam; 0 for the game (SiD, RealUID, the report).")
     t_min: float = setting(0.02, "Smallest time of the losses.")
     t_max: float = setting(0.98, "Largest time of the losses.")
+    generator_time_sampler: str | None = setting(
+        None,
+        "Law of the generator's times, if not the critic's (SiD on EDM: karras, the critic's lognormal).",
+        TIME_SAMPLERS,
+    )
+    generator_t_min: float | None = setting(None, "Smallest time of the generator's loss, if not the critic's.")
+    generator_t_max: float | None = setting(
+        None, "Largest time of the generator's loss, if not the critic's (SiD: 0.8)."
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -220,8 +229,12 @@ class DistillConfig(TrainingConfig):
                     f"`{name}` must be at least 1, got {getattr(self, name)}: without its updates that side of the "
                     "game stands still. 1 and 5 critic updates are both in use."
                 )
-        if self.t_min <= 0:
-            raise InputError("`t_min` must be above 0 when distilling: the loss weights are infinite at t = 0.")
+        for name in ("t_min", "generator_t_min"):
+            if getattr(self, name) is not None and getattr(self, name) <= 0:
+                raise InputError(f"`{name}` must be above 0 when distilling: the loss weights are infinite at t = 0.")
+        low, high = self.generator_times
+        if not low < high <= 1:
+            raise InputError(f"The generator's times need generator_t_min < generator_t_max <= 1, got [{low}, {high}].")
         if self.critic_learning_rate is not None:
             positive("critic_learning_rate", self.critic_learning_rate)
         at_least("generator_start_images", self.generator_start_images, 0)
@@ -247,6 +260,20 @@ class DistillConfig(TrainingConfig):
                 f"`output_dir` and `teacher` are the same folder {self.teacher}: the student needs its own."
             )
         self.build_objective()
+
+    @property
+    def generator_times(self) -> tuple[float, float]:
+        """Ends of the generator's times: its own, or the critic's."""
+        return (
+            self.t_min if self.generator_t_min is None else self.generator_t_min,
+            self.t_max if self.generator_t_max is None else self.generator_t_max,
+        )
+
+    def build_generator_time_sampler(self, interpolant: Interpolant) -> TimeSampler:
+        """The law of the generator's times."""
+        low, high = self.generator_times
+        own = replace(self, time_sampler=self.generator_time_sampler or self.time_sampler, t_min=low, t_max=high)
+        return own.build_time_sampler(interpolant)
 
     def build_objective(self) -> DistillationObjective:
         try:

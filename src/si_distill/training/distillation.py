@@ -86,7 +86,10 @@ class DistillationTrainer(Trainer):
         self.averages = averages
         teacher.to(self.accelerator.device)
         self.teacher_field = self._field(network.eval(), settings.guidance_scale)
-        self.time_sampler = settings.build_time_sampler(self.interpolant)
+        self.time_samplers = {
+            "critic": settings.build_time_sampler(self.interpolant),
+            "generator": settings.build_generator_time_sampler(self.interpolant),
+        }
         own_times = settings.adversarial.t_min is not None
         self.adversarial_times = (
             TimeSampler("uniform", settings.adversarial.t_min, settings.adversarial.t_max) if own_times else None
@@ -166,9 +169,9 @@ class DistillationTrainer(Trainer):
         """
         u, x1 = self.noise.uniform_and_normal(self.sample_shape, stream, self.step, update, indices=batch.indices)
         if self.adversarial_times is None:
-            return self.time_sampler(u), x1, None
+            return self.time_samplers[stream](u), x1, None
         own = self.noise.uniform(f"{stream}_adversarial", self.step, update, indices=batch.indices)
-        return self.time_sampler(u), x1, self.adversarial_times(own)
+        return self.time_samplers[stream](u), x1, self.adversarial_times(own)
 
     def _critic_loss(
         self, batch: MicroBatch, samples: torch.Tensor, update: int
