@@ -70,15 +70,11 @@ class Judge:
     num_samples: int
 
     def __post_init__(self) -> None:
-        import torch
-
         from si_distill.data import load_images
         from si_distill.data.config import DataConfig
         from si_distill.evaluation.metrics import DigitsClassifier
 
-        data = load_images(DataConfig())
-        images, labels = zip(*(data.read(i) for i in range(len(data))), strict=True)
-        self.reference, reference_labels = torch.stack(images), list(labels)
+        self.reference, reference_labels = load_images(DataConfig()).read_all()
         self.labels = [reference_labels[i % len(reference_labels)] for i in range(self.num_samples)]
         self.classifier = DigitsClassifier(self.reference, reference_labels)
 

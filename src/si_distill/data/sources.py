@@ -49,6 +49,11 @@ class ImageDataset(Dataset):
         image, label = self.read(index)
         return image.float() / 127.5 - 1, label
 
+    def read_all(self) -> tuple[torch.Tensor, list[int]]:
+        """All images (N, C, size, size), uint8, and their labels."""
+        images, labels = zip(*(self.read(index) for index in range(len(self))), strict=True)
+        return torch.stack(images), list(labels)
+
 
 def load_images(config: DataConfig) -> ImageDataset:
     """The images that the settings describe.

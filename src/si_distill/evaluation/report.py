@@ -36,7 +36,7 @@ def evaluate(settings: EvaluationConfig) -> dict[str, Any]:
     _check_fits(student, data)
     output = _output_path(settings)
 
-    reference, reference_labels = _all_images(data)
+    reference, reference_labels = data.read_all()
     count = settings.num_samples or len(reference)
     labels = [reference_labels[i % len(reference_labels)] for i in range(count)]
     classifier = DigitsClassifier(reference, reference_labels) if settings.data.name == "digits" else None
@@ -153,11 +153,6 @@ def _output_path(settings: EvaluationConfig) -> Path:
     if not path.parent.is_dir():
         raise InputError(f"The folder of `output` {path} does not exist.")
     return path
-
-
-def _all_images(data: ImageDataset) -> tuple[torch.Tensor, list[int]]:
-    images, labels = zip(*(data.read(i) for i in range(len(data))), strict=True)
-    return torch.stack(images), list(labels)
 
 
 def _floor(reference: torch.Tensor, seed: int) -> dict[str, Any]:
