@@ -305,6 +305,7 @@ def figure(config: MixtureConfig, target: str, teacher: dict, students: list[dic
     axes = list(left.subplots(2, columns).flat)
     for axis in axes:
         axis.axis("off")
+    # There may be more axes than clouds: the grid is filled row by row.
     for axis, (title, points, distance) in zip(axes, clouds, strict=False):
         axis.scatter(
             points[:, 0], points[:, 1], s=1, alpha=0.35, linewidths=0, color="0.25" if distance is None else "C0"

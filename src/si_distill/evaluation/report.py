@@ -11,6 +11,7 @@ import torch_fidelity
 
 from ..data import ImageDataset, load_images
 from ..errors import InputError
+from ..loading import load_pipeline
 from ..pipelines import InterpolantPipeline, OneStepInterpolantPipeline
 from ..visualization import image_grid, tensor_to_pil
 from .config import EvaluationConfig
@@ -30,8 +31,8 @@ def evaluate(settings: EvaluationConfig) -> dict[str, Any]:
         InputError: when a pipeline or the data cannot be loaded, or they do not fit each other.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    student = _load(OneStepInterpolantPipeline, settings.pipeline, device)
-    teacher = _load(InterpolantPipeline, settings.teacher, device) if settings.teacher else None
+    student = load_pipeline(OneStepInterpolantPipeline, "student", settings.pipeline).to(device)
+    teacher = load_pipeline(InterpolantPipeline, "teacher", settings.teacher).to(device) if settings.teacher else None
     data = load_images(settings.data)
     _check_fits(student, data)
     output = _output_path(settings)
@@ -119,13 +120,6 @@ def format_table(result: dict[str, Any]) -> str:
         f"reference {result['reference']['name']} ({result['reference']['images']} images); {result['device']}."
     )
     return "\n".join(lines)
-
-
-def _load(cls: type, name: str, device: torch.device) -> Any:
-    try:
-        return cls.from_pretrained(name).to(device)
-    except (OSError, ValueError) as error:
-        raise InputError(f"Cannot load {name!r}: {error}") from error
 
 
 def _check_fits(student: OneStepInterpolantPipeline, data: ImageDataset) -> None:

@@ -2,18 +2,16 @@
 
 import copy
 from dataclasses import replace
-from typing import TypeVar
 
 from torch import nn
 
 from ..data import ImageDataset, load_images
 from ..errors import InputError
 from ..interpolants import Interpolant
+from ..loading import load_pipeline
 from ..objectives import DistillationObjective
 from ..pipelines import InterpolantPipeline, OneStepInterpolantPipeline
 from .config import DistillConfig
-
-Pipeline = TypeVar("Pipeline", InterpolantPipeline, OneStepInterpolantPipeline)
 
 
 def load_teacher(settings: DistillConfig) -> InterpolantPipeline:
@@ -22,7 +20,7 @@ def load_teacher(settings: DistillConfig) -> InterpolantPipeline:
     Raises:
         InputError: when it cannot be loaded, lacks the null class that the settings need, or expects augmentation labels.
     """
-    teacher = _load(InterpolantPipeline, "teacher", settings.teacher)
+    teacher = load_pipeline(InterpolantPipeline, "teacher", settings.teacher)
     saved = type(teacher.transformer).load_config(settings.teacher, subfolder="transformer")
     if saved.get("augment_dim"):
         raise InputError(
@@ -66,7 +64,7 @@ def starting_student(settings: DistillConfig, teacher: InterpolantPipeline) -> t
     if settings.student is None:
         network, init_time = copy.deepcopy(teacher.transformer), interpolant.default_init_time(prediction_type)
     else:
-        student = _load(OneStepInterpolantPipeline, "student", settings.student)
+        student = load_pipeline(OneStepInterpolantPipeline, "student", settings.student)
         network, init_time = student.transformer, student.scheduler.config.init_time
         difference = _difference(student, teacher)
         if difference:
@@ -104,13 +102,6 @@ def load_fitting_images(settings: DistillConfig, teacher: InterpolantPipeline) -
             f"{len(data.class_names)} classes of shape {found}."
         )
     return data
-
-
-def _load(cls: type[Pipeline], role: str, name: str) -> Pipeline:
-    try:
-        return cls.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise InputError(f"Cannot load the {role} {name!r}: {error}") from error
 
 
 def _difference(student: OneStepInterpolantPipeline, teacher: InterpolantPipeline) -> str | None:

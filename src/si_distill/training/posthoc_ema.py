@@ -46,11 +46,6 @@ def power_exponent(sigma_rel: float) -> float:
     return max(float(np.roots([1, 7, 16 - inverse, 12 - inverse]).real.max()), 0.0)
 
 
-def relative_deviation(exponent: float) -> float:
-    """σ_rel of the exponent γ; the inverse of `power_exponent`."""
-    return (exponent + 1) ** 0.5 / ((exponent + 2) * (exponent + 3) ** 0.5)
-
-
 def fit_profile(
     exponents: Sequence[float], times: Sequence[float], exponent: float, time: float
 ) -> tuple[np.ndarray, float]:
