@@ -114,6 +114,7 @@ def distil(name: str, seed: int, arguments: list[str], config: SweepConfig) -> d
         trainer = DistillationTrainer(dataclasses.replace(settings, output_dir=f"{folder}/run"))
     iterations, per_iteration = settings.max_steps, settings.generator_steps
     marks = {round(iterations * i / config.points) for i in range(config.points + 1)}
+    # Time of this process's one thread: what else the machine does meanwhile does not count.
     curve, seconds, thrown_away = [], 0.0, 0
     while True:
         if trainer.step in marks:
@@ -121,9 +122,9 @@ def distil(name: str, seed: int, arguments: list[str], config: SweepConfig) -> d
             curve.append({"updates": trainer.step * per_iteration, "seconds": seconds, **found})
         if trainer.step == iterations:
             break
-        started = time.perf_counter()
+        started = time.process_time()
         _, finite = trainer.iteration()
-        seconds += time.perf_counter() - started
+        seconds += time.process_time() - started
         thrown_away += not finite
         trainer.step += 1
         advance(per_iteration)
@@ -233,11 +234,11 @@ def table(results: Results, by_name: dict[str, list[dict]]) -> str:
         rows.append(
             [name, str(len(runs)), cell(values["distance"]), cell(values["accuracy"]), cell(values["seconds"], 0)]
         )
-    return markdown_table(["generator", "seeds", "Fréchet distance", "label accuracy", "training seconds"], rows)
+    return markdown_table(["generator", "seeds", "Fréchet distance", "label accuracy", "CPU seconds of training"], rows)
 
 
 def figure(results: Results, by_name: dict[str, list[dict]], path: Path) -> None:
-    """Fréchet distance against generator updates and against seconds: mean over seeds, and a band of one deviation."""
+    """Fréchet distance against generator updates and against CPU seconds: mean over seeds, and a band of one deviation."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -274,7 +275,7 @@ def figure(results: Results, by_name: dict[str, list[dict]], path: Path) -> None
             scale("{x:g}")
         axis.grid(alpha=0.3, which="both")
     axes[0].set(xlabel="generator updates", ylabel="Fréchet distance on pixels")
-    axes[1].set(xlabel="training seconds, one thread")
+    axes[1].set(xlabel="CPU seconds of training, one thread")
     picture.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", fontsize=8)
     path.parent.mkdir(parents=True, exist_ok=True)
     picture.savefig(path, dpi=130)
