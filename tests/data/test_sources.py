@@ -57,7 +57,7 @@ def test_columns_and_class_names_are_found_by_their_types(tmp_path):
 def test_images_are_cut_from_the_centre(tmp_path):
     array = random_image(0, 4, 12)
     data = load_images(parquet(tmp_path, [encoded(array)] * 2, [0, 1]))
-    pixels, _ = data.read(0)
+    pixels = data.read(0)
     assert torch.equal(pixels, torch.from_numpy(array[:, 4:8]).permute(2, 0, 1))
 
 

@@ -239,6 +239,16 @@ def test_a_folder_that_holds_another_run_is_not_touched(teacher_folder, tmp_path
     assert (folder / "notes.txt").read_text() == "mine"
 
 
+def test_a_falling_learning_rate_is_not_resumed_to_another_length(teacher_folder, tmp_path):
+    """The rate falls to 0 at max_steps: with another end the steps that were made would be off its curve."""
+    for law in ("constant", "cosine"):
+        distillation(teacher_folder, tmp_path / law, "--max_steps", 1, "--lr_scheduler_type", law).train()
+    longer = ("--max_steps", 2, "--resume_from_checkpoint", "latest")
+    distillation(teacher_folder, tmp_path / "constant", *longer, "--lr_scheduler_type", "constant").train()
+    with pytest.raises(InputError, match=r"started with max_steps=1, where its cosine learning rate .* max_steps=2"):
+        distillation(teacher_folder, tmp_path / "cosine", *longer, "--lr_scheduler_type", "cosine")
+
+
 def test_a_folder_with_foreign_files_or_a_file_is_refused(teacher_folder, tmp_path):
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "holiday.jpg").write_text("")

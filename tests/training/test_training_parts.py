@@ -4,10 +4,13 @@ import math
 
 import pytest
 import torch
+from interpolant_families import TIMES, every_family, noise, truth
 
 from si_distill.data import GlobalBatchSampler
+from si_distill.errors import InputError
 from si_distill.interpolants import INTERPOLANTS, get_interpolant
 from si_distill.training.config import TeacherConfig
+from si_distill.training.loss_weights import LOSS_WEIGHTS, regression_weight
 from si_distill.training.sample_noise import STREAMS, SampleNoise, sample_seed
 from si_distill.training.times import TimeSampler
 
@@ -156,3 +159,52 @@ def test_a_sampler_started_later_continues_the_same_row():
     expected = [next(first) for _ in range(9)][4:]
     later = iter(GlobalBatchSampler(7, 3, 1, 2, seed=4, start=4))
     assert [next(later) for _ in range(5)] == expected
+
+
+# Weights of noise and score networks.
+
+
+@every_family
+@pytest.mark.parametrize("prediction_type", ["epsilon", "score"])
+def test_weights_of_noise_and_score_networks_are_losses_of_the_velocity_and_the_diffusion(
+    name, config, prediction_type
+):
+    interpolant = get_interpolant(name, **config)
+    x0, x1 = truth()
+    t = TIMES
+    c, x_t = interpolant.coefficients(t), interpolant.interpolate(x0, x1, t)
+    prediction = noise(3, *x0.shape)
+    squared = (prediction - interpolant.target(x0, x1, t, prediction_type)).square().mean((1, 2, 3))
+
+    def in_space(space: str) -> torch.Tensor:
+        converted = interpolant.convert(prediction, x_t, t, prediction_type, space)
+        return (converted - interpolant.target(x0, x1, t, space)).square().mean((1, 2, 3))
+
+    losses = {law: regression_weight(law, c, prediction_type) * squared for law in LOSS_WEIGHTS}
+    torch.testing.assert_close(losses["none"], in_space("epsilon"), rtol=1e-8, atol=0)
+    torch.testing.assert_close(losses["velocity"], in_space("velocity"), rtol=1e-8, atol=0)
+    # ½ g² of dx = f x dt + g dw with these marginals is β β' − β² α' / α (Song et al. 2021).
+    half_diffusion = c.beta * c.d_beta - c.beta**2 * c.d_alpha / c.alpha
+    torch.testing.assert_close(losses["likelihood"], half_diffusion * in_space("score"), rtol=1e-8, atol=0)
+
+
+def test_likelihood_weight_of_vp_is_half_its_beta_over_the_variance():
+    interpolant = get_interpolant("vp", b0=0.1, b1=20.0)
+    c = interpolant.coefficients(TIMES)
+    rate = 0.1 + (20.0 - 0.1) * TIMES
+    expected = rate / 2 / c.beta**2
+    torch.testing.assert_close(regression_weight("likelihood", c, "epsilon"), expected, rtol=1e-8, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(prediction_type="velocity"), "for noise and score networks"),
+        (dict(prediction_type="epsilon", t_min=0.001), "infinite at `t_max` = 1"),
+        (dict(prediction_type="score", t_min=0.001, t_max=1.0, interpolant="trigonometric"), "infinite at `t_max` = 1"),
+        (dict(prediction_type="epsilon", t_max=0.999, loss_weight="likelihood"), "infinite at `t_min` = 0"),
+    ],
+)
+def test_loss_weights_that_cannot_work_are_refused(changes, message):
+    with pytest.raises(InputError, match=message):
+        TeacherConfig(**{"output_dir": "unset", "loss_weight": "velocity", **changes})

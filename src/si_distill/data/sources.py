@@ -18,8 +18,8 @@ class ImageDataset(Dataset):
     `dataset[i]` is a float32 tensor (C, size, size) and an int label.
 
     Args:
-        read: gives the uint8 tensor (C, size, size) and the label of image i.
-        length: number of images.
+        read: gives the uint8 tensor (C, size, size) of image i.
+        labels: of all images.
         name: how results refer to the data.
         channels: 1 or 3.
         size: height and width.
@@ -28,31 +28,29 @@ class ImageDataset(Dataset):
 
     def __init__(
         self,
-        read: Callable[[int], tuple[torch.Tensor, int]],
-        length: int,
+        read: Callable[[int], torch.Tensor],
+        labels: list[int],
         name: str,
         channels: int,
         size: int,
         class_names: list[str],
     ):
         self.read = read
-        self.length = length
+        self.labels = labels
         self.name = name
         self.channels = channels
         self.size = size
         self.class_names = class_names
 
     def __len__(self) -> int:
-        return self.length
+        return len(self.labels)
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
-        image, label = self.read(index)
-        return image.float() / 127.5 - 1, label
+        return self.read(index).float() / 127.5 - 1, self.labels[index]
 
     def read_all(self) -> tuple[torch.Tensor, list[int]]:
         """All images (N, C, size, size), uint8, and their labels."""
-        images, labels = zip(*(self.read(index) for index in range(len(self))), strict=True)
-        return torch.stack(images), list(labels)
+        return torch.stack([self.read(index) for index in range(len(self))]), list(self.labels)
 
 
 def load_images(config: DataConfig) -> ImageDataset:
@@ -75,11 +73,8 @@ def _digits(config: DataConfig) -> ImageDataset:
         raise InputError(f"The digits are 8×8 images; `data.image_size` is {config.image_size}.")
     digits = load_digits()
     images = torch.from_numpy(digits.images / 16 * 255).round().to(torch.uint8)[:, None]
-    labels = digits.target.tolist()
-    length = min(len(labels), config.max_train_samples or len(labels))
-    return ImageDataset(
-        lambda index: (images[index], labels[index]), length, "sklearn-digits", 1, 8, [str(n) for n in range(10)]
-    )
+    labels = digits.target.tolist()[: config.max_train_samples]
+    return ImageDataset(images.__getitem__, labels, "sklearn-digits", 1, 8, [str(n) for n in range(10)])
 
 
 def _from_datasets(config: DataConfig) -> ImageDataset:
@@ -105,13 +100,12 @@ def _from_datasets(config: DataConfig) -> ImageDataset:
     table = table.cast_column(image_column, datasets.Image(decode=False))
     channels = 1 if _open(table[0][image_column], 0).mode in ("L", "1", "I;16", "I") else 3
 
-    def read(index: int) -> tuple[torch.Tensor, int]:
-        row = table[index]
-        image = _open(row[image_column], index).convert("L" if channels == 1 else "RGB")
-        return _square(image, config.image_size), row[label_column]
+    def read(index: int) -> torch.Tensor:
+        image = _open(table[index][image_column], index).convert("L" if channels == 1 else "RGB")
+        return _square(image, config.image_size)
 
-    length = min(len(table), config.max_train_samples or len(table))
-    return ImageDataset(read, length, config.name, channels, config.image_size, names)
+    labels = list(labels)[: config.max_train_samples]
+    return ImageDataset(read, labels, config.name, channels, config.image_size, names)
 
 
 def _column(table: Any, kind: str, is_kind: Callable[[Any], bool]) -> str:

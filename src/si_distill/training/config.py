@@ -6,12 +6,15 @@ Names are those of transformers' `TrainingArguments` where it has them.
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import torch
+
 from ..adversarial import KINDS, AdversarialTerm
 from ..data.config import DataConfig
 from ..errors import InputError
 from ..interpolants import PREDICTIONS, Interpolant, get_interpolant
 from ..objectives import DistillationObjective, get_objective
 from ..settings import at_least, positive, setting
+from .loss_weights import LOSS_WEIGHTS, regression_weight
 from .posthoc_ema import power_exponent
 from .times import TIME_SAMPLERS, TimeSampler
 
@@ -131,6 +134,7 @@ class TeacherConfig(TrainingConfig):
     interpolant: str = setting("linear", "`linear`, `trigonometric`, `vp`, `ddpm` or `edm`.")
     interpolant_kwargs: dict = setting({}, "Settings of the interpolant, e.g. {b0: 0.1, b1: 20}.")
     prediction_type: str = setting("velocity", "What the network predicts.", PREDICTIONS)
+    loss_weight: str = setting("none", "SiT's weight of a noise or score network's loss.", LOSS_WEIGHTS)
     model: dict = setting({}, "Arguments of SiTTransformer2DModel, or `preset: SiT-S/2` and changes to it.")
 
     def __post_init__(self) -> None:
@@ -138,6 +142,24 @@ class TeacherConfig(TrainingConfig):
         self.check_times(self.build_interpolant())
         if self.prediction_type == "score" and self.t_min == 0:
             raise InputError("The score is infinite at t = 0: set `t_min` above 0 for prediction_type=score.")
+        self._check_loss_weight()
+
+    def _check_loss_weight(self) -> None:
+        if self.loss_weight == "none":
+            return
+        if self.prediction_type not in ("epsilon", "score"):
+            raise InputError(
+                f"`loss_weight` {self.loss_weight!r} is for noise and score networks; with prediction_type="
+                f"{self.prediction_type} the loss has its own: leave it at none."
+            )
+        for name in ("t_min", "t_max"):
+            c = self.build_interpolant().coefficients(torch.tensor(getattr(self, name), dtype=torch.float64))
+            # cos(π/2) is not quite 0.
+            if not regression_weight(self.loss_weight, c, self.prediction_type) < 1e12:
+                raise InputError(
+                    f"`loss_weight` {self.loss_weight!r} is infinite at `{name}` = {getattr(self, name):g} on the "
+                    f"interpolant {self.interpolant!r}: keep away from that end, e.g. by 0.001 (SiT)."
+                )
 
     def build_interpolant(self) -> Interpolant:
         try:

@@ -63,6 +63,13 @@ class RunFolder:
                 f"The run in {self.path} was started with other settings ({listing}). A resumed run repeats the "
                 "uninterrupted one exactly: use the same settings, or another --output_dir."
             )
+        if self.settings.lr_scheduler_type != "constant" and saved["max_steps"] != now["max_steps"]:
+            raise InputError(
+                f"The run in {self.path} was started with max_steps={saved['max_steps']}, where its "
+                f"{self.settings.lr_scheduler_type} learning rate falls to 0; with max_steps={now['max_steps']} the rate "
+                "would jump to another curve. Use the same max_steps, or start another --output_dir; a longer run needs "
+                "lr_scheduler_type=constant from the start."
+            )
 
     def start(self) -> None:
         """Makes an empty run folder with config.yaml, deleting an overwritten run."""

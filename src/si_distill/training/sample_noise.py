@@ -13,6 +13,7 @@ import torch
 #: What the numbers are for; part of the seed, so that no two uses share numbers.
 STREAMS = (
     "teacher",
+    "augmentation",
     "labels",
     "generator_noise",
     "critic",

@@ -3,7 +3,6 @@
 import inspect
 
 import torch
-import torch.nn.functional as F
 from PIL import Image
 
 from ..data import load_images
@@ -14,6 +13,7 @@ from ..schedulers.scheduling_stochastic_interpolant import StochasticInterpolant
 from ..visualization import image_grid
 from .config import TeacherConfig
 from .ema import Averages
+from .loss_weights import regression_weight
 from .networks import TrainedNetwork
 from .trainer import Trainer
 
@@ -77,7 +77,10 @@ class TeacherTrainer(Trainer):
                 with self.accelerator.autocast():
                     network_input = self.interpolant.network_input(x_t, t, settings.prediction_type)
                     prediction = trained.module(network_input, t, labels, return_dict=False)[0]
-                loss = F.mse_loss(prediction.float(), target)
+                weight = regression_weight(
+                    settings.loss_weight, self.interpolant.at(t, target), settings.prediction_type
+                )
+                loss = (weight * (prediction.float() - target).square()).mean()
                 trained.backward(loss)
             total += loss.detach() / settings.gradient_accumulation_steps
         norm, applied = trained.update()
