@@ -117,6 +117,21 @@ def test_digits_sweep_measures_resumes_and_refuses_another_budget(tmp_path, teac
     assert list(table_rows(tmp_path / "digits_sweep.md")) == ["teacher, 1 step"]
 
 
+def test_gradients_of_the_cross_term_add_up(teacher_folder):
+    from cross_term_gradient import GradientConfig, compare
+
+    config = GradientConfig(teacher=str(teacher_folder), updates=1, settling=2, batches=1)
+    rows = {(row["critic"], row["loss"]): row for row in compare("gap", config)}
+
+    assert rows["settled", "gap"]["cosine"] == pytest.approx(1, abs=1e-5)
+    for critic in ("live", "settled"):
+        gap, cross, rest = (rows[critic, name] for name in ("gap", "cross_term", "‖v_ψ‖² − ‖v*‖²"))
+        assert all(row["norm"] > 0 and abs(row["cosine"]) < 1 + 1e-5 for row in (gap, cross, rest))
+        # Projections on one direction add up as the losses do.
+        along = [row["norm"] * row["cosine"] for row in (gap, rest, cross)]
+        assert along[0] + along[1] == pytest.approx(along[2], rel=1e-4, abs=1e-5)
+
+
 def test_every_run_of_the_sweep_is_valid():
     import yaml
     from digits_sweep import SweepConfig, run_arguments, run_settings

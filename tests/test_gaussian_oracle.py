@@ -219,3 +219,28 @@ def test_basin_of_sid_above_one_ends_near_alpha_over_alpha_minus_one(alpha, insi
         critic = play.best_critic(law)
     downhill = -parameter_gradient(play.generator_loss(critic, law), law)[2:]
     assert downhill[0] < 0 < downhill[1]
+
+
+def test_cross_term_is_gap_plus_the_difference_of_the_fields_sizes():
+    # 2⟨Δ, İ⟩ = [2⟨Δ, İ⟩ − 2⟨Δ, v*⟩ − ‖Δ‖²] + ‖v_ψ‖² − ‖v*‖², whatever the critic.
+    cross, gap = (game("linear", preset, dim=16) for preset in ("cross_term", "gap"))
+    law = random_law(1, 16)
+    critic = LinearField(*(torch.randn(2, len(TIMES), 16, generator=torch.Generator().manual_seed(2)).double()))
+    x_t, teacher, _ = cross.batch(law)
+    sizes = (critic(x_t).square() - teacher.square()).mean()
+    torch.testing.assert_close(cross.generator_loss(critic, law), gap.generator_loss(critic, law) + sizes)
+
+
+def test_that_difference_takes_half_the_gradient_of_a_student_with_too_little_spread():
+    # The exact critic, equal means. A teacher's copy has next to no spread in most directions: there `cross_term` is weak.
+    ratios = []
+    for spread in (0.1, 0.3, 1.3, 3.0):
+        data, law = Gaussian(double(0.0), double(1.0)), trainable(Gaussian(double(0.0), double(spread)))
+        slopes = []
+        for preset in ("cross_term", "gap"):
+            play = Game(get_interpolant("linear"), built("linear", preset), data)
+            with torch.no_grad():
+                critic = play.best_critic(law)
+            slopes.append(torch.autograd.grad(play.generator_loss(critic, law), law.std)[0])
+        ratios.append(float(slopes[0] / slopes[1]))
+    assert 0 < ratios[0] < 0.5 and ratios[0] < ratios[1] < 1 < ratios[2] < ratios[3]
