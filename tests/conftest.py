@@ -1,6 +1,7 @@
 """What all tests share: nothing reaches a network or a GPU, and accelerate's process-wide state starts afresh."""
 
 import os
+import sys
 
 os.environ["ACCELERATE_USE_CPU"] = "true"
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -30,3 +31,15 @@ def teacher_folder(tmp_path_factory):
         folder
     )
     return folder
+
+
+@pytest.fixture
+def remote_code_cache(tmp_path, monkeypatch):
+    """An empty cache for the code that saved folders carry: files of earlier tests cannot stand in for missing ones."""
+    cache = tmp_path / "modules"
+    cache.mkdir()
+    monkeypatch.setattr("diffusers.utils.dynamic_modules_utils.HF_MODULES_CACHE", str(cache))
+    monkeypatch.syspath_prepend(cache)
+    for name in [name for name in sys.modules if name.split(".")[0] == "diffusers_modules"]:
+        monkeypatch.delitem(sys.modules, name)
+    return cache

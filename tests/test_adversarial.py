@@ -85,7 +85,7 @@ def test_logits_beyond_the_clamp_stop_pushing_the_generator():
 @pytest.mark.parametrize("kind", [None, "encoder", "head"])
 def test_one_forward_of_the_critic_yields_prediction_and_logits(kind):
     network = tiny_sit()
-    critic = CriticNetwork(network, kind, width=16)
+    critic = CriticNetwork(network, kind)
     calls = []
     network.register_forward_hook(lambda *_: calls.append(1))
     x, t, labels = torch.randn(3, 1, 8, 8), torch.rand(3), torch.tensor([0, 1, 2])

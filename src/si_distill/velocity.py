@@ -5,22 +5,23 @@ from collections.abc import Callable
 import torch
 
 from .interpolants import Interpolant
-from .pipelines.interpolant_pipeline_base import guided_outputs
+from .pipelines.interpolant_pipeline_network import guided_outputs
 
 
 class Field:
     """A network's prediction at (x_t, t, y) in whatever space is asked for.
 
     Args:
-        network: called as `network(network_input, t, class_labels, return_dict=False)` with x_t, scaled if the prediction
-            is `edm` (see `Interpolant.network_input`); the result's first element is the prediction, a second one are the
-            logits of an adversarial term.
+        network: called as `network(network_input, timestep, class_labels, return_dict=False)` with x_t, scaled if the
+            prediction is `edm` (see `Interpolant.network_input`), or as diffusers' own classes are (see `NetworkView`); the
+            result's first element is the prediction, a second one are the logits of an adversarial term.
         interpolant: the path on which the network was trained.
         prediction_type: what it predicts: `velocity`, `sample`, `epsilon`, `score` or `edm`.
         null_class: label for "no class"; needed when `guidance_scale` is not 1.
         guidance_scale: classifier-free guidance w in v_∅ + w (v_y − v_∅), in one batched forward; 1 is none.
         guidance_interval: times [low, high] with guidance (Kynkäänniemi et al. 2024, "Applying Guidance in a Limited
             Interval"); outside w is 1. Times all over [0, 1] when not given.
+        timestep_type: what number the network is given for a time (see `Interpolant.network_time`).
     """
 
     def __init__(
@@ -31,6 +32,7 @@ class Field:
         null_class: int | None = None,
         guidance_scale: float = 1.0,
         guidance_interval: tuple[float, float] = (0.0, 1.0),
+        timestep_type: str = "time",
     ):
         self.network = network
         self.interpolant = interpolant
@@ -38,35 +40,39 @@ class Field:
         self.null_class = null_class
         self.guidance_scale = guidance_scale
         self.guidance_interval = guidance_interval
+        self.timestep_type = timestep_type
 
-    def __call__(self, x_t: torch.Tensor, t: torch.Tensor, labels: torch.Tensor, space: str) -> torch.Tensor:
+    def __call__(self, x_t: torch.Tensor, t: torch.Tensor, labels: torch.Tensor | None, space: str) -> torch.Tensor:
         """The prediction in `space`, in the dtype of `x_t` (networks may run in bfloat16, losses do not).
 
         Args:
             x_t: (B, …).
             t: (B,) times in [0, 1].
-            labels: (B,) classes.
+            labels: (B,) classes; an unconditional network ignores them.
             space: `velocity`, `sample`, `epsilon`, `score` or `edm`.
         """
         return self.interpolant.convert(self.predict(x_t, t, labels), x_t, t, self.prediction_type, space)
 
-    def predict(self, x_t: torch.Tensor, t: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    def predict(self, x_t: torch.Tensor, t: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:
         """The network's own prediction, guided, in the dtype of `x_t`."""
         return self.outputs(x_t, t, labels)[0]
 
-    def outputs(self, x_t: torch.Tensor, t: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def outputs(self, x_t: torch.Tensor, t: torch.Tensor, labels: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
         """The network's outputs of one forward: the guided prediction in the dtype of `x_t`, and what else it gives."""
         return self._forward(self.interpolant.network_input(x_t, t, self.prediction_type), t, labels)
 
-    def _forward(self, network_input: torch.Tensor, t: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def _forward(
+        self, network_input: torch.Tensor, t: torch.Tensor, labels: torch.Tensor | None
+    ) -> tuple[torch.Tensor, ...]:
         low, high = self.guidance_interval
         scale: float | torch.Tensor = self.guidance_scale
         if scale != 1 and (low > 0 or high < 1):
             scale = torch.where((t >= low) & (t <= high), scale, 1.0)
-        prediction, *others = guided_outputs(self.network, network_input, t, labels, self.null_class, scale)
+        timestep = self.interpolant.network_time(t, self.timestep_type)
+        prediction, *others = guided_outputs(self.network, network_input, timestep, labels, self.null_class, scale)
         return prediction.to(network_input.dtype), *others
 
-    def one_step(self, noise: torch.Tensor, t: float, labels: torch.Tensor) -> torch.Tensor:
+    def one_step(self, noise: torch.Tensor, t: float, labels: torch.Tensor | None) -> torch.Tensor:
         """The one-step generator G(x1) = x̂0(β(t) x1, t) (see `Interpolant.one_step`)."""
         return self.interpolant.one_step(
             lambda network_input, times: self._forward(network_input, times, labels)[0], noise, t, self.prediction_type

@@ -79,6 +79,15 @@ def test_labels_without_names_are_numbers(tmp_path):
     assert load_images(config).class_names == ["0", "1", "2"]
 
 
+def test_images_without_labels_are_asked_for_by_name(tmp_path):
+    config = parquet(tmp_path, [encoded(random_image(n)) for n in range(2)], [0, 1])
+    labelled, config.label_column = load_images(config), "none"
+    unlabelled = load_images(config)
+    assert unlabelled.class_names == []
+    assert [unlabelled[n][1] for n in range(2)] == [0, 0]
+    assert torch.equal(unlabelled[1][0], labelled[1][0])
+
+
 def test_a_corrupt_image_is_named_by_its_number(tmp_path):
     data = load_images(parquet(tmp_path, [encoded(random_image(0)), encoded(random_image(1))[:60]], [0, 1]))
     assert data[0][1] == 0

@@ -130,7 +130,9 @@ def test_a_folder_saved_again_has_the_same_files(root, name, tmp_path):
     assert sorted(file for file in original if file.endswith(".py")) == [
         "interpolant_pipeline_base.py",
         "interpolant_pipeline_folder.py",
+        "interpolant_pipeline_network.py",
         "pipeline.py",
+        "scheduler/interpolant_base.py",
         "scheduler/interpolant_paths.py",
         "scheduler/scheduling_stochastic_interpolant.py",
         "transformer/transformer_sit.py",
@@ -292,6 +294,30 @@ def test_code_that_cannot_travel_is_refused(tmp_path, monkeypatch):
     pipe = OneStepInterpolantPipeline(network, StochasticInterpolantScheduler())
     with pytest.raises(ValueError, match=r"network\.py imports 'parts\.sizes' relatively.*cannot travel"):
         pipe.save_pretrained(tmp_path / "out")
+
+
+def test_helpers_of_a_network_travel_if_the_network_names_them_all(tmp_path, monkeypatch, remote_code_cache):
+    package = tmp_path / "near_package"
+    package.mkdir()
+    (package / "near_sizes.py").write_text("SIZE = 8\n")
+    (package / "near_shapes.py").write_text("from .near_sizes import SIZE\n\nSHAPE = (SIZE, SIZE)\n")
+    imports = "from si_distill import SiTTransformer2DModel\n\nfrom .near_shapes import SHAPE\n"
+    body = "\n\nclass NearNetwork(SiTTransformer2DModel):\n    shape = SHAPE\n"
+    (package / "whole_network.py").write_text(imports + "from .near_sizes import SIZE\n" + body)
+    (package / "torn_network.py").write_text(imports + body)
+    monkeypatch.syspath_prepend(tmp_path)
+    from near_package import torn_network, whole_network
+
+    def saved(module):
+        network = module.NearNetwork(sample_size=8, patch_size=4, num_layers=1, num_attention_heads=1)
+        OneStepInterpolantPipeline(network, StochasticInterpolantScheduler()).save_pretrained(tmp_path / "out")
+
+    with pytest.raises(ValueError, match=r"'near_shapes' relatively.*which torn_network\.py does not import itself"):
+        saved(torn_network)
+    saved(whole_network)
+    loaded = DiffusionPipeline.from_pretrained(tmp_path / "out", trust_remote_code=True)
+    assert loaded.transformer.shape == (8, 8)
+    assert type(loaded.transformer).__module__.startswith("diffusers_modules")
 
 
 def test_a_network_of_the_user_s_own_travels_with_the_pipeline(tmp_path, monkeypatch):

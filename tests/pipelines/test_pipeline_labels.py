@@ -51,7 +51,7 @@ def test_labels_become_classes(cls, labels, classes):
         (torch.tensor([1.0]), TypeError, "1.0 of type float"),
         (torch.tensor([True]), TypeError, "True of type bool"),
         (torch.tensor([[1, 2]]), TypeError, "flat list"),
-        (None, TypeError, "None of type NoneType"),
+        (None, ValueError, "5 classes: pass `class_labels`"),
     ],
 )
 def test_other_labels_are_refused(labels, error, message):

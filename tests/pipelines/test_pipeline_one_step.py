@@ -88,7 +88,7 @@ def test_an_image_depends_on_its_own_generator_only():
         (dict(num_inference_steps=4), "one-step student has one step"),
         (dict(guidance_scale=4.0), "guidance it was distilled with is already inside"),
         (dict(output_type="jpeg"), "'jpeg'.*pil, np, pt, latent"),
-        (dict(generator=[torch.Generator()]), "1 generators for 2 labels"),
+        (dict(generator=[torch.Generator()]), "1 generators for 2 images"),
         (dict(latents=torch.zeros(2, 1, 4, 4)), r"\(2, 1, 4, 4\).*\(2, 1, 8, 8\)"),
         (dict(callback_on_step_end_tensor_inputs=["prompt_embeds"]), "prompt_embeds.*latents"),
     ],

@@ -264,8 +264,15 @@ class TestContract:
         ],
     )
     def test_save_and_load_give_the_same_step(self, tmp_path, solver, interpolant, settings):
+        timestep_type = {"ddpm": "discrete", "edm": "log_sigma"}.get(interpolant, "time")
         sched = scheduler(
-            interpolant, "sample", solver, interpolant_kwargs=settings, init_time=0.71, num_train_timesteps=50
+            interpolant,
+            "sample",
+            solver,
+            interpolant_kwargs=settings,
+            init_time=0.71,
+            num_train_timesteps=50,
+            timestep_type=timestep_type,
         )
         sched.save_pretrained(tmp_path)
         loaded = StochasticInterpolantScheduler.from_pretrained(tmp_path)

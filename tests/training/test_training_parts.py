@@ -137,7 +137,7 @@ def test_settings_build_the_law_for_the_interpolant():
         output_dir="a", interpolant="edm", time_sampler="lognormal", time_mean=-1.2, time_std=1.2, t_max=0.9
     )
     it = settings.build_interpolant()
-    assert settings.build_time_sampler(it) == TimeSampler("lognormal", 0.0, 0.9, -1.2, 1.2, it)
+    assert settings.build_time_sampler(it, "time") == TimeSampler("lognormal", 0.0, 0.9, -1.2, 1.2, it)
 
 
 def test_batches_of_all_ranks_are_the_global_batch_and_an_epoch_shows_every_image_once():

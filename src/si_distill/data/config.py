@@ -13,7 +13,9 @@ class DataConfig:
     data_files: str | None = setting(None, "Files or a glob for `datasets.load_dataset`, e.g. `data/*.parquet`.")
     split: str = setting("train", "The split to read.")
     image_column: str | None = setting(None, "Column of the images; found by its type when not given.")
-    label_column: str | None = setting(None, "Column of the labels; found by its type or name when not given.")
+    label_column: str | None = setting(
+        None, "Column of the labels; found by its type when not given. `none`: no labels."
+    )
     image_size: int = setting(8, "Height and width in pixels: centre crop and resize. `digits` is 8.")
     max_train_samples: int | None = setting(None, "Use only the first that many images.")
 

@@ -23,7 +23,7 @@ class ImageDataset(Dataset):
         name: how results refer to the data.
         channels: 1 or 3.
         size: height and width.
-        class_names: names of the classes 0 … K − 1.
+        class_names: names of the classes 0 … K − 1; empty for images without labels, whose label is always 0.
     """
 
     def __init__(
@@ -57,9 +57,13 @@ def load_images(config: DataConfig) -> ImageDataset:
     """The images that the settings describe.
 
     Raises:
-        InputError: when they cannot be found or read, or have no labels.
+        InputError: when they cannot be found or read, or have no labels and `label_column` does not say `none`.
     """
     return _digits(config) if config.name == "digits" else _from_datasets(config)
+
+
+def _unlabelled(config: DataConfig) -> bool:
+    return config.label_column == "none"
 
 
 def _digits(config: DataConfig) -> ImageDataset:
@@ -73,8 +77,9 @@ def _digits(config: DataConfig) -> ImageDataset:
         raise InputError(f"The digits are 8×8 images; `data.image_size` is {config.image_size}.")
     digits = load_digits()
     images = torch.from_numpy(digits.images / 16 * 255).round().to(torch.uint8)[:, None]
-    labels = digits.target.tolist()[: config.max_train_samples]
-    return ImageDataset(images.__getitem__, labels, "sklearn-digits", 1, 8, [str(n) for n in range(10)])
+    labels = ([0] * len(images) if _unlabelled(config) else digits.target.tolist())[: config.max_train_samples]
+    names = [] if _unlabelled(config) else [str(n) for n in range(10)]
+    return ImageDataset(images.__getitem__, labels, "sklearn-digits", 1, 8, names)
 
 
 def _from_datasets(config: DataConfig) -> ImageDataset:
@@ -88,14 +93,17 @@ def _from_datasets(config: DataConfig) -> ImageDataset:
             f"{error}. A gated data set needs its terms accepted on its page and HF_TOKEN set."
         ) from error
     image_column = config.image_column or _column(table, "image", lambda f: isinstance(f, datasets.Image))
-    label_column = config.label_column or _column(table, "label", lambda f: isinstance(f, datasets.ClassLabel))
+    label_column = None
+    if not _unlabelled(config):
+        label_column = config.label_column or _column(table, "label", lambda f: isinstance(f, datasets.ClassLabel))
     for column in (image_column, label_column):
-        if column not in table.column_names:
+        if column is not None and column not in table.column_names:
             raise InputError(f"The data set has no column {column!r}; its columns are {table.column_names}.")
-    labels = table[label_column]
-    feature = table.features[label_column]
-    count = max(labels) + 1
-    names = list(feature.names) if isinstance(feature, datasets.ClassLabel) else [str(n) for n in range(count)]
+    names, labels = [], [0] * len(table)
+    if label_column is not None:
+        labels, feature = table[label_column], table.features[label_column]
+        known = isinstance(feature, datasets.ClassLabel)
+        names = list(feature.names) if known else [str(n) for n in range(max(labels) + 1)]
     # Decoded here and not inside datasets: an error there names no file and can end an iteration silently.
     table = table.cast_column(image_column, datasets.Image(decode=False))
     channels = 1 if _open(table[0][image_column], 0).mode in ("L", "1", "I;16", "I") else 3
@@ -113,7 +121,7 @@ def _column(table: Any, kind: str, is_kind: Callable[[Any], bool]) -> str:
     if len(found) != 1:
         raise InputError(
             f"{'No' if not found else 'More than one'} {kind} column among {table.column_names}: "
-            f"set `data.{kind}_column`."
+            f"set `data.{kind}_column`{' (`none`: images without labels)' if kind == 'label' else ''}."
         )
     return found[0]
 

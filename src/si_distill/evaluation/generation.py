@@ -5,9 +5,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from diffusers import DiffusionPipeline
 from tqdm.auto import tqdm
 
+from ..pipelines import InterpolantPipeline, OneStepInterpolantPipeline
 from ..training.sample_noise import SampleNoise
 from ..visualization import to_uint8
 
@@ -28,7 +28,7 @@ class Generated:
 
 
 def generate_images(
-    pipeline: DiffusionPipeline,
+    pipeline: InterpolantPipeline | OneStepInterpolantPipeline,
     call: Callable[..., object],
     labels: list[int],
     seed: int,
@@ -39,15 +39,14 @@ def generate_images(
 
     Args:
         pipeline: its `transformer` is watched.
-        call: `call(class_labels=…, latents=…)` returns a pipeline output whose images are (B, C, H, W) in [0, 1]
-            (`output_type="pt"`).
-        labels: a class for each image.
+        call: `call(class_labels=…, latents=…)`, or with `batch_size=…` where the network is unconditional, returns a
+            pipeline output whose images are (B, C, H, W) in [0, 1] (`output_type="pt"`).
+        labels: a class for each image; only their number matters to an unconditional network.
         seed: of the noise.
         batch_size: images at once.
         description: for the progress bar.
     """
-    config = pipeline.transformer.config
-    shape = (config.in_channels, config.sample_size, config.sample_size)
+    view = pipeline.network
     noise = SampleNoise(seed, pipeline._execution_device)
     rows = 0
 
@@ -61,8 +60,9 @@ def generate_images(
     try:
         for start in tqdm(range(0, len(labels), batch_size), desc=description, unit="batch"):
             indices = range(start, min(start + batch_size, len(labels)))
-            latents = noise.normal(shape, "evaluation", indices=indices)
-            images = call(class_labels=[labels[i] for i in indices], latents=latents).images
+            latents = noise.normal(view.sample_shape, "evaluation", indices=indices)
+            what = {"class_labels": [labels[i] for i in indices]} if view.num_classes else {"batch_size": len(indices)}
+            images = call(**what, latents=latents).images
             batches.append(to_uint8(images * 2 - 1).cpu())
     finally:
         hook.remove()

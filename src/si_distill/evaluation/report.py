@@ -40,7 +40,9 @@ def evaluate(settings: EvaluationConfig) -> dict[str, Any]:
     reference, reference_labels = data.read_all()
     count = settings.num_samples or len(reference)
     labels = [reference_labels[i % len(reference_labels)] for i in range(count)]
-    classifier = DigitsClassifier(reference, reference_labels) if settings.data.name == "digits" else None
+    conditional = student.network.num_classes > 0
+    is_digits = settings.data.name == "digits"
+    classifier = DigitsClassifier(reference, reference_labels) if is_digits and conditional else None
 
     generators = [
         (
@@ -60,7 +62,10 @@ def evaluate(settings: EvaluationConfig) -> dict[str, Any]:
 
     rows: list[dict[str, Any]] = []
     pictures = []
-    chosen = [labels.index(c) for c in range(min(len(data.class_names), 10)) if c in labels]
+    if conditional:
+        chosen = [labels.index(c) for c in range(min(len(data.class_names), 10)) if c in labels]
+    else:
+        chosen = list(range(min(count, 10)))
     for name, pipeline, call in generators:
         pipeline.set_progress_bar_config(disable=True)
         made = generate_images(pipeline, call, labels, settings.seed, settings.batch_size, name)
@@ -68,13 +73,16 @@ def evaluate(settings: EvaluationConfig) -> dict[str, Any]:
             "generator": name,
             "network evaluations": made.evaluations,
             "Fréchet distance": frechet_distance(made.images, reference),
-            "label accuracy": classifier.accuracy(made.images, labels) if classifier else None,
+            "label accuracy": classifier.accuracy(made.images, labels)
+            if classifier and pipeline.network.num_classes
+            else None,
             "images per second": made.images_per_second,
         }
         rows.append(row)
         pictures.append((name, made.images[chosen]))
     rows.append(_floor(reference, settings.seed))
-    pictures.append(("real", reference[[reference_labels.index(labels[i]) for i in chosen]]))
+    real = [reference_labels.index(labels[i]) for i in chosen] if conditional else chosen
+    pictures.append(("real", reference[real]))
 
     result = {
         "evaluator": f"torch-fidelity {torch_fidelity.__version__}",
@@ -83,7 +91,7 @@ def evaluate(settings: EvaluationConfig) -> dict[str, Any]:
         "reference": {"name": data.name, "split": settings.data.split, "images": len(reference)},
         "num_samples": count,
         "seed": settings.seed,
-        "labels": "those of the reference images, in order",
+        "labels": "those of the reference images, in order" if conditional else None,
         "student": settings.pipeline,
         "teacher": settings.teacher,
         "solver": settings.solver,
@@ -98,7 +106,7 @@ def evaluate(settings: EvaluationConfig) -> dict[str, Any]:
     image_grid(
         [tensor_to_pil(images.float() / 127.5 - 1) for _, images in pictures],
         [name for name, _ in pictures],
-        [data.class_names[labels[i]].split(",")[0] for i in chosen],
+        [data.class_names[labels[i]].split(",")[0] for i in chosen] if conditional else None,
     ).save(output.with_suffix(".png"))
     return result
 
@@ -123,17 +131,16 @@ def format_table(result: dict[str, Any]) -> str:
 
 
 def _check_fits(student: OneStepInterpolantPipeline, data: ImageDataset) -> None:
-    config = student.transformer.config
-    vae = student.vae
-    size, channels = config.sample_size * (2 ** (len(vae.config.block_out_channels) - 1) if vae else 1), data.channels
-    if size != data.size or (vae is None and config.in_channels != channels):
+    (channels, size, _), classes, vae = student.network.sample_shape, student.network.num_classes, student.vae
+    size *= 2 ** (len(vae.config.block_out_channels) - 1) if vae else 1
+    if size != data.size or (vae is None and channels != data.channels):
         raise InputError(
-            f"The student makes images of {size}×{size} pixels with {config.in_channels} channels in its space, but "
+            f"The student makes images of {size}×{size} pixels with {channels} channels in its space, but "
             f"the reference {data.name} has {data.channels} channels of {data.size}×{data.size}: set `data.image_size`."
         )
-    if config.num_classes != len(data.class_names):
+    if classes and classes != len(data.class_names):
         raise InputError(
-            f"The student has {config.num_classes} classes and the reference {data.name} has {len(data.class_names)}."
+            f"The student has {classes} classes and the reference {data.name} has {len(data.class_names)}."
         )
 
 

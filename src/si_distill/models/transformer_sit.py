@@ -114,7 +114,7 @@ class SiTTransformer2DModel(
         num_layers (`int`): number of blocks.
         num_attention_heads (`int`), attention_head_dim (`int`): their product is the width D.
         mlp_ratio (`float`): width of the MLP over D.
-        num_classes (`int`): number of classes; labels are 0 … num_classes − 1.
+        num_classes (`int`): number of classes; labels are 0 … num_classes − 1. 0 is an unconditional network.
         class_dropout_prob (`float`): share of labels that the teacher's training replaces by the null class. Above 0
             the label `num_classes` exists and means "no class", which guidance needs; the trainer draws the dropout.
         learn_sigma (`bool`): the last layer has 2 C channels as in the published checkpoints; `.sample` is the first C.
@@ -159,7 +159,7 @@ class SiTTransformer2DModel(
         self.pos_embed = PatchEmbed(sample_size, sample_size, patch_size, in_channels, dim)
         self.time_proj = Timesteps(256, flip_sin_to_cos=True, downscale_freq_shift=0, scale=timestep_scale)
         self.time_embed = TimestepEmbedding(256, dim)
-        self.class_embed = nn.Embedding(num_classes + (class_dropout_prob > 0), dim)
+        self.class_embed = nn.Embedding(num_classes + (class_dropout_prob > 0), dim) if num_classes else None
         self.transformer_blocks = nn.ModuleList(
             SiTTransformerBlock(dim, num_attention_heads, attention_head_dim, mlp_ratio, dropout)
             for _ in range(num_layers)
@@ -187,8 +187,14 @@ class SiTTransformer2DModel(
 
     @property
     def null_class(self) -> int | None:
-        """The label that means "no class", or None for a network trained without label dropout."""
-        return self.config.num_classes if self.config.class_dropout_prob > 0 else None
+        """The label that means "no class", or None for a network without classes or trained without label dropout."""
+        config = self.config
+        return config.num_classes if config.num_classes and config.class_dropout_prob > 0 else None
+
+    @property
+    def feature_width(self) -> int:
+        """D of the features that `forward` returns."""
+        return self.config.num_attention_heads * self.config.attention_head_dim
 
     def _initialize_weights(self) -> None:
         """DiT's initialisation: Xavier projections, normal embeddings (0.02), zero modulations and output."""
@@ -198,8 +204,9 @@ class SiTTransformer2DModel(
                 nn.init.zeros_(module.bias)
         nn.init.xavier_uniform_(self.pos_embed.proj.weight.flatten(1))
         nn.init.zeros_(self.pos_embed.proj.bias)
-        for weight in (self.class_embed.weight, self.time_embed.linear_1.weight, self.time_embed.linear_2.weight):
-            nn.init.normal_(weight, std=0.02)
+        for layer in (self.class_embed, self.time_embed.linear_1, self.time_embed.linear_2):
+            if layer is not None:
+                nn.init.normal_(layer.weight, std=0.02)
         for layer in (*(block.modulation for block in self.transformer_blocks), self.modulation_out, self.proj_out):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
@@ -208,7 +215,7 @@ class SiTTransformer2DModel(
         self,
         hidden_states: torch.Tensor,
         timestep: torch.Tensor | float,
-        class_labels: torch.Tensor,
+        class_labels: torch.Tensor | None = None,
         return_dict: bool = True,
         return_features: bool = False,
     ) -> SiTTransformer2DModelOutput | tuple[torch.Tensor, ...]:
@@ -216,7 +223,8 @@ class SiTTransformer2DModel(
         Args:
             hidden_states (`torch.Tensor` of shape (B, C, H, W)): x_t with H = W = `sample_size`.
             timestep (`torch.Tensor` of shape (B,) or a number): t in [0, 1], 0 = data. Keep it in float32.
-            class_labels (`torch.LongTensor` of shape (B,)): classes; `null_class` means none.
+            class_labels (`torch.LongTensor` of shape (B,), *optional*): classes; `null_class` means none. A network
+                without classes ignores them.
             return_dict (`bool`): whether to return an output object or a tuple.
             return_features (`bool`): whether to return the hidden tokens after block depth/2 too, (B, N, D): what an
                 adversarial term looks at.
@@ -225,7 +233,7 @@ class SiTTransformer2DModel(
             `SiTTransformer2DModelOutput` whose `sample` has the shape of `hidden_states`, or a tuple of its fields.
 
         Raises:
-            ValueError: for an image that is not (C, sample_size, sample_size).
+            ValueError: for an image that is not (C, sample_size, sample_size), or no labels where there are classes.
         """
         size, patch_size = self.config.sample_size, self.config.patch_size
         if hidden_states.shape[1:] != (self.config.in_channels, size, size):
@@ -236,7 +244,12 @@ class SiTTransformer2DModel(
         timestep = torch.as_tensor(timestep, device=hidden_states.device).expand(len(hidden_states))
         hidden_states = self.pos_embed(hidden_states)
         conditioning = self.time_embed(self.time_proj(timestep).to(hidden_states.dtype))
-        conditioning = conditioning + self.class_embed(class_labels)
+        if self.class_embed is not None:
+            if class_labels is None:
+                raise ValueError(
+                    f"This SiT has {self.config.num_classes} classes: pass `class_labels`, one for each image."
+                )
+            conditioning = conditioning + self.class_embed(class_labels)
 
         features = None
         for index, block in enumerate(self.transformer_blocks, start=1):

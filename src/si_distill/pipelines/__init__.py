@@ -1,5 +1,5 @@
-from .interpolant_pipeline_base import guided_outputs
+from .interpolant_pipeline_network import NetworkView, guided_outputs, view_network
 from .pipeline_interpolant import InterpolantPipeline
 from .pipeline_one_step_interpolant import OneStepInterpolantPipeline
 
-__all__ = ["InterpolantPipeline", "OneStepInterpolantPipeline", "guided_outputs"]
+__all__ = ["InterpolantPipeline", "NetworkView", "OneStepInterpolantPipeline", "guided_outputs", "view_network"]

@@ -1,6 +1,6 @@
-"""What the one-step and the multi-step pipeline share: labels, noise, guidance, decoding.
+"""What the one-step and the multi-step pipeline share: labels, noise, decoding.
 
-A copy of this file travels beside `pipeline.py` into every saved pipeline: it imports only torch and diffusers.
+A copy of this file travels beside `pipeline.py` into every saved pipeline: it imports only torch, diffusers and a sibling.
 """
 
 import difflib
@@ -15,61 +15,21 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
 
+from .interpolant_pipeline_network import NetworkView, guided_outputs, view_network
+
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
 ClassLabels = int | str | list[int | str] | torch.Tensor
 
 
-def guided_outputs(
-    network: torch.nn.Module,
-    x_t: torch.Tensor,
-    timesteps: torch.Tensor,
-    class_labels: torch.Tensor,
-    null_class: int | None,
-    guidance_scale: float | torch.Tensor = 1.0,
-) -> tuple[torch.Tensor, ...]:
-    """
-    Classifier-free guidance in one forward: v_∅ + w (v_y − v_∅), with w = 1 a plain forward of B rows.
-
-    The weights of the two predictions sum to 1, so the formula is the same for every kind of prediction.
-
-    Args:
-        network: called once as `network(x_t, timesteps, class_labels, return_dict=False)`; gives a tuple.
-        x_t (`torch.Tensor` of shape (B, C, H, W)): its input.
-        timesteps (`torch.Tensor` of shape (B,), float32): times in [0, 1].
-        class_labels (`torch.LongTensor` of shape (B,)): the classes y.
-        null_class (`int`, *optional*): the label that means "no class".
-        guidance_scale (`float`, or `torch.Tensor` of shape (B,)): w; 0 ignores the class, 1 is no guidance.
-
-    Returns:
-        The network's tuple: first the guided prediction of the shape of `x_t`; anything else as it is for the classes y.
-
-    Raises:
-        ValueError: when guidance is asked of a network without a null class.
-    """
-    if not torch.is_tensor(guidance_scale) and guidance_scale == 1:
-        return network(x_t, timesteps, class_labels, return_dict=False)
-    if null_class is None:
-        raise ValueError(
-            f"`guidance_scale` is {guidance_scale}, but the network was trained without label dropout and has no null "
-            "class to guide with. Use `guidance_scale=1.0`, or train it with `class_dropout_prob` above 0."
-        )
-    labels = torch.cat([class_labels, torch.full_like(class_labels, null_class)])
-    outputs = network(torch.cat([x_t, x_t]), torch.cat([timesteps, timesteps]), labels, return_dict=False)
-    conditional, unconditional = outputs[0].chunk(2)
-    if torch.is_tensor(guidance_scale):
-        guidance_scale = guidance_scale.to(conditional.dtype).view(-1, *[1] * (x_t.ndim - 1))
-    guided = unconditional + guidance_scale * (conditional - unconditional)
-    return guided, *(None if extra is None else extra.chunk(2)[0] for extra in outputs[1:])
-
-
 class InterpolantPipelineBase(DiffusionPipeline):
     """
-    Class-conditional image pipeline on a stochastic interpolant; subclasses write `__call__`.
+    Image pipeline on a stochastic interpolant, with classes or without; subclasses write `__call__`.
 
     Args:
         transformer ([`ModelMixin`]): the network, called as `(hidden_states, timestep, class_labels)`; its config has
-            `sample_size`, `in_channels` and `num_classes`.
+            `sample_size`, `in_channels` and `num_classes` (0: unconditional). Or diffusers' `DiTTransformer2DModel` or
+            `UNet2DModel`.
         scheduler ([`SchedulerMixin`]): a `StochasticInterpolantScheduler`.
         vae ([`ModelMixin`], *optional*): `AutoencoderKL`, `AutoencoderTiny` or alike. Without one the network's images
             are pixels in [-1, 1].
@@ -93,8 +53,38 @@ class InterpolantPipelineBase(DiffusionPipeline):
     ):
         super().__init__()
         self.register_modules(transformer=transformer, scheduler=scheduler, vae=vae)
-        self.register_to_config(id2label=_checked_names(id2label, transformer.config.num_classes))
+        self.register_to_config(id2label=_checked_names(id2label, view_network(transformer).num_classes))
         self.image_processor = VaeImageProcessor()
+
+    @property
+    def network(self) -> NetworkView:
+        """What the `transformer`, of whatever class, takes and gives."""
+        return view_network(self.transformer)
+
+    def prepare_labels(
+        self, class_labels: ClassLabels | None, batch_size: int | None, device: torch.device
+    ) -> tuple[torch.Tensor | None, int]:
+        """
+        The classes (B,) on the device, or None for an unconditional network, and the number B of images.
+
+        Raises:
+            ValueError: for labels of an unconditional network or none of a conditional one, or a `batch_size` that is no
+                number of images.
+        """
+        if self.network.num_classes:
+            if class_labels is None or batch_size is not None:
+                raise ValueError(
+                    f"This network has {self.network.num_classes} classes: pass `class_labels`, one for each image, and no "
+                    "`batch_size`."
+                )
+            labels = torch.tensor(self.get_label_ids(class_labels), device=device)
+            return labels, len(labels)
+        if class_labels is not None:
+            raise ValueError("`class_labels` were given, but this network is unconditional: pass `batch_size` instead.")
+        batch_size = 1 if batch_size is None else batch_size
+        if not isinstance(batch_size, int) or batch_size < 1:
+            raise ValueError(f"`batch_size` must be a number of images, at least 1, got {batch_size!r}.")
+        return None, batch_size
 
     def get_label_ids(self, class_labels: ClassLabels) -> list[int]:
         """
@@ -129,7 +119,9 @@ class InterpolantPipelineBase(DiffusionPipeline):
                 f"{label!r} of type {type(label).__name__} is no class label; labels are integers or names (a flat list "
                 "or tensor of them for a batch)."
             ) from None
-        num_classes = self.transformer.config.num_classes
+        num_classes = self.network.num_classes
+        if num_classes == 0:
+            raise ValueError(f"The class {value} was given, but this network is unconditional: leave labels out.")
         if not 0 <= value < num_classes:
             raise ValueError(f"The class {value} is out of range: this network has the classes 0 to {num_classes - 1}.")
         return value
@@ -139,7 +131,7 @@ class InterpolantPipelineBase(DiffusionPipeline):
         if not id2label:
             raise ValueError(
                 f"The label {name!r} is a name, but this pipeline has no `id2label`; pass the number of the class, 0 to "
-                f"{self.transformer.config.num_classes - 1}."
+                f"{self.network.num_classes - 1}."
             )
         whole: dict[str, list[int]] = {}
         synonyms: dict[str, list[int]] = {}
@@ -176,7 +168,7 @@ class InterpolantPipelineBase(DiffusionPipeline):
 
         Raises:
             ValueError: for an unknown output type or callback tensor, a list of generators or `latents` that do not fit
-                the number of labels.
+                the number of images.
         """
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"Unknown `output_type` {output_type!r}. Choose one of: {', '.join(OUTPUT_TYPES)}.")
@@ -188,18 +180,17 @@ class InterpolantPipelineBase(DiffusionPipeline):
             )
         if isinstance(generator, (list, tuple)) and len(generator) != batch_size:
             raise ValueError(
-                f"There are {len(generator)} generators for {batch_size} labels; pass one for each image, or a single "
+                f"There are {len(generator)} generators for {batch_size} images; pass one for each image, or a single "
                 "generator for the batch."
             )
         shape = self._latents_shape(batch_size)
         if latents is not None and tuple(latents.shape) != shape:
             raise ValueError(
-                f"`latents` has shape {tuple(latents.shape)}, but {batch_size} labels and this network need {shape}."
+                f"`latents` has shape {tuple(latents.shape)}, but {batch_size} images of this network need {shape}."
             )
 
     def _latents_shape(self, batch_size: int) -> tuple[int, int, int, int]:
-        config = self.transformer.config
-        return (batch_size, config.in_channels, config.sample_size, config.sample_size)
+        return (batch_size, *self.network.sample_shape)
 
     def prepare_latents(
         self,
@@ -227,17 +218,22 @@ class InterpolantPipelineBase(DiffusionPipeline):
         return latents.to(device=device, dtype=dtype) * init_noise_sigma
 
     def predict(
-        self, latents: torch.Tensor, timestep: torch.Tensor, class_labels: torch.Tensor, guidance_scale: float = 1.0
+        self,
+        latents: torch.Tensor,
+        timestep: torch.Tensor,
+        class_labels: torch.Tensor | None,
+        guidance_scale: float = 1.0,
     ) -> torch.Tensor:
         """One forward of the network at (x_t, t), (B, C, H, W) and a scalar, in the network's dtype."""
         # Scaled before the cast: what the network sees has unit size, x_t itself may be 80 times that.
         network_input = self.scheduler.scale_model_input(latents, timestep)
+        network_time = self.scheduler.network_time(timestep.to(device=latents.device, dtype=torch.float32))
         return guided_outputs(
             self.transformer,
             network_input.to(self.transformer.dtype),
-            timestep.to(device=latents.device, dtype=torch.float32).expand(len(latents)),
+            network_time.expand(len(latents)),
             class_labels,
-            getattr(self.transformer, "null_class", None),
+            self.network.null_class,
             guidance_scale,
         )[0]
 
@@ -276,6 +272,8 @@ class InterpolantPipelineBase(DiffusionPipeline):
 def _checked_names(id2label: dict | None, num_classes: int) -> dict[int, str] | None:
     if id2label is None:
         return None
+    if num_classes == 0:
+        raise ValueError("`id2label` names classes, but the network is unconditional: leave it out.")
     names = {}
     for key, name in id2label.items():
         try:

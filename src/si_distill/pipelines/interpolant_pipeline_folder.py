@@ -189,13 +189,14 @@ def _installed_module(stem: str, class_name: str) -> str | None:
 
 def _copy_code(source: Path, folder: Path, name: str) -> None:
     """Copies a module, and the siblings it imports, into a folder."""
-    siblings = [source.with_name(f"{sibling}.py") for sibling in get_relative_imports(source)]
+    names = get_relative_imports(source)
+    siblings = [source.with_name(f"{sibling}.py") for sibling in names]
     for sibling in siblings:
         # The loader copies what a module imports from its own folder, one level deep.
-        if not sibling.is_file() or get_relative_imports(sibling):
+        if not sibling.is_file() or not set(names).issuperset(get_relative_imports(sibling)):
             raise ValueError(
                 f"{source.name} imports {sibling.stem!r} relatively, which cannot travel with the pipeline: it must be a "
-                "file beside it that has no relative imports itself."
+                f"file beside it that imports relatively nothing which {source.name} does not import itself."
             )
     folder.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(folder / "__pycache__", ignore_errors=True)  # would break `variant=`

@@ -1,6 +1,6 @@
 """Images by solving the ODE of an interpolant in many steps: the pipeline of a teacher.
 
-This file travels as `pipeline.py`, with its two helpers, into every saved teacher: they import only torch, diffusers and
+This file travels as `pipeline.py`, with its helpers, into every saved teacher: they import only torch, diffusers and
 what diffusers requires.
 """
 
@@ -14,11 +14,12 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
 from .interpolant_pipeline_base import ClassLabels, InterpolantPipelineBase
 from .interpolant_pipeline_folder import SelfContainedFolderMixin
+from .interpolant_pipeline_network import NetworkView  # noqa: F401 - a helper's import: what travels is what is named here
 
 
 class InterpolantPipeline(SelfContainedFolderMixin, InterpolantPipelineBase):
     """
-    Class-conditional images from a teacher: dx/dt = v(x, t, y) from noise to data, with classifier-free guidance.
+    Images from a teacher: dx/dt = v(x, t, y) from noise to data, with classifier-free guidance.
 
     Args:
         transformer ([`ModelMixin`]): the teacher, called as `(hidden_states, timestep, class_labels)`; guidance needs its
@@ -31,12 +32,13 @@ class InterpolantPipeline(SelfContainedFolderMixin, InterpolantPipelineBase):
     @torch.no_grad()
     def __call__(
         self,
-        class_labels: ClassLabels,
+        class_labels: ClassLabels | None = None,
         num_inference_steps: int = 50,
         guidance_scale: float = 1.0,
         solver: str | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: torch.Tensor | None = None,
+        batch_size: int | None = None,
         timesteps: list[float] | torch.Tensor | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
@@ -48,13 +50,14 @@ class InterpolantPipeline(SelfContainedFolderMixin, InterpolantPipelineBase):
 
         Args:
             class_labels (`int`, `str`, `list` of these, or integer `torch.Tensor` of shape (B,)): classes,
-                0 … num_classes − 1, or their names.
+                0 … num_classes − 1, or their names. Not given for an unconditional network.
             num_inference_steps (`int`): N, at least 1; not used when `timesteps` is given.
             guidance_scale (`float`): w ≥ 0 in v_∅ + w (v_y − v_∅). 1 is no guidance; otherwise each forward has 2 B rows.
             solver (`str`, *optional*): `"euler"` or `"heun"`; None takes the scheduler's.
             generator (`torch.Generator` or a list of B of them, *optional*): makes the images reproducible; with a list,
                 each image depends on its own generator only.
             latents (`torch.Tensor` of shape (B, C, sample_size, sample_size), *optional*): standard normal noise x1.
+            batch_size (`int`, *optional*): number of images B of an unconditional network; 1 when not given.
             timesteps (`list[float]`, *optional*): the start of each step: falling times in (0, 1], without the final 0.
             output_type (`str`): `"pil"`, `"np"` (B, H, W, C) in [0, 1], `"pt"` (B, C, H, W) in [0, 1], or `"latent"`,
                 the sampler's result before decoding.
@@ -86,19 +89,17 @@ class InterpolantPipeline(SelfContainedFolderMixin, InterpolantPipelineBase):
             raise ValueError(
                 f"`guidance_scale` must be a number of at least 0 (1 is no guidance), got {guidance_scale}."
             )
-        label_ids = self.get_label_ids(class_labels)
-        batch_size = len(label_ids)
-        self.check_inputs(batch_size, generator, latents, output_type, callback_on_step_end_tensor_inputs)
         device = self._execution_device
+        labels, batch_size = self.prepare_labels(class_labels, batch_size, device)
+        self.check_inputs(batch_size, generator, latents, output_type, callback_on_step_end_tensor_inputs)
 
         # 2. Prepare the times
         scheduler = self._scheduler_with(solver)
         steps = None if timesteps is not None else num_inference_steps
         scheduler.set_timesteps(steps, device=device, timesteps=timesteps)
 
-        # 3. Prepare the noise and the labels
+        # 3. Prepare the noise
         latents = self.prepare_latents(batch_size, device, generator, latents, scheduler.init_noise_sigma)
-        labels = torch.tensor(label_ids, device=device)
 
         # 4. Solve
         with self.progress_bar(total=len(scheduler.timesteps)) as progress_bar:

@@ -1,6 +1,6 @@
 """Images in one network evaluation: the pipeline of a distilled student.
 
-This file travels as `pipeline.py`, with its two helpers, into every saved student: they import only torch, diffusers and
+This file travels as `pipeline.py`, with its helpers, into every saved student: they import only torch, diffusers and
 what diffusers requires.
 """
 
@@ -12,11 +12,12 @@ from diffusers import DiffusionPipeline, ImagePipelineOutput
 
 from .interpolant_pipeline_base import ClassLabels, InterpolantPipelineBase
 from .interpolant_pipeline_folder import SelfContainedFolderMixin
+from .interpolant_pipeline_network import NetworkView  # noqa: F401 - a helper's import: what travels is what is named here
 
 
 class OneStepInterpolantPipeline(SelfContainedFolderMixin, InterpolantPipelineBase):
     """
-    Class-conditional images from a one-step student G(x1, y) = x̂0(β(t) x1, t, y) at t = the scheduler's `init_time`.
+    Images from a one-step student G(x1, y) = x̂0(β(t) x1, t, y) at t = the scheduler's `init_time`.
 
     Args:
         transformer ([`ModelMixin`]): the student, called as `(hidden_states, timestep, class_labels)`.
@@ -28,11 +29,12 @@ class OneStepInterpolantPipeline(SelfContainedFolderMixin, InterpolantPipelineBa
     @torch.no_grad()
     def __call__(
         self,
-        class_labels: ClassLabels,
+        class_labels: ClassLabels | None = None,
         num_inference_steps: int = 1,
         guidance_scale: float = 1.0,
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: torch.Tensor | None = None,
+        batch_size: int | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
         callback_on_step_end: Callable[[DiffusionPipeline, int, torch.Tensor, dict], dict] | None = None,
@@ -43,12 +45,13 @@ class OneStepInterpolantPipeline(SelfContainedFolderMixin, InterpolantPipelineBa
 
         Args:
             class_labels (`int`, `str`, `list` of these, or integer `torch.Tensor` of shape (B,)): classes,
-                0 … num_classes − 1, or their names.
+                0 … num_classes − 1, or their names. Not given for an unconditional network.
             num_inference_steps (`int`): 1; there are no few-step students.
             guidance_scale (`float`): 1; the guidance of the teacher is already inside the student.
             generator (`torch.Generator` or a list of B of them, *optional*): makes the images reproducible; with a list,
                 each image depends on its own generator only.
             latents (`torch.Tensor` of shape (B, C, sample_size, sample_size), *optional*): standard normal noise x1.
+            batch_size (`int`, *optional*): number of images B of an unconditional network; 1 when not given.
             output_type (`str`): `"pil"`, `"np"` (B, H, W, C) in [0, 1], `"pt"` (B, C, H, W) in [0, 1], or `"latent"`,
                 the network's x̂0 before decoding.
             return_dict (`bool`): whether to return an `ImagePipelineOutput` or a tuple.
@@ -84,16 +87,14 @@ class OneStepInterpolantPipeline(SelfContainedFolderMixin, InterpolantPipelineBa
                 f"`guidance_scale` is {guidance_scale}, but a student is evaluated once: the guidance it was distilled "
                 "with is already inside. Leave the argument out, or distill again with another teacher guidance."
             )
-        label_ids = self.get_label_ids(class_labels)
-        batch_size = len(label_ids)
-        self.check_inputs(batch_size, generator, latents, output_type, callback_on_step_end_tensor_inputs)
         device = self._execution_device
+        labels, batch_size = self.prepare_labels(class_labels, batch_size, device)
+        self.check_inputs(batch_size, generator, latents, output_type, callback_on_step_end_tensor_inputs)
 
-        # 2. Prepare the time, the noise and the labels
+        # 2. Prepare the time and the noise
         self.scheduler.set_timesteps(1, device=device)
         timestep = self.scheduler.timesteps[0]
         latents = self.prepare_latents(batch_size, device, generator, latents, self.scheduler.init_noise_sigma)
-        labels = torch.tensor(label_ids, device=device)
 
         # 3. The one step: the scheduler's last step returns the x̂0-prediction
         prediction = self.predict(latents, timestep, labels)

@@ -1,7 +1,7 @@
 """ODE sampling on a stochastic interpolant, and the one-step map of a distilled student, as a Diffusers scheduler.
 
-This file and `interpolant_paths.py` travel into the scheduler folder of every saved pipeline: they import only torch and
-diffusers.
+This file, `interpolant_base.py` and `interpolant_paths.py` travel into the scheduler folder of every saved pipeline: they
+import only torch and diffusers.
 """
 
 from dataclasses import dataclass
@@ -12,7 +12,8 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils import BaseOutput
 
-from .interpolant_paths import PREDICTIONS, get_interpolant
+from .interpolant_base import PREDICTIONS
+from .interpolant_paths import get_interpolant
 
 SOLVERS = ("euler", "heun")
 
@@ -35,9 +36,9 @@ class StochasticInterpolantScheduler(SchedulerMixin, ConfigMixin):
     """
     Solves dx/dt = v(x, t) from t = `init_time` (noise) to t = 0 (data) on an interpolant x_t = α x0 + β x1.
 
-    Times are real numbers in [0, 1] and are given to the network as they are. The last step returns the x̂0-prediction:
-    on `linear` that is exactly the Euler step to 0, elsewhere it avoids derivatives that are infinite at t = 0. With
-    one step the scheduler is therefore the one-step map G(x1) = x̂0(β(t) x1, t) at t = `init_time`.
+    Times are real numbers in [0, 1]; `network_time` says what the network is given for them. The last step returns the
+    x̂0-prediction: on `linear` that is exactly the Euler step to 0, elsewhere it avoids derivatives that are infinite at
+    t = 0. With one step the scheduler is therefore the one-step map G(x1) = x̂0(β(t) x1, t) at t = `init_time`.
 
     Args:
         num_train_timesteps (`int`): what `len(scheduler)` reports; times are continuous.
@@ -47,6 +48,8 @@ class StochasticInterpolantScheduler(SchedulerMixin, ConfigMixin):
             `"edm"`, the raw output in EDM's preconditioning (see `Interpolant.convert`).
         solver (`str`): `"euler"` (one evaluation a step) or `"heun"` (second order, 2 N − 1 evaluations for N steps).
         init_time (`float`): where sampling starts, in (0, 1]. A student keeps here the time it was trained at.
+        timestep_type (`str`): what the network is given for a time t: `"time"` (t itself), `"discrete"` (the step t (K − 1)
+            of `ddpm`; all times are then moved to the nearest step) or `"log_sigma"` (¼ ln(β/α), EDM's c_noise).
 
     Raises:
         ValueError: for a setting outside these ranges.
@@ -64,6 +67,7 @@ class StochasticInterpolantScheduler(SchedulerMixin, ConfigMixin):
         prediction_type: str = "velocity",
         solver: str = "euler",
         init_time: float = 1.0,
+        timestep_type: str = "time",
     ):
         if prediction_type not in PREDICTIONS:
             raise ValueError(f"`prediction_type` is {prediction_type!r}; choose one of: {', '.join(PREDICTIONS)}.")
@@ -78,9 +82,10 @@ class StochasticInterpolantScheduler(SchedulerMixin, ConfigMixin):
                 f"interpolant {interpolant!r} has α = 0; start below, e.g. at "
                 f"{self.interpolant.start_time(prediction_type):.4f}."
             )
+        self.network_time(torch.tensor(init_time))  # must be a number, and one that the interpolant has
         self.order = 2 if solver == "heun" else 1
         self.num_inference_steps: int | None = None
-        self.set_timesteps(num_train_timesteps)
+        self.set_timesteps(min(num_train_timesteps, self._max_steps))
         self.num_inference_steps = None
 
     def __len__(self) -> int:
@@ -122,6 +127,17 @@ class StochasticInterpolantScheduler(SchedulerMixin, ConfigMixin):
         t = torch.as_tensor(timestep, device=sample.device)
         return self.interpolant.network_input(sample, t, self.config.prediction_type)
 
+    def network_time(self, timestep: torch.Tensor) -> torch.Tensor:
+        """What the network is given for the times `timestep`, in their shape (see `Interpolant.network_time`)."""
+        return self.interpolant.network_time(timestep, self.config.timestep_type)
+
+    @property
+    def _max_steps(self) -> float:
+        """Steps from `init_time` to 0 that a network with discrete timesteps can tell apart."""
+        if self.config.timestep_type != "discrete":
+            return float("inf")
+        return max(1, int(self.network_time(torch.tensor(self.config.init_time))))
+
     def set_timesteps(
         self,
         num_inference_steps: int | None = None,
@@ -136,6 +152,8 @@ class StochasticInterpolantScheduler(SchedulerMixin, ConfigMixin):
             device: where `timesteps` live.
             timesteps: instead of a number, the start of each step: falling times in (0, 1], without the final 0.
 
+        Times of a network with discrete timesteps are moved to its nearest steps.
+
         Raises:
             ValueError: when neither or both are given, or a value is out of range.
         """
@@ -146,9 +164,14 @@ class StochasticInterpolantScheduler(SchedulerMixin, ConfigMixin):
                 raise ValueError(
                     f"`num_inference_steps` must be an integer of at least 1, got {num_inference_steps!r}."
                 )
-            times = torch.linspace(self.config.init_time, 0.0, num_inference_steps + 1)
+            if num_inference_steps > self._max_steps:
+                raise ValueError(
+                    f"`num_inference_steps` is {num_inference_steps}, but a network with discrete timesteps knows only "
+                    f"{self._max_steps} steps between `init_time` {self.config.init_time:g} and 0."
+                )
+            times = self._known(torch.linspace(self.config.init_time, 0.0, num_inference_steps + 1))
         else:
-            starts = torch.as_tensor(timesteps, dtype=torch.float32).flatten().cpu()
+            starts = self._known(torch.as_tensor(timesteps, dtype=torch.float32).flatten().cpu())
             if not len(starts) or not (0 < starts[-1] and starts[0] <= 1 and bool((starts.diff() < 0).all())):
                 raise ValueError(f"`timesteps` must fall strictly and lie in (0, 1], got {starts.tolist()}.")
             times = torch.cat([starts, torch.zeros(1)])
@@ -161,6 +184,9 @@ class StochasticInterpolantScheduler(SchedulerMixin, ConfigMixin):
         self._step_index: int | None = None
         self._begin_index: int | None = None
         self._predictor: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def _known(self, times: torch.Tensor) -> torch.Tensor:
+        return self.interpolant.nearest_time(times, self.config.timestep_type)
 
     def index_for_timestep(self, timestep: float | torch.Tensor) -> int:
         """Index in `timesteps` of a time, at the start of a step."""

@@ -11,7 +11,7 @@ import torch
 from ..adversarial import KINDS, AdversarialTerm
 from ..data.config import DataConfig
 from ..errors import InputError
-from ..interpolants import PREDICTIONS, Interpolant, get_interpolant
+from ..interpolants import PREDICTIONS, TIMESTEP_TYPES, Interpolant, get_interpolant
 from ..objectives import DistillationObjective, get_objective
 from ..settings import at_least, positive, setting
 from .loss_weights import LOSS_WEIGHTS, regression_weight
@@ -117,11 +117,13 @@ class TrainingConfig:
                     f"are [{self.t_min}, {self.t_max}]: set `{'t_min' if end == 0 else 't_max'}` away from it, e.g. 0.001."
                 )
 
-    def build_time_sampler(self, interpolant: Interpolant) -> TimeSampler:
-        """The law of the training times; the laws of noise levels need the interpolant."""
+    def build_time_sampler(self, interpolant: Interpolant, timestep_type: str) -> TimeSampler:
+        """The law of the training times, of a network that is given `timestep_type` for them."""
         try:
+            ends = torch.tensor([self.t_min, self.t_max], dtype=torch.float64)
+            interpolant.network_time(ends, timestep_type)  # exists at both ends
             return TimeSampler(
-                self.time_sampler, self.t_min, self.t_max, self.time_mean, self.time_std, interpolant=interpolant
+                self.time_sampler, self.t_min, self.t_max, self.time_mean, self.time_std, interpolant, timestep_type
             )
         except ValueError as error:
             raise InputError(str(error)) from None
@@ -135,11 +137,18 @@ class TeacherConfig(TrainingConfig):
     interpolant_kwargs: dict = setting({}, "Settings of the interpolant, e.g. {b0: 0.1, b1: 20}.")
     prediction_type: str = setting("velocity", "What the network predicts.", PREDICTIONS)
     loss_weight: str = setting("none", "SiT's weight of a noise or score network's loss.", LOSS_WEIGHTS)
+    timestep_type: str = setting(
+        "time",
+        "What the network is given for t: t, a step of `ddpm` (discrete), or ln(β/α)/4 (log_sigma).",
+        TIMESTEP_TYPES,
+    )
     model: dict = setting({}, "Arguments of SiTTransformer2DModel, or `preset: SiT-S/2` and changes to it.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.check_times(self.build_interpolant())
+        interpolant = self.build_interpolant()
+        self.check_times(interpolant)
+        self.build_time_sampler(interpolant, self.timestep_type)
         if self.prediction_type == "score" and self.t_min == 0:
             raise InputError("The score is infinite at t = 0: set `t_min` above 0 for prediction_type=score.")
         self._check_loss_weight()
@@ -291,11 +300,11 @@ class DistillConfig(TrainingConfig):
             self.t_max if self.generator_t_max is None else self.generator_t_max,
         )
 
-    def build_generator_time_sampler(self, interpolant: Interpolant) -> TimeSampler:
+    def build_generator_time_sampler(self, interpolant: Interpolant, timestep_type: str) -> TimeSampler:
         """The law of the generator's times."""
         low, high = self.generator_times
         own = replace(self, time_sampler=self.generator_time_sampler or self.time_sampler, t_min=low, t_max=high)
-        return own.build_time_sampler(interpolant)
+        return own.build_time_sampler(interpolant, timestep_type)
 
     def build_objective(self) -> DistillationObjective:
         try:

@@ -1,6 +1,7 @@
 """The game of three networks: a frozen teacher, a critic that follows the student, and a one-step student."""
 
 import copy
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -52,14 +53,13 @@ class DistillationTrainer(Trainer):
         self.teacher_pipeline = teacher = load_teacher(settings)
         self.interpolant = teacher.scheduler.interpolant
         self.prediction_type = teacher.scheduler.config.prediction_type
+        self.timestep_type = teacher.scheduler.config.timestep_type
         settings.check_times(self.interpolant)
         self.objective = fitting_objective(settings, self.interpolant)
         self.adversarial = settings.adversarial.build()
-        config = teacher.transformer.config
-        self.null_class = teacher.transformer.null_class
-        self.num_classes = config.num_classes
-        self.sample_shape = (config.in_channels, config.sample_size, config.sample_size)
-        self.values = config.in_channels * config.sample_size**2
+        view = teacher.network
+        self.null_class, self.num_classes, self.sample_shape = view.null_class, view.num_classes, view.sample_shape
+        self.values = math.prod(self.sample_shape)
         needs_images = self.objective.uses_real_data or self.adversarial is not None
         self.data = load_fitting_images(settings, teacher) if needs_images else None
 
@@ -67,10 +67,9 @@ class DistillationTrainer(Trainer):
         student, self.init_time = starting_student(settings, teacher)
         averages = Averages(student, settings, images_per_update=self.global_batch_size)
         kind = None if self.adversarial is None else self.adversarial.kind
-        width = config.num_attention_heads * config.attention_head_dim
         self.critic = TrainedNetwork(
             self.accelerator,
-            CriticNetwork(copy.deepcopy(network), kind, width),
+            CriticNetwork(copy.deepcopy(network), kind),
             settings,
             settings.learning_rate if settings.critic_learning_rate is None else settings.critic_learning_rate,
             total_updates=settings.max_steps * settings.critic_steps,
@@ -87,18 +86,25 @@ class DistillationTrainer(Trainer):
         teacher.to(self.accelerator.device)
         self.teacher_field = self._field(network.eval(), settings.guidance_scale)
         self.time_samplers = {
-            "critic": settings.build_time_sampler(self.interpolant),
-            "generator": settings.build_generator_time_sampler(self.interpolant),
+            "critic": settings.build_time_sampler(self.interpolant, self.timestep_type),
+            "generator": settings.build_generator_time_sampler(self.interpolant, self.timestep_type),
         }
-        own_times = settings.adversarial.t_min is not None
-        self.adversarial_times = (
-            TimeSampler("uniform", settings.adversarial.t_min, settings.adversarial.t_max) if own_times else None
-        )
+        low, high = settings.adversarial.t_min, settings.adversarial.t_max
+        on_steps = dict(interpolant=self.interpolant, timestep_type=self.timestep_type)
+        self.adversarial_times = None if low is None else TimeSampler("uniform", low, high, **on_steps)
         self.health = HealthMonitor()
 
     def _field(self, network: Callable[..., tuple[torch.Tensor, ...]], guidance_scale: float = 1.0) -> Field:
         interval = (self.settings.guidance_t_min, self.settings.guidance_t_max)
-        return Field(network, self.interpolant, self.prediction_type, self.null_class, guidance_scale, interval)
+        return Field(
+            network,
+            self.interpolant,
+            self.prediction_type,
+            self.null_class,
+            guidance_scale,
+            interval,
+            self.timestep_type,
+        )
 
     # One iteration.
 
@@ -149,9 +155,8 @@ class DistillationTrainer(Trainer):
     def _micro_batch(self, micro_batch: int) -> MicroBatch:
         indices = self.indices(micro_batch)
         if self.data is None:
-            return MicroBatch(
-                self.noise.integers(self.num_classes, "labels", self.step, indices=indices), None, indices
-            )
+            classes = max(1, self.num_classes)  # an unconditional network ignores its labels
+            return MicroBatch(self.noise.integers(classes, "labels", self.step, indices=indices), None, indices)
         images, labels = self.next_images(self.data)
         return MicroBatch(labels, images, indices)
 
@@ -290,13 +295,13 @@ class DistillationTrainer(Trainer):
 
     def sample_grid(self) -> Image.Image:
         """Rows: the student's samples, and x̂0 of teacher and critic from these samples noised to β = α."""
-        labels = torch.arange(10, device=self.accelerator.device) % self.num_classes
+        labels = torch.arange(10, device=self.accelerator.device) % max(1, self.num_classes)
         noise, x1 = (
             self.noise.normal(self.sample_shape, "samples", row, indices=range(len(labels))) for row in range(2)
         )
         pipeline = self.pipeline()
-        half = self.interpolant.time_of_ratio(1.0)
-        t = torch.full((len(labels),), half, device=noise.device)
+        half = torch.tensor(self.interpolant.time_of_ratio(1.0), device=noise.device)
+        t = self.interpolant.nearest_time(half, self.timestep_type).expand(len(labels))
         with self.accelerator.autocast():
             samples = self._field(pipeline.transformer).one_step(noise, self.init_time, labels)
             x_t = self.interpolant.interpolate(samples, x1, t)
@@ -304,8 +309,8 @@ class DistillationTrainer(Trainer):
             rows = [samples, self.teacher_field(x_t, t, labels, "sample"), critic(x_t, t, labels, "sample")]
         pictures = [pipeline.postprocess(row, "pil") for row in rows]
         names = pipeline.config.id2label or {}
-        titles = [str(names.get(label, label)).split(",")[0] for label in labels.tolist()]
-        return image_grid(pictures, ["student", f"teacher, x0 at t={half:.2f}", f"critic, x0 at t={half:.2f}"], titles)
+        titles = [str(names.get(label, label)).split(",")[0] for label in labels.tolist()] if self.num_classes else None
+        return image_grid(pictures, ["student", f"teacher, x0 at t={t[0]:.2f}", f"critic, x0 at t={t[0]:.2f}"], titles)
 
 
 def _chunks(logits: torch.Tensor | None, count: int) -> tuple[torch.Tensor | None, ...]:

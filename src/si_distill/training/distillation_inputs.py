@@ -3,6 +3,7 @@
 import copy
 from dataclasses import replace
 
+import torch
 from torch import nn
 
 from ..data import ImageDataset, load_images
@@ -29,11 +30,11 @@ def load_teacher(settings: DistillConfig) -> InterpolantPipeline:
             "its predictions would be wrong. Use a teacher without augmentation."
         )
     guided = settings.guidance_scale != 1 or settings.critic_guidance_scale != 1
-    if teacher.transformer.null_class is None and (guided or settings.critic_class_dropout_prob > 0):
+    if teacher.network.null_class is None and (guided or settings.critic_class_dropout_prob > 0):
         raise InputError(
             f"guidance_scale={settings.guidance_scale}, critic_guidance_scale={settings.critic_guidance_scale} and "
             f"critic_class_dropout_prob={settings.critic_class_dropout_prob} need a null class, but the teacher was "
-            "trained without label dropout and has no null class. Leave them at 1, 1 and 0."
+            "trained without label dropout, or without labels, and has no null class. Leave them at 1, 1 and 0."
         )
     return teacher
 
@@ -60,9 +61,11 @@ def starting_student(settings: DistillConfig, teacher: InterpolantPipeline) -> t
     Raises:
         InputError: when the finished student does not fit the teacher, or x̂0 cannot be had at the time.
     """
-    interpolant, prediction_type = teacher.scheduler.interpolant, teacher.scheduler.config.prediction_type
+    interpolant, config = teacher.scheduler.interpolant, teacher.scheduler.config
+    prediction_type, timestep_type = config.prediction_type, config.timestep_type
     if settings.student is None:
-        network, init_time = copy.deepcopy(teacher.transformer), interpolant.default_init_time(prediction_type)
+        network = copy.deepcopy(teacher.transformer)
+        init_time = interpolant.default_init_time(prediction_type, timestep_type)
     else:
         student = load_pipeline(OneStepInterpolantPipeline, "student", settings.student)
         network, init_time = student.transformer, student.scheduler.config.init_time
@@ -71,7 +74,9 @@ def starting_student(settings: DistillConfig, teacher: InterpolantPipeline) -> t
             raise InputError(
                 f"The student {settings.student!r} does not fit the teacher {settings.teacher!r}: {difference}."
             )
-    init_time = init_time if settings.init_time is None else settings.init_time
+    if settings.init_time is not None:
+        asked = torch.tensor(settings.init_time, dtype=torch.float64)
+        init_time = float(interpolant.nearest_time(asked, timestep_type))
     if not interpolant.reaches_sample(init_time, prediction_type):
         raise InputError(
             f"`init_time` is {init_time}, where the teacher's {prediction_type} prediction says nothing about the sample "
@@ -93,12 +98,11 @@ def load_fitting_images(settings: DistillConfig, teacher: InterpolantPipeline) -
             "the teacher works on latents: real images cannot be used without precomputed latents. Choose an objective "
             "without real data, e.g. sid, and no adversarial term."
         )
-    config = teacher.transformer.config
-    wanted = (config.in_channels, config.sample_size, config.sample_size)
+    wanted, classes = teacher.network.sample_shape, teacher.network.num_classes
     found = (data.channels, data.size, data.size)
-    if found != wanted or len(data.class_names) != config.num_classes:
+    if found != wanted or (classes and len(data.class_names) != classes):  # unconditional: labels are ignored
         raise InputError(
-            f"The teacher generates {config.num_classes} classes of shape {wanted}, but the data set {data.name} has "
+            f"The teacher generates {classes} classes of shape {wanted}, but the data set {data.name} has "
             f"{len(data.class_names)} classes of shape {found}."
         )
     return data
@@ -115,5 +119,8 @@ def _difference(student: OneStepInterpolantPipeline, teacher: InterpolantPipelin
             return f"{name} has the shape {found.get(name)} instead of {wanted.get(name)}"
     if student.scheduler.interpolant != teacher.scheduler.interpolant:
         return f"it lives on {student.scheduler.interpolant!r} instead of {teacher.scheduler.interpolant!r}"
-    kinds = [pipeline.scheduler.config.prediction_type for pipeline in (student, teacher)]
-    return None if kinds[0] == kinds[1] else f"it predicts {kinds[0]} instead of {kinds[1]}"
+    for setting in ("prediction_type", "timestep_type"):
+        kinds = [pipeline.scheduler.config[setting] for pipeline in (student, teacher)]
+        if kinds[0] != kinds[1]:
+            return f"its scheduler has {setting}={kinds[0]} instead of {kinds[1]}"
+    return None

@@ -29,10 +29,11 @@ class TeacherTrainer(Trainer):
     def setup(self) -> None:
         settings = self.settings
         self.interpolant = settings.build_interpolant()
-        self.time_sampler = settings.build_time_sampler(self.interpolant)
+        self.time_sampler = settings.build_time_sampler(self.interpolant, settings.timestep_type)
         self.data = load_images(settings.data)
         network = self._build_network()
         self.class_dropout_prob, self.null_class = network.config.class_dropout_prob, network.null_class
+        self.class_names = self.data.class_names if network.config.num_classes else []
         self.averages = Averages(network, settings, self.global_batch_size)
         self.trained = TrainedNetwork(
             self.accelerator, network, settings, settings.learning_rate, total_updates=settings.max_steps
@@ -51,7 +52,8 @@ class TeacherTrainer(Trainer):
             ("in_channels", self.data.channels),
             ("num_classes", len(self.data.class_names)),
         ):
-            if arguments.setdefault(name, value) != value:
+            unconditional = name == "num_classes" and arguments.get(name) == 0  # on labelled images too
+            if arguments.setdefault(name, value) != value and not unconditional:
                 raise InputError(f"`model.{name}` is {arguments[name]}, but the data set has {value}.")
         try:
             return (
@@ -66,7 +68,7 @@ class TeacherTrainer(Trainer):
         for micro_batch in range(settings.gradient_accumulation_steps):
             x0, labels = self.next_images(self.data)
             indices = self.indices(micro_batch)
-            if self.class_dropout_prob > 0:
+            if self.null_class is not None:
                 dropped = self.noise.uniform("labels", self.step, indices=indices) < self.class_dropout_prob
                 labels = torch.where(dropped, self.null_class, labels)
             u, x1 = self.noise.uniform_and_normal(x0.shape[1:], "teacher", self.step, indices=indices)
@@ -76,7 +78,8 @@ class TeacherTrainer(Trainer):
             with trained.forward_context(micro_batch):
                 with self.accelerator.autocast():
                     network_input = self.interpolant.network_input(x_t, t, settings.prediction_type)
-                    prediction = trained.module(network_input, t, labels, return_dict=False)[0]
+                    timestep = self.interpolant.network_time(t, settings.timestep_type)
+                    prediction = trained.module(network_input, timestep, labels, return_dict=False)[0]
                 weight = regression_weight(
                     settings.loss_weight, self.interpolant.at(t, target), settings.prediction_type
                 )
@@ -95,17 +98,20 @@ class TeacherTrainer(Trainer):
             interpolant=self.settings.interpolant,
             interpolant_kwargs=self.interpolant.config,
             prediction_type=self.settings.prediction_type,
-            init_time=self.interpolant.start_time(self.settings.prediction_type),
+            init_time=self.interpolant.start_time(self.settings.prediction_type, self.settings.timestep_type),
+            timestep_type=self.settings.timestep_type,
         )
         network = self.accelerator.unwrap_model(self.averages.network, keep_fp32_wrapper=False)
-        return InterpolantPipeline(network, scheduler, id2label=dict(enumerate(self.data.class_names)))
+        return InterpolantPipeline(network, scheduler, id2label=dict(enumerate(self.class_names)) or None)
 
     def sample_grid(self) -> Image.Image:
-        labels = [n % len(self.data.class_names) for n in range(10)]
+        count = 10
         shape = (self.data.channels, self.data.size, self.data.size)
-        latents = self.noise.normal(shape, "samples", indices=range(len(labels)))
+        latents = self.noise.normal(shape, "samples", indices=range(count))
+        labels = [n % len(self.class_names) for n in range(count)] if self.class_names else None
+        batch_size = None if labels else count
         pipeline = self.pipeline()
         pipeline.set_progress_bar_config(disable=True)
         with self.accelerator.autocast():
-            images = pipeline(labels, num_inference_steps=SAMPLE_STEPS, latents=latents).images
-        return image_grid([images], [f"{SAMPLE_STEPS} steps"], [self.data.class_names[n] for n in labels])
+            images = pipeline(labels, num_inference_steps=SAMPLE_STEPS, latents=latents, batch_size=batch_size).images
+        return image_grid([images], [f"{SAMPLE_STEPS} steps"], labels and [self.class_names[n] for n in labels])

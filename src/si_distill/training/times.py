@@ -1,5 +1,6 @@
 """Laws of the training times, as maps from a uniform number to a time: the noise source stays with the caller."""
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -26,7 +27,9 @@ class TimeSampler:
         name: the law.
         t_min, t_max: ends of the times.
         mean, std: of logit(t) or ln σ.
-        interpolant: needed by `lognormal` and `karras`.
+        interpolant: needed by `lognormal`, `karras` and discrete timesteps.
+        timestep_type: what the network is given for a time; with `discrete` times are moved to its nearest step, by at most
+            half of one.
 
     Raises:
         ValueError: for an unknown law, one without its interpolant, or an interval of times that is empty.
@@ -38,10 +41,15 @@ class TimeSampler:
     mean: float = 0.0
     std: float = 1.0
     interpolant: Interpolant | None = None
+    timestep_type: str = "time"
 
     def __post_init__(self) -> None:
         if self.name not in TIME_SAMPLERS:
             raise ValueError(f"Unknown law of times {self.name!r}. Choose one of: {', '.join(TIME_SAMPLERS)}.")
+        if self.timestep_type != "time":
+            if self.interpolant is None:
+                raise ValueError(f"timestep_type={self.timestep_type!r} needs the interpolant.")
+            self.interpolant.check_timestep_type(self.timestep_type)
         if self.name in ("lognormal", "karras"):
             if self.interpolant is None:
                 raise ValueError(f"The law of times {self.name!r} is one of noise levels and needs the interpolant.")
@@ -54,6 +62,10 @@ class TimeSampler:
 
     def __call__(self, u: torch.Tensor) -> torch.Tensor:
         """u (B,) in [0, 1) to times (B,) in the dtype of u; computed in float64."""
+        t = self._continuous(u)
+        return t if self.timestep_type == "time" else self.interpolant.nearest_time(t, self.timestep_type)
+
+    def _continuous(self, u: torch.Tensor) -> torch.Tensor:
         if self.name == "uniform":
             return (self.t_min + (self.t_max - self.t_min) * u.double()).to(u.dtype)
         low, high = self._ends(u.device)
@@ -70,6 +82,8 @@ class TimeSampler:
         sigma = torch.minimum(torch.maximum(value.exp(), self._ratio(self.t_min, u)), self._ratio(self.t_max, u))
         return self.interpolant.times_of_ratios(sigma).clamp(self.t_min, self.t_max).to(u.dtype)
 
+    @functools.lru_cache(maxsize=8)  # noqa: B019 - samplers live as long as their training
+    @torch.inference_mode(False)
     def _ends(self, device: torch.device) -> torch.Tensor:
         """Values of the law's own uniform variable at t_min and t_max: of the normal's distribution function, or of the
         times of EDM's map.
