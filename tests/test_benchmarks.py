@@ -26,7 +26,7 @@ def _benchmarks_on_path(monkeypatch):
 
 
 def run(script: str, *arguments: object, check: bool = True) -> subprocess.CompletedProcess:
-    command = [sys.executable, f"benchmarks/{script}", *map(str, arguments), "--workers", "1"]
+    command = [sys.executable, f"benchmarks/{script}", *map(str, arguments)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
     assert not check or done.returncode == 0, done.stderr
@@ -78,7 +78,7 @@ def test_targets_have_about_zero_mean_and_unit_variance(target):
 def test_mixture_compares_every_preset(tmp_path):
     from mixture_2d import presets
 
-    run("mixture_2d.py", "--quick", "--targets", "moons", "--output", tmp_path, "--figures", tmp_path)
+    run("mixture_2d.py", "--quick", "--workers", 1, "--targets", "moons", "--output", tmp_path, "--figures", tmp_path)
 
     rows = table_rows(tmp_path / "mixture_2d.md")
     assert list(rows) == ["data against data", "teacher, 50 steps", *presets()]
@@ -97,7 +97,7 @@ def test_digits_sweep_measures_resumes_and_refuses_another_budget(tmp_path, teac
     folders = ["--runs", runs, "--teacher", teacher_folder, "--output", tmp_path, "--figures", tmp_path]
     sweep = [*map(str, folders), *sizes]
 
-    run("digits_sweep.py", *sweep, "--seeds", 0, 1, "--only", "gap")
+    run("digits_sweep.py", *sweep, "--workers", 1, "--seeds", 0, 1, "--only", "gap")
     rows = table_rows(tmp_path / "digits_sweep.md")
     assert list(rows) == ["teacher, 1 step", "gap"]
     (seeds, *cells) = rows["gap"]
@@ -141,3 +141,54 @@ def test_every_run_of_the_sweep_is_valid():
     settings = [run_settings(run_arguments(config, changes, seed=2), 100) for changes in entries.values()]
     assert len({repr(s) for s in settings}) == len(entries)  # no two runs are the same
     assert all(s.seed == 2 and s.max_steps * s.generator_steps == 100 for s in settings)
+
+
+@pytest.fixture
+def exact_game():
+    from gaussian_oracle import TIMES
+    from realuid_curves import ExactGame
+
+    return ExactGame(torch.linspace(-10, 10, 401, dtype=torch.float64), TIMES)
+
+
+def test_exact_game_of_gaussians_is_the_oracles_distance_without_data_and_zero_at_the_data_with_it(exact_game):
+    from gaussian_oracle import Game, Gaussian
+    from realuid_curves import Mixture, realuid
+
+    from si_distill import get_interpolant, get_objective
+
+    data, student = Mixture.of([1.0], [0.2], [0.8]), Mixture.of([1.0], [-0.4], [1.3])
+    oracle = Game(get_interpolant("linear"), get_objective("gap"), Gaussian(data.means, data.stds))
+    expected = oracle.distance(Gaussian(student.means, student.stds))
+    assert exact_game.value(get_objective("gap"), student, data, data).item() == pytest.approx(
+        expected.item(), rel=1e-9
+    )
+    for coefficients in [(0.92, 0.94), (0.5, 1.0, 1.0)]:
+        assert exact_game.value(realuid(*coefficients), data, data, data).abs() < 1e-12
+        assert exact_game.value(realuid(*coefficients), student, data, data) > 0.1
+
+
+def test_with_alpha_equal_to_beta_the_student_adds_to_the_teachers_error(exact_game):
+    # (α p_g + (1−α) p_d) has the teacher's velocity field exactly when it is the teacher's law.
+    from realuid_curves import DATA, TEACHERS, realuid
+
+    teacher, alpha = TEACHERS["wrong shares"], 0.9
+    student = exact_game.best_student(realuid(alpha, alpha), DATA, teacher)
+    expected = DATA.weights + (teacher.weights - DATA.weights) / alpha
+    torch.testing.assert_close(student.weights, expected, rtol=0, atol=1e-4)
+    torch.testing.assert_close(student.means, teacher.means, rtol=0, atol=1e-3)
+
+
+def test_realuid_curves_are_drawn(tmp_path):
+    from realuid_curves import SHOWN, TEACHERS, name
+
+    run(
+        "realuid_curves.py", *"--points 81 --times 5 --curve_points 5 --output".split(), tmp_path, "--figures", tmp_path
+    )
+
+    rows = table_rows(tmp_path / "realuid_curves.md")
+    assert list(rows) == ["the teacher itself", *map(name, SHOWN)]
+    assert all(len(row) == len(TEACHERS) for row in rows.values())
+    assert rows["α = 1, β = 1"] == rows["the teacher itself"]  # without data the student is its teacher
+    for picture in ("realuid_loss_curves.png", "realuid_corrupted_teacher.png"):
+        assert (tmp_path / picture).stat().st_size > 10_000

@@ -109,6 +109,25 @@ class TestPresets:
         close(two.generator_loss(*fields()), three.generator_loss(*fields()))
         close(two.critic_loss(*fields(), real=fields(5)), three.critic_loss(*fields(), real=fields(5)))
 
+    @pytest.mark.parametrize("gamma", [None, 0.97])
+    def test_realuid_in_its_beta_parametrization_is_the_same_game_for_another_critic(self, gamma):
+        alpha, beta = 0.92, 0.8
+        standard = get_objective("realuid", alpha=alpha, beta=beta, gamma=gamma)
+        scaled = get_objective("realuid", alpha=alpha, beta=beta, gamma=gamma, parametrization="beta")
+        (critic, teacher, target), (real_critic, real_teacher, real_target) = fields(), fields(5)
+        nearer, real_nearer = teacher + (critic - teacher) / beta, real_teacher + (real_critic - real_teacher) / beta
+        close(scaled.generator_loss(nearer, teacher, target), standard.generator_loss(critic, teacher, target))
+        close(
+            scaled.critic_loss(nearer, teacher, target, (real_nearer, real_teacher, real_target)),
+            standard.critic_loss(critic, teacher, target, (real_critic, real_teacher, real_target)),
+        )
+        # RealUID's loss with its Δ written out.
+        delta, c = beta * (critic - teacher), alpha if gamma is None else gamma
+        close(
+            scaled.generator_loss(critic, teacher, target),
+            -c * dot(delta, delta) + 2 * beta * dot(delta, target) - 2 * alpha * dot(delta, teacher),
+        )
+
     def test_realsid_at_half_is_realuid(self):
         realsid = get_objective("realsid", alpha=0.92, beta=0.94, alpha_sid=0.5, weight="uniform")
         realuid = get_objective("realuid", alpha=0.92, beta=0.94)
@@ -127,6 +146,7 @@ class TestPresets:
             ("realuid", dict(alpha=1, beta=1), False, False, True),
             ("realuid", dict(alpha=0.92, beta=0.94, gamma=0.96), True, True, True),
             ("realuid", dict(alpha=1, beta=1, gamma=0.9), True, True, True),
+            ("realuid", dict(alpha=0.92, beta=0.94, parametrization="beta"), True, True, True),
             ("realsid", {}, True, False, True),
             ("sida", {}, False, False, True),
             ("dmd2", {}, False, False, False),
@@ -170,6 +190,13 @@ class TestPresets:
             get_objective("gap", space="epsilon")
         with pytest.raises(ValueError, match=r"Unknown weight 'snr'.*uniform, sid"):
             get_objective("gap", weight="snr")
+        with pytest.raises(ValueError, match=r"Unknown parametrization 'gamma' of realuid.*standard, beta"):
+            get_objective("realuid", parametrization="gamma")
+
+    @pytest.mark.parametrize("scale", [0, -1, float("nan")])
+    def test_refuse_a_scale_of_delta_that_is_not_positive(self, scale):
+        with pytest.raises(ValueError, match="scale of Δ in 'mine' must be a positive number"):
+            DistillationObjective("mine", (1, 1, 1), (1, 1, 1), delta_scale=scale)
 
 
 class TestCriticLoss:

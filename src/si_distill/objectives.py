@@ -23,6 +23,7 @@ from .interpolants import Interpolant
 SPACES = ("velocity", "sample")
 GENERATOR_WEIGHTS = ("uniform", "sid")
 CRITIC_WEIGHTS = ("uniform", "edm")
+PARAMETRIZATIONS = ("standard", "beta")
 #: Floor of the mean distance in the `sid` weight (SiD's code uses the same order of magnitude).
 SID_WEIGHT_FLOOR = 1e-5
 
@@ -82,6 +83,8 @@ class DistillationObjective:
         weight: of the generator's loss: `"uniform"`, 1 in velocity space, or `"sid"`, 1 / mean|x_g − x̂0*| in sample space
             (SiD, Zhou et al. 2024).
         critic_weight: of the critic's loss: `"uniform"` or `"edm"`, (σ² + σ_d²) / (σ σ_d)² in sample space (EDM).
+        delta_scale: s > 0 in Δ = s (v_ψ − v*). Another s is the same game for another critic: v* + Δ / s where s = 1 has
+            v* + Δ. It changes the length of the critic's steps, not the student that the game ends with.
         source: where the preset is from.
     """
 
@@ -92,6 +95,7 @@ class DistillationObjective:
     space: str = "velocity"
     weight: str = "uniform"
     critic_weight: str = "uniform"
+    delta_scale: float = 1.0
     source: str = ""
 
     def __post_init__(self) -> None:
@@ -113,6 +117,8 @@ class DistillationObjective:
                 "‖Δ‖² has the weight c on generated and 1 − c on real data, and where it turns negative the critic's "
                 "loss has no minimum."
             )
+        if not 0 < self.delta_scale < math.inf:
+            raise ValueError(f"The scale of Δ in {self.name!r} must be a positive number, got {self.delta_scale}.")
 
     @property
     def uses_real_data(self) -> bool:
@@ -121,8 +127,8 @@ class DistillationObjective:
 
     @property
     def uses_teacher_in_critic(self) -> bool:
-        """Whether ψ feels the teacher. For c = a the teacher's terms do not depend on ψ."""
-        return self.critic[2] != self.critic[0]
+        """Whether ψ feels the teacher. For c = a (and Δ not scaled) the teacher's terms do not depend on ψ."""
+        return self.critic[2] != self.critic[0] or self.delta_scale != 1
 
     @property
     def needs_field_gradient(self) -> bool:
@@ -170,7 +176,7 @@ class DistillationObjective:
         """
         if self.detach:
             critic, teacher = critic.detach(), teacher.detach()
-        loss = interpolant_gap(critic, teacher, target, *self.generator)
+        loss = self._gap(critic, teacher, target, self.generator)
         return loss if weight is None else weight * loss
 
     def loss_weight(
@@ -221,6 +227,8 @@ class DistillationObjective:
             if self.uses_teacher_in_critic:
                 raise ValueError(f"The objective {self.name!r} needs the teacher in the critic's loss.")
             teacher = target  # any value gives the same gradient in ψ; this one gives the matching loss
+        if self.delta_scale != 1:
+            critic = teacher + self.delta_scale * (critic - teacher)
         return interpolant_gap(critic, teacher, target, *triple)
 
 
@@ -265,9 +273,21 @@ def _dmd2() -> DistillationObjective:
     )
 
 
-def _realuid(alpha: float = 0.92, beta: float = 0.94, gamma: float | None = None) -> DistillationObjective:
+def _realuid(
+    alpha: float = 0.92, beta: float = 0.94, gamma: float | None = None, parametrization: str = "standard"
+) -> DistillationObjective:
+    if parametrization not in PARAMETRIZATIONS:
+        raise ValueError(
+            f"Unknown parametrization {parametrization!r} of realuid. Choose one of: {', '.join(PARAMETRIZATIONS)}."
+        )
     triple = (alpha, beta, alpha if gamma is None else gamma)
-    return DistillationObjective("realuid", triple, triple, source="RealUID; CIFAR-10 (0.92, 0.94), (0.98, 0.96)")
+    return DistillationObjective(
+        "realuid",
+        triple,
+        triple,
+        delta_scale=beta if parametrization == "beta" else 1.0,
+        source="RealUID; CIFAR-10 (0.92, 0.94), (0.98, 0.96); its public code has `parametrization`",
+    )
 
 
 def _realsid(alpha: float = 0.94, beta: float = 0.92, alpha_sid: float = 1.0) -> DistillationObjective:
@@ -298,13 +318,14 @@ def get_objective(
     space: str | None = None,
     weight: str | None = None,
     critic_weight: str | None = None,
-    **coefficients: float,
+    **coefficients: float | str,
 ) -> DistillationObjective:
     """A preset of the family, e.g. `get_objective("sid", alpha=1.2)`, `get_objective("realuid", alpha=0.92, beta=0.94)`.
 
     Args:
-        name: `gap`, `cross_term`, `cross_term_detached`, `sid` (alpha), `realuid` (alpha, beta, and optionally gamma),
-            `realsid` (alpha, beta, alpha_sid), `sida` (alpha) or `dmd2`.
+        name: `gap`, `cross_term`, `cross_term_detached`, `sid` (alpha), `realuid` (alpha, beta, and optionally gamma and
+            parametrization: "standard", or "beta" for Δ = β (v_ψ − v*)), `realsid` (alpha, beta, alpha_sid), `sida` (alpha)
+            or `dmd2`.
         space, weight, critic_weight: instead of the preset's own (see `DistillationObjective`).
         coefficients: the preset's coefficients.
 
