@@ -51,10 +51,8 @@ class Gaussian:
         if space == "sample":
             return self.x0_given(interpolant, x_t, t)
         x1 = self.x1_given(interpolant, x_t, t)
-        if space == "edm":
-            return interpolant.target(
-                self.x0_given(interpolant, x_t, t), x1, t, "edm"
-            )  # the target is linear in x0, x1
+        if space in ("edm", "v_prediction"):  # linear in x0 and x1
+            return interpolant.target(self.x0_given(interpolant, x_t, t), x1, t, space)
         return x1 if space == "epsilon" else -x1 / interpolant.at(t, x_t).beta
 
     def flow_to_data(self, interpolant: Interpolant, x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:

@@ -37,11 +37,18 @@ def truth() -> tuple[torch.Tensor, torch.Tensor]:
 
 def exact_predictions(it: Interpolant, x0: torch.Tensor, x1: torch.Tensor, t: torch.Tensor) -> dict[str, torch.Tensor]:
     """What perfect networks say when (x0, x1) is known."""
-    beta = it.at(t, x0).beta
+    alpha, beta = it.at(t, x0).alpha, it.at(t, x0).beta
     # EDM's definition (Karras et al. 2022, table 1): F = (x0 - c_skip x) / c_out.
     x, (c_skip, c_out, _) = it.interpolate(x0, x1, t) / it.at(t, x0).alpha, edm_preconditioning(it, t)
     edm = (x0 - c_skip * x) / c_out
-    return {"velocity": it.velocity(x0, x1, t), "sample": x0, "epsilon": x1, "score": -x1 / beta, "edm": edm}
+    return {
+        "velocity": it.velocity(x0, x1, t),
+        "sample": x0,
+        "epsilon": x1,
+        "score": -x1 / beta,
+        "v_prediction": alpha * x1 - beta * x0,
+        "edm": edm,
+    }
 
 
 def edm_preconditioning(it: Interpolant, t: torch.Tensor) -> tuple[torch.Tensor, ...]:

@@ -152,7 +152,7 @@ class TestTimeOfRatio:
             assert it.start_time(prediction) == 1
         for name in ("linear", "trigonometric"):
             it = get_interpolant(name)
-            direct = prediction in ("velocity", "sample", "edm")
+            direct = prediction not in ("epsilon", "score")
             assert it.reaches_sample(1.0, prediction) == direct
             assert it.start_time(prediction) == (1 if direct else it.time_of_ratio(80.0))
             assert it.default_init_time(prediction) == (1 if direct else it.time_of_ratio(2.5))

@@ -125,7 +125,7 @@ class TestInterpolation:
             torch.testing.assert_close(it.target(*truth, TIMES, space), expected, **rounding)
 
     def test_refuses_a_target_it_does_not_know(self, truth):
-        with pytest.raises(ValueError, match="velocity, sample, epsilon, score, edm"):
+        with pytest.raises(ValueError, match="velocity, sample, epsilon, score, v_prediction, edm"):
             get_interpolant("linear").target(*truth, TIMES, "noise")
 
     def test_low_precision_samples_keep_precise_times(self):

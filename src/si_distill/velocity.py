@@ -16,7 +16,7 @@ class Field:
             prediction is `edm` (see `Interpolant.network_input`), or as diffusers' own classes are (see `NetworkView`); the
             result's first element is the prediction, a second one are the logits of an adversarial term.
         interpolant: the path on which the network was trained.
-        prediction_type: what it predicts: `velocity`, `sample`, `epsilon`, `score` or `edm`.
+        prediction_type: what it predicts: one of `si_distill.interpolants.PREDICTIONS`.
         null_class: label for "no class"; needed when `guidance_scale` is not 1.
         guidance_scale: classifier-free guidance w in v_∅ + w (v_y − v_∅), in one batched forward; 1 is none.
         guidance_interval: times [low, high] with guidance (Kynkäänniemi et al. 2024, "Applying Guidance in a Limited
@@ -49,7 +49,7 @@ class Field:
             x_t: (B, …).
             t: (B,) times in [0, 1].
             labels: (B,) classes; an unconditional network ignores them.
-            space: `velocity`, `sample`, `epsilon`, `score` or `edm`.
+            space: one of `si_distill.interpolants.PREDICTIONS`.
         """
         return self.interpolant.convert(self.predict(x_t, t, labels), x_t, t, self.prediction_type, space)
 

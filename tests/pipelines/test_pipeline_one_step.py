@@ -43,7 +43,7 @@ def test_the_student_is_evaluated_exactly_once():
     assert rows == [3]
 
 
-@pytest.mark.parametrize("prediction_type", ["velocity", "sample", "epsilon", "score", "edm"])
+@pytest.mark.parametrize("prediction_type", ["velocity", "sample", "epsilon", "score", "v_prediction", "edm"])
 @pytest.mark.parametrize("name", ["linear", "trigonometric", "vp", "ddpm", "edm"])
 def test_latents_are_the_one_step_map(name, prediction_type):
     interpolant = get_interpolant(name)

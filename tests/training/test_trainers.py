@@ -99,7 +99,7 @@ def test_every_preset_plays_on_every_interpolant(tmp_path, preset, interpolant):
     assert metrics["critic_grad_norm"] > 0
 
 
-@pytest.mark.parametrize("prediction_type", ["sample", "epsilon", "score", "edm"])
+@pytest.mark.parametrize("prediction_type", ["sample", "epsilon", "score", "v_prediction", "edm"])
 def test_teachers_of_every_prediction_train_and_are_distilled(tmp_path, prediction_type):
     teaching(tmp_path / "t", "--prediction_type", prediction_type, "--t_min", 0.01, "--max_steps", 2).train()
     distillation(tmp_path / "t", tmp_path / "s", "--max_steps", 2).train()

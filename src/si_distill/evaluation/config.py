@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 
 from ..data.config import DataConfig
 from ..errors import InputError
+from ..schedulers.scheduling_stochastic_interpolant import SOLVERS
 from ..settings import at_least, setting
 
 
@@ -14,7 +15,7 @@ class EvaluationConfig:
     pipeline: str = setting("", "The student: a pipeline folder or a Hub id.")
     teacher: str | None = setting(None, "The teacher, to compare with.")
     teacher_steps: list[int] = setting([1, 10, 50], "Solver steps of the teacher, one row each.")
-    solver: str = setting("euler", "The teacher's solver.", ("euler", "heun"))
+    solver: str = setting("euler", "The teacher's solver.", SOLVERS)
     guidance_scale: float = setting(1.0, "The teacher's guidance; 1 is none.")
     data: DataConfig = field(default_factory=DataConfig)
     num_samples: int | None = setting(None, "Images per row; by default as many as the reference has.")

@@ -46,14 +46,14 @@ class InterpolantPipeline(SelfContainedFolderMixin, InterpolantPipelineBase):
         callback_on_step_end_tensor_inputs: list[str] = ["latents"],  # noqa: B006 - diffusers' signature, never changed
     ) -> ImagePipelineOutput | tuple[Any]:
         """
-        Generates one image for each label, in N forwards of the network (Euler) or 2 N − 1 (Heun) for N steps.
+        Generates one image for each label, in N forwards of the network (Euler, DDIM) or 2 N − 1 (Heun) for N steps.
 
         Args:
             class_labels (`int`, `str`, `list` of these, or integer `torch.Tensor` of shape (B,)): classes,
                 0 … num_classes − 1, or their names. Not given for an unconditional network.
             num_inference_steps (`int`): N, at least 1; not used when `timesteps` is given.
             guidance_scale (`float`): w ≥ 0 in v_∅ + w (v_y − v_∅). 1 is no guidance; otherwise each forward has 2 B rows.
-            solver (`str`, *optional*): `"euler"` or `"heun"`; None takes the scheduler's.
+            solver (`str`, *optional*): `"euler"`, `"heun"` or `"ddim"`; None takes the scheduler's.
             generator (`torch.Generator` or a list of B of them, *optional*): makes the images reproducible; with a list,
                 each image depends on its own generator only.
             latents (`torch.Tensor` of shape (B, C, sample_size, sample_size), *optional*): standard normal noise x1.

@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 
 import torch
 
-PREDICTIONS = ("velocity", "sample", "epsilon", "score", "edm")
+PREDICTIONS = ("velocity", "sample", "epsilon", "score", "v_prediction", "edm")
 #: What number a network is given for the time t (see `Interpolant.network_time`).
 TIMESTEP_TYPES = ("time", "discrete", "log_sigma")
 Noise = torch.Tensor | None
@@ -120,7 +120,7 @@ class Interpolant:
         return velocity if z is None else velocity + c.d_gamma * z
 
     def target(self, x0: torch.Tensor, x1: torch.Tensor, t: torch.Tensor, space: str) -> torch.Tensor:
-        """What a network that predicts `space` is regressed on: İ_t, x0, x1, −x1 / β or F (see `convert`).
+        """What a network that predicts `space` is regressed on: İ_t, x0, x1, −x1 / β, α x1 − β x0 or F (see `convert`).
 
         Least squares on F is EDM's weighted denoising loss: ‖F̂ − F‖² = `edm_weight` · ‖x̂0 − x0‖².
         """
@@ -135,6 +135,9 @@ class Interpolant:
             x̂0 = (β' x_t − β v) / D        x̂1 = (α v − α' x_t) / D
             v  = α' x̂0 + β' x̂1             score = −x̂1 / β
 
+        `v_prediction` is α x̂1 − β x̂0 (Salimans & Ho 2022, appendix D), the velocity in the angle of a path with
+        α² + β² = 1. On any path x̂0 = (α x_t − β v) / (α² + β²) and x̂1 = (β x_t + α v) / (α² + β²).
+
         `edm` is the raw output F in EDM's preconditioning (Karras et al. 2022, table 1): with x = x_t / α, σ = β / α and
         s = σ_data, x̂0 = s² / (σ² + s²) x + σ s / √(σ² + s²) F. With n = √(β² + α² s²), finite also where α = 0:
 
@@ -144,7 +147,8 @@ class Interpolant:
             prediction: (B, …), the network's output.
             x_t: (B, …), the state, not what `network_input` makes of it.
             t: (B,) or scalar times in [0, 1].
-            source, target: `"velocity"`, `"sample"` (x̂0), `"epsilon"` (x̂1), `"score"` or `"edm"` (F).
+            source, target: `"velocity"`, `"sample"` (x̂0), `"epsilon"` (x̂1), `"score"`, `"v_prediction"` or
+                `"edm"` (F).
 
         Raises ValueError for an unknown kind of prediction, or shapes that do not agree.
         """
@@ -168,6 +172,9 @@ class Interpolant:
             n = self._edm_norm(c)
             unit, scaled = x_t / n, self.sigma_data * prediction
             return (c.alpha * self.sigma_data**2 * unit + c.beta * scaled) / n, (c.beta * unit - c.alpha * scaled) / n
+        if kind == "v_prediction":
+            total = c.alpha**2 + c.beta**2
+            return (c.alpha * x_t - c.beta * prediction) / total, (c.beta * x_t + c.alpha * prediction) / total
         x1 = prediction if kind == "epsilon" else -c.beta * prediction
         return (x_t - c.beta * x1) / c.alpha, x1
 
@@ -177,6 +184,8 @@ class Interpolant:
             return x0 if kind == "sample" else x1
         if kind == "score":
             return -x1 / c.beta
+        if kind == "v_prediction":
+            return c.alpha * x1 - c.beta * x0
         if kind == "edm":
             return (c.beta * x0 - c.alpha * self.sigma_data**2 * x1) / (self.sigma_data * self._edm_norm(c))
         return c.d_alpha * x0 + c.d_beta * x1
@@ -306,7 +315,7 @@ class Interpolant:
     def reaches_sample(self, t: float, prediction_type: str) -> bool:
         """Whether x̂0 can be had from the prediction at time t: from `epsilon` and `score` it is (x_t − β x̂1) / α."""
         alpha = self.coefficients(torch.tensor(t, dtype=torch.float64)).alpha
-        return prediction_type in ("velocity", "sample", "edm") or float(alpha) > 1e-6
+        return prediction_type not in ("epsilon", "score") or float(alpha) > 1e-6
 
 
 def _precise(values: torch.Tensor) -> torch.Tensor:

@@ -15,7 +15,7 @@ from diffusers.utils import BaseOutput
 from .interpolant_base import PREDICTIONS
 from .interpolant_paths import get_interpolant
 
-SOLVERS = ("euler", "heun")
+SOLVERS = ("euler", "heun", "ddim")
 
 
 @dataclass
@@ -44,9 +44,11 @@ class StochasticInterpolantScheduler(SchedulerMixin, ConfigMixin):
         num_train_timesteps (`int`): what `len(scheduler)` reports; times are continuous.
         interpolant (`str`): `"linear"`, `"trigonometric"`, `"vp"`, `"ddpm"` or `"edm"`.
         interpolant_kwargs (`dict`, *optional*): settings of the interpolant, e.g. `{"b0": 0.1, "b1": 20.0}`.
-        prediction_type (`str`): what the network predicts: `"velocity"`, `"sample"`, `"epsilon"`, `"score"`, or
-            `"edm"`, the raw output in EDM's preconditioning (see `Interpolant.convert`).
-        solver (`str`): `"euler"` (one evaluation a step) or `"heun"` (second order, 2 N − 1 evaluations for N steps).
+        prediction_type (`str`): what the network predicts: `"velocity"`, `"sample"`, `"epsilon"`, `"score"`,
+            `"v_prediction"`, or `"edm"`, the raw output in EDM's preconditioning (see `Interpolant.convert`).
+        solver (`str`): `"euler"` (one evaluation a step), `"heun"` (second order, 2 N − 1 evaluations for N steps), or
+            `"ddim"` (one evaluation a step, x = α x̂0 + β x̂1 at its end; Song et al. 2021, "Denoising Diffusion Implicit
+            Models", eq. 12 with σ = 0), which is exact where x̂0 and x̂1 do not change, and Euler on `linear`.
         init_time (`float`): where sampling starts, in (0, 1]. A student keeps here the time it was trained at.
         timestep_type (`str`): what the network is given for a time t: `"time"` (t itself), `"discrete"` (the step t (K − 1)
             of `ddpm`; all times are then moved to the nearest step) or `"log_sigma"` (¼ ln(β/α), EDM's c_noise).
@@ -236,6 +238,9 @@ class StochasticInterpolantScheduler(SchedulerMixin, ConfigMixin):
 
         if self._step_index == len(self.timesteps) - 1:
             previous = x0
+        elif self.config.solver == "ddim":
+            x1 = self.interpolant.convert(output, x, t, kind, "epsilon")
+            previous = self.interpolant.interpolate(x0, x1, self._times[self._step_index + 1])
         else:
             velocity = self.interpolant.convert(output, x, t, kind, "velocity")
             step = self._step_index // self.order
