@@ -2,7 +2,7 @@
 
 import torch
 
-from si_distill.models import SiTTransformer2DModel
+from si_distill.models import EDM2UNet2DModel, EDMUNet2DModel, SiTTransformer2DModel
 
 
 def tiny_sit(seed: int = 0, **config) -> SiTTransformer2DModel:
@@ -24,3 +24,35 @@ def tiny_sit(seed: int = 0, **config) -> SiTTransformer2DModel:
             if not parameter.any():
                 torch.nn.init.normal_(parameter, std=0.05)
     return model.eval()
+
+
+EDM_KINDS = {
+    "ddpmpp": dict(architecture="ddpmpp", model_channels=8, channel_mult=[1, 2], attn_resolutions=[8]),
+    "ncsnpp": dict(architecture="ncsnpp", model_channels=8, channel_mult=[2, 2, 1], attn_resolutions=[8]),
+    "adm": dict(
+        architecture="adm", model_channels=16, channel_mult=[1, 2], attn_resolutions=[4], attention_head_dim=16
+    ),
+}
+
+
+def tiny_edm(kind: str, **config) -> EDMUNet2DModel:
+    """A network of a few thousand parameters, all of them random, so that every path matters."""
+    shape = dict(sample_size=8, in_channels=3, num_classes=3, augment_dim=2, num_blocks=1, channel_mult_emb=2)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        network = EDMUNet2DModel(**{**shape, **EDM_KINDS[kind], **config})
+        for parameter in network.parameters():
+            torch.nn.init.normal_(parameter, mean=0.05, std=0.2)
+    return network.eval()
+
+
+def tiny_edm2(**config) -> EDM2UNet2DModel:
+    """A network of a few thousand parameters whose gains are not 0, so that every path matters."""
+    shape = dict(sample_size=8, in_channels=4, num_classes=3, model_channels=16, channel_mult=[1, 2], num_blocks=1)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        network = EDM2UNet2DModel(**{**shape, "attn_resolutions": [4], "attention_head_dim": 8, **config})
+        for parameter in network.parameters():
+            if parameter.ndim == 0:
+                torch.nn.init.uniform_(parameter, 0.5, 1.0)
+    return network.eval()

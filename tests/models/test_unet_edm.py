@@ -5,28 +5,10 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import EDM_KINDS, tiny_edm
 
 from si_distill.models import EDMUNet2DModel
 from si_distill.models.unet_edm import ResamplingConv2d
-
-TINY = {
-    "ddpmpp": dict(architecture="ddpmpp", model_channels=8, channel_mult=[1, 2], attn_resolutions=[8]),
-    "ncsnpp": dict(architecture="ncsnpp", model_channels=8, channel_mult=[2, 2, 1], attn_resolutions=[8]),
-    "adm": dict(
-        architecture="adm", model_channels=16, channel_mult=[1, 2], attn_resolutions=[4], attention_head_dim=16
-    ),
-}
-
-
-def tiny_edm(kind: str, **config) -> EDMUNet2DModel:
-    """A network of a few thousand parameters, all of them random, so that every path matters."""
-    shape = dict(sample_size=8, in_channels=3, num_classes=3, augment_dim=2, num_blocks=1, channel_mult_emb=2)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        network = EDMUNet2DModel(**{**shape, **TINY[kind], **config})
-        for parameter in network.parameters():
-            torch.nn.init.normal_(parameter, mean=0.05, std=0.2)
-    return network.eval()
 
 
 def lowpass(x, taps, direction, pad=None):
@@ -138,7 +120,7 @@ def inputs(network, batch=4):
     return x, c_noise, torch.tensor([0, 2, 1, 2])[:batch], torch.rand(batch, config.augment_dim, generator=generator)
 
 
-@pytest.mark.parametrize("kind", TINY)
+@pytest.mark.parametrize("kind", EDM_KINDS)
 def test_written_out(kind):
     network = tiny_edm(kind, class_dropout_prob=0.1).double()
     x, c_noise, labels, augment = inputs(network)

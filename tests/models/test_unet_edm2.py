@@ -5,21 +5,10 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import tiny_edm2
 
 from si_distill.models import EDM2_PRESETS, EDM2UNet2DModel
 from si_distill.models.unet_edm2 import MPConv, MPFourier, mp_cat, mp_silu, mp_sum, normalize
-
-
-def tiny_edm2(**config) -> EDM2UNet2DModel:
-    """A network of a few thousand parameters whose gains are not 0, so that every path matters."""
-    shape = dict(sample_size=8, in_channels=4, num_classes=3, model_channels=16, channel_mult=[1, 2], num_blocks=1)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        network = EDM2UNet2DModel(**{**shape, "attn_resolutions": [4], "attention_head_dim": 8, **config})
-        for parameter in network.parameters():
-            if parameter.ndim == 0:
-                torch.nn.init.uniform_(parameter, 0.5, 1.0)
-    return network.eval()
 
 
 def inputs(batch=4):

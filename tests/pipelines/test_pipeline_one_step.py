@@ -164,6 +164,24 @@ def test_a_vae_decodes_with_its_scale_and_shift(shift_factor):
     torch.testing.assert_close(sliced, images, rtol=0, atol=1e-5)  # convolutions of 1 and of 2 images
 
 
+def test_latents_with_a_mean_and_a_deviation_by_channel_and_pixels_from_0(tmp_path):
+    mean, std = [1.0, -2.0, 0.5, 0.0], [4.0, 3.0, 2.0, 1.0]
+    vae = tiny_vae(scaling_factor=0.5, latents_mean=mean, latents_std=std)
+    pipe = student(vae=vae, in_channels=4)
+    latents = torch.randn(2, 4, 8, 8, generator=seeded())
+    with torch.no_grad():
+        expected = vae.decode(
+            latents / 0.5 * torch.tensor(std).view(-1, 1, 1) + torch.tensor(mean).view(-1, 1, 1)
+        ).sample
+        torch.testing.assert_close(pipe.decode(latents), expected, rtol=1e-5, atol=1e-5)
+    # The same autoencoder, used with images in [0, 1].
+    pipe.register_to_config(vae_pixel_min=0.0)
+    pipe.save_pretrained(tmp_path)
+    loaded = OneStepInterpolantPipeline.from_pretrained(tmp_path)
+    with torch.no_grad():
+        torch.testing.assert_close(loaded.postprocess(latents, "pt"), expected.clamp(0, 1), rtol=1e-5, atol=1e-5)
+
+
 def test_a_tiny_autoencoder_decodes_too():
     torch.manual_seed(0)
     blocks = dict(encoder_block_out_channels=(4, 4), decoder_block_out_channels=(4, 4))

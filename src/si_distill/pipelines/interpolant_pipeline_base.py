@@ -35,6 +35,8 @@ class InterpolantPipelineBase(DiffusionPipeline):
             are pixels in [-1, 1].
         id2label (`dict`, *optional*): names of the classes, e.g. `{1: "goldfish, Carassius auratus"}`. A name may be a
             comma-separated list of synonyms.
+        vae_pixel_min (`float`): the darkest pixel of the images that the VAE was used with, −1 or 0; the brightest is 1.
+            Latents of EDM2 are those of images in [0, 1].
 
     Raises:
         ValueError: for an `id2label` whose keys are not classes of the network or whose values are not names.
@@ -50,10 +52,13 @@ class InterpolantPipelineBase(DiffusionPipeline):
         scheduler: SchedulerMixin,
         vae: ModelMixin | None = None,
         id2label: dict | None = None,
+        vae_pixel_min: float = -1.0,
     ):
         super().__init__()
         self.register_modules(transformer=transformer, scheduler=scheduler, vae=vae)
-        self.register_to_config(id2label=_checked_names(id2label, view_network(transformer).num_classes))
+        self.register_to_config(
+            id2label=_checked_names(id2label, view_network(transformer).num_classes), vae_pixel_min=vae_pixel_min
+        )
         self.image_processor = VaeImageProcessor()
 
     @property
@@ -254,13 +259,21 @@ class InterpolantPipelineBase(DiffusionPipeline):
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """
         Images in [-1, 1], (B, channels, height, width), of the network's output: `latents` themselves without a VAE,
-        otherwise the VAE's decoding of `latents / scaling_factor + shift_factor`.
+        otherwise the VAE's decoding of `latents / scaling_factor · latents_std + latents_mean + shift_factor`, each from
+        the VAE's config and each by channel where it is a list.
         """
         if self.vae is None:
             return latents
-        scaling_factor = self.vae.config.get("scaling_factor") or 1.0
-        shift_factor = self.vae.config.get("shift_factor") or 0.0
-        return self.vae.decode((latents / scaling_factor + shift_factor).to(self.vae.dtype), return_dict=False)[0]
+
+        def setting(name: str, default: float) -> torch.Tensor:
+            value = self.vae.config.get(name)
+            return latents.new_tensor(default if value is None else value).view(-1, 1, 1)
+
+        latents = latents / setting("scaling_factor", 1.0) * setting("latents_std", 1.0)
+        latents = latents + setting("latents_mean", 0.0) + setting("shift_factor", 0.0)
+        images = self.vae.decode(latents.to(self.vae.dtype), return_dict=False)[0]
+        darkest = self.config.vae_pixel_min
+        return images if darkest == -1 else (images - darkest) * (2 / (1 - darkest)) - 1
 
     def postprocess(self, latents: torch.Tensor, output_type: str) -> Any:
         """The output that the user asked for; one channel becomes a PIL image of mode "L"."""

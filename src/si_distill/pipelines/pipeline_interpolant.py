@@ -27,6 +27,7 @@ class InterpolantPipeline(SelfContainedFolderMixin, InterpolantPipelineBase):
         scheduler ([`SchedulerMixin`]): a `StochasticInterpolantScheduler`.
         vae ([`ModelMixin`], *optional*): decodes latents; without one the images are pixels in [-1, 1].
         id2label (`dict`, *optional*): names of the classes, each a name or comma-separated synonyms.
+        vae_pixel_min (`float`): the darkest pixel for the VAE, −1, or 0 for latents of EDM2.
     """
 
     @torch.no_grad()

@@ -291,7 +291,10 @@ class DistillationTrainer(Trainer):
             teacher.scheduler.config, solver="euler", init_time=self.init_time
         )
         network = self.accelerator.unwrap_model(self.averages.network, keep_fp32_wrapper=False)
-        return OneStepInterpolantPipeline(network, scheduler, vae=teacher.vae, id2label=teacher.config.id2label)
+        config = teacher.config
+        return OneStepInterpolantPipeline(
+            network, scheduler, vae=teacher.vae, id2label=config.id2label, vae_pixel_min=config.vae_pixel_min
+        )
 
     def sample_grid(self) -> Image.Image:
         """Rows: the student's samples, and x̂0 of teacher and critic from these samples noised to β = α."""
