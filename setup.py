@@ -16,7 +16,7 @@ setup(
     python_requires=">=3.10",
     package_dir={"": "src"},
     packages=find_packages("src"),
-    package_data={"si_distill": ["py.typed"]},
+    package_data={"si_distill": ["py.typed", "hub/model_cards/*"]},
     # The lower bounds are versions that the test suite ran on or that the design was tried on. torch and torchvision are
     # resolved together by pip; never mix a "+cpu" torch with PyPI's torchvision (it fails to import and takes diffusers
     # and transformers down with it).
@@ -28,6 +28,7 @@ setup(
         "transformers>=5.17",
         "datasets>=5.0",
         "huggingface-hub>=1.33",
+        "jinja2>=3.1",
         "safetensors>=0.8",
         "torch-fidelity>=0.4.0",
         "wandb>=0.20",

@@ -9,6 +9,10 @@ class TrainingStopped(RuntimeError):
     """Training cannot go on (losses not finite, a checkpoint that cannot be written). Saved work is untouched."""
 
 
+class PublishError(RuntimeError):
+    """The Hub refused or could not be reached. Nothing was published, and what was to be published is kept."""
+
+
 class TrainingInterrupted(Exception):
     """A signal asked training to stop; everything was saved.
 

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 import yaml
 
-from .errors import InputError, TrainingInterrupted, TrainingStopped
+from .errors import InputError, PublishError, TrainingInterrupted, TrainingStopped
 
 T = TypeVar("T")
 
@@ -127,18 +127,19 @@ def settings_to_dict(settings: Any) -> dict[str, Any]:
 def script_main(main: typing.Callable[[list[str]], None]) -> None:
     """Runs a script's main function; errors meant for people are printed without a traceback, once per run.
 
-    Exit codes: 0 done, 2 wrong input, 3 training had to stop, 128 + n after signal n.
+    Exit codes: 0 done, 2 wrong input, 3 training had to stop, 4 not published, 128 + n after signal n.
     """
     try:
         main(sys.argv[1:])
         return
-    except (InputError, TrainingStopped, TrainingInterrupted) as error:
+    except (InputError, TrainingStopped, TrainingInterrupted, PublishError) as error:
         if int(os.environ.get("RANK", "0")) == 0:
             kind = "stopped" if isinstance(error, TrainingInterrupted) else "error"
             print(f"\n{kind}: {error}", file=sys.stderr, flush=True)
         if isinstance(error, TrainingInterrupted):
             raise SystemExit(128 + error.signal_number) from None
-        raise SystemExit(2 if isinstance(error, InputError) else 3) from None
+        codes = {TrainingStopped: 3, PublishError: 4}
+        raise SystemExit(codes.get(type(error), 2)) from None
 
 
 def _split_arguments(argv: list[str]) -> list[tuple[str, Any]]:
@@ -149,6 +150,7 @@ def _split_arguments(argv: list[str]) -> list[tuple[str, Any]]:
         if not argument.startswith("--") or len(argument) == 2:
             raise InputError(f"Expected --key value, got {argument!r}. Quote values that hold spaces.")
         key, equals, value = argument[2:].partition("=")
+        key = key.replace("-", "_")  # --repo-id is --repo_id
         position += 1
         words = [value] if equals else []
         while not equals and position < len(argv) and not argv[position].startswith("--"):

@@ -11,6 +11,7 @@ import torch_fidelity
 
 from ..data import ImageDataset, load_images
 from ..errors import InputError
+from ..hub.card import write_card
 from ..loading import load_pipeline
 from ..pipelines import InterpolantPipeline, OneStepInterpolantPipeline
 from ..visualization import image_grid, tensor_to_pil
@@ -108,6 +109,8 @@ def evaluate(settings: EvaluationConfig) -> dict[str, Any]:
         [name for name, _ in pictures],
         [data.class_names[labels[i]].split(",")[0] for i in chosen] if conditional else None,
     ).save(output.with_suffix(".png"))
+    if output == Path(settings.pipeline) / "evaluation.json":
+        write_card(settings.pipeline)
     return result
 
 

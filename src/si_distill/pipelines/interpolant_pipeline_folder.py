@@ -49,6 +49,7 @@ class SelfContainedFolderMixin:
         """
         source = os.fspath(pretrained_model_name_or_path)
         _check_source(source)
+        kwargs.setdefault("use_safetensors", True)  # other weight files are pickles, which run code
         try:
             if os.path.isdir(source):
                 cls._check_folder(Path(source), kwargs)
@@ -137,6 +138,28 @@ class SelfContainedFolderMixin:
             if component is not None:
                 _forget_origin(folder / name / component.config_name)
         super().save_config(save_directory, push_to_hub=push_to_hub, **kwargs)
+
+    def push_to_hub(self, repo_id: str, **kwargs: Any) -> str:
+        """
+        Publishes the pipeline with its code, its card, a sample grid, and what the run that it was loaded from left: what
+        `pipelines/publish.py` does. One commit; a second publication updates.
+
+        Args:
+            repo_id (`str`): `user/name`.
+            kwargs: `private`, `token`, `commit_message`, `create_pr`; `variant` (`"bf16"`: a further copy of the weights),
+                `license` (the Hub's identifier), `teacher_repo_id` (where the teacher is published).
+
+        Returns:
+            `str`: the address of the repository, or of the pull request.
+
+        Raises:
+            ValueError: for a name, token or repository with which it cannot work.
+            RuntimeError: when the Hub refuses or cannot be reached. Nothing is then published.
+        """
+        if not _PACKAGE:  # the copy in a saved folder has no card to write
+            return super().push_to_hub(repo_id, **kwargs)
+        publishing = importlib.import_module(f"{_PACKAGE}.hub.publishing")
+        return publishing.publish_pipeline(self, repo_id, **kwargs).url
 
     def to_json_file(self, json_file_path: str | os.PathLike) -> None:
         """Writes the index in the form that names the folder's own code."""

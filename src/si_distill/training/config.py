@@ -62,16 +62,21 @@ class TrainingConfig:
     report_to: str = setting("none", "An Accelerate tracker: `wandb`, `tensorboard`, … or `none`.")
     resume_from_checkpoint: str | None = setting(None, "`latest`, or a folder under checkpoints/.")
     overwrite_output_dir: bool = setting(False, "Delete the run that `output_dir` holds and start again.")
+    push_to_hub: bool = setting(False, "Publish the finished pipeline on the Hub.")
+    hub_model_id: str | None = setting(None, "Where: `user/name`.")
+    hub_private_repo: bool = setting(False, "Whether a new repository there is private.")
 
     #: What may change when a run is resumed; everything else decides the trajectory.
     RESUMABLE = frozenset(
         "output_dir max_steps logging_steps eval_steps save_steps save_total_limit report_to resume_from_checkpoint "
-        "overwrite_output_dir dataloader_num_workers ema_snapshot_steps".split()
+        "overwrite_output_dir dataloader_num_workers ema_snapshot_steps push_to_hub hub_model_id hub_private_repo".split()
     )
 
     def __post_init__(self) -> None:
         if not self.output_dir:
             raise InputError("`output_dir` is not set: give the folder of the run, e.g. --output_dir runs/my-run.")
+        if self.push_to_hub and not self.hub_model_id:
+            raise InputError("`push_to_hub` is set, but `hub_model_id` is not: give the repository, user/name.")
         for name in (
             "max_steps per_device_train_batch_size gradient_accumulation_steps logging_steps eval_steps save_steps "
             "save_total_limit"

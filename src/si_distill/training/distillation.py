@@ -4,6 +4,7 @@ import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from PIL import Image
@@ -18,6 +19,7 @@ from .distillation_inputs import fitting_objective, load_fitting_images, load_te
 from .ema import Averages
 from .health import HealthMonitor
 from .networks import TrainedNetwork
+from .run_facts import describe_data, describe_network, describe_teacher
 from .times import TimeSampler
 from .trainer import Trainer
 
@@ -295,6 +297,14 @@ class DistillationTrainer(Trainer):
         return OneStepInterpolantPipeline(
             network, scheduler, vae=teacher.vae, id2label=config.id2label, vae_pixel_min=config.vae_pixel_min
         )
+
+    def facts(self) -> dict[str, Any]:
+        return {
+            "network": describe_network(self.averages.network),
+            "teacher": describe_teacher(self.settings.teacher, self.teacher_pipeline),
+            "data": describe_data(self.settings.data, self.data),
+            "objective_space": self.objective.space,
+        }
 
     def sample_grid(self) -> Image.Image:
         """Rows: the student's samples, and x̂0 of teacher and critic from these samples noised to β = α."""

@@ -10,13 +10,13 @@ import yaml
 from diffusers import DiffusionPipeline
 
 from ..errors import InputError
+from ..hub.facts import CONFIG, EVALUATION, FACTS, METRICS
 from ..settings import read_yaml, settings_from_dict, settings_to_dict
 from .config import TrainingConfig
 from .ema import EMA_WEIGHTS
 from .posthoc_ema import EMA_SNAPSHOTS
 
-CONFIG, METRICS, SAMPLES, CHECKPOINTS = "config.yaml", "metrics.jsonl", "samples", "checkpoints"
-EVALUATION = "evaluation.json"
+SAMPLES, CHECKPOINTS = "samples", "checkpoints"
 
 
 class RunFolder:
@@ -77,7 +77,7 @@ class RunFolder:
             return
         if self.settings.overwrite_output_dir:
             # Only what a run writes: the folder may hold files of its owner. The pipeline's files are replaced later.
-            for name in (CONFIG, METRICS, EVALUATION, "model_index.json"):
+            for name in (CONFIG, METRICS, FACTS, EVALUATION, "model_index.json"):
                 (self.path / name).unlink(missing_ok=True)
             for name in (SAMPLES, CHECKPOINTS, EMA_WEIGHTS, EMA_SNAPSHOTS):
                 shutil.rmtree(self.path / name, ignore_errors=True)
@@ -89,6 +89,18 @@ class RunFolder:
         if self.writes:
             text = yaml.safe_dump(settings_to_dict(self.settings), sort_keys=False, allow_unicode=True)
             _replace_text(self.path / CONFIG, text)
+
+    def write_facts(self, facts: dict[str, Any], session: dict[str, Any], step: int) -> None:
+        """facts.json: what the settings do not say, and a session for each start. One whose steps are all repeated by this
+        start is dropped.
+        """
+        if not self.writes:
+            return
+        path = self.path / FACTS
+        earlier = json.loads(path.read_text(encoding="utf-8"))["sessions"] if path.exists() else []
+        kept = [known for known in earlier if known["first_step"] < step]
+        facts = {**facts, "sessions": [*kept, {"first_step": step, **session}]}
+        _replace_text(path, json.dumps(facts, indent=1, ensure_ascii=False) + "\n")
 
     def append_metrics(self, line: dict[str, Any]) -> None:
         """Adds one line to metrics.jsonl."""

@@ -1,6 +1,7 @@
 """Training of a multi-step teacher: regression of the interpolant's velocity, sample or noise."""
 
 import inspect
+from typing import Any
 
 import torch
 from PIL import Image
@@ -15,6 +16,7 @@ from .config import TeacherConfig
 from .ema import Averages
 from .loss_weights import regression_weight
 from .networks import TrainedNetwork
+from .run_facts import describe_data, describe_network
 from .trainer import Trainer
 
 SAMPLE_STEPS = 20
@@ -115,3 +117,9 @@ class TeacherTrainer(Trainer):
         with self.accelerator.autocast():
             images = pipeline(labels, num_inference_steps=SAMPLE_STEPS, latents=latents, batch_size=batch_size).images
         return image_grid([images], [f"{SAMPLE_STEPS} steps"], labels and [self.class_names[n] for n in labels])
+
+    def facts(self) -> dict[str, Any]:
+        return {
+            "network": describe_network(self.averages.network),
+            "data": describe_data(self.settings.data, self.data),
+        }

@@ -17,11 +17,14 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from ..data import GlobalBatchSampler, ImageDataset
-from ..errors import InputError, TrainingInterrupted, TrainingStopped
+from ..errors import InputError, PublishError, TrainingInterrupted, TrainingStopped
+from ..hub.card import write_card
+from ..hub.publishing import check_ready, publish_pipeline
 from ..settings import settings_to_dict
 from .checkpoints import WRITE_ERRORS, Checkpoints
 from .config import TrainingConfig
 from .ema import Averages
+from .run_facts import describe_session
 from .run_folder import CHECKPOINTS, RunFolder
 from .sample_noise import SampleNoise, sample_seed
 
@@ -46,6 +49,8 @@ class Trainer:
         self.settings = settings
         self.run = RunFolder(settings, writes=int(os.environ.get("RANK", "0")) == 0)
         self.run.check()
+        if settings.push_to_hub and self.run.writes:
+            check_ready(settings.hub_model_id)
         self.accelerator = _build_accelerator(settings)
         self.noise = SampleNoise(settings.seed, self.accelerator.device)
         self.checkpoints = Checkpoints(self.accelerator, self.run.path / CHECKPOINTS, settings.save_total_limit)
@@ -88,6 +93,10 @@ class Trainer:
 
     def sample_grid(self) -> Image.Image:
         """A picture from fixed noise and labels."""
+        raise NotImplementedError
+
+    def facts(self) -> dict[str, Any]:
+        """What the model card tells beyond the settings (see `run_facts`)."""
         raise NotImplementedError
 
     # The state that is saved with the networks.
@@ -162,6 +171,8 @@ class Trainer:
         accelerator.wait_for_everyone()
         accelerator.end_training()
         accelerator.print(f"Finished {settings.max_steps} iterations: the pipeline is in {self.run.path}.")
+        if settings.push_to_hub and accelerator.is_main_process:
+            self._publish()
 
     def _one_iteration(self, bar: tqdm) -> None:
         settings = self.settings
@@ -204,6 +215,7 @@ class Trainer:
                 accelerator.print(f"No whole checkpoint in {self.checkpoints.folder} yet: starting at step 0.")
                 self.run.forget_metrics_after(0)
             self.run.start()
+        self.run.write_facts(self.facts(), describe_session(accelerator), self.step)
         accelerator.wait_for_everyone()
         if settings.report_to != "none":
             accelerator.init_trackers(
@@ -264,6 +276,22 @@ class Trainer:
         if self.accelerator.is_main_process:
             with self._writing("the pipeline"):
                 self.run.write_pipeline(self.pipeline())
+                try:
+                    write_card(self.run.path)
+                except InputError as error:  # a damaged file of the folder's owner is no reason to stop
+                    self.accelerator.print(f"The model card is not renewed: {error}")
+
+    def _publish(self) -> None:
+        settings = self.settings
+        try:
+            pipeline = type(self.pipeline()).from_pretrained(self.run.path)
+            published = publish_pipeline(pipeline, settings.hub_model_id, settings.hub_private_repo or None)
+        except (InputError, PublishError) as error:
+            raise PublishError(
+                f"{error} The training is finished and {self.run.path} is whole; publish it later with: python "
+                f"pipelines/publish.py --pipeline {self.run.path} --repo-id {settings.hub_model_id}"
+            ) from error
+        print(f"Published: {published.url} at {published.commit}.")
 
     @contextlib.contextmanager
     def _writing(self, what: str) -> Iterator[None]:

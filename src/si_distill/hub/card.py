@@ -1,0 +1,237 @@
+"""The model card: `model_cards/` templates filled with what is known of a model (see `facts`)."""
+
+import re
+from pathlib import Path
+
+import jinja2
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from ..errors import InputError
+from .card_tables import (
+    MISSING,
+    evaluation_table,
+    model_rows,
+    objective_rows,
+    teacher_rows,
+    training_command,
+    training_rows,
+)
+from .facts import CONFIG, STUDENT, TEACHER, ModelFacts, read_facts
+
+TEMPLATES = Path(__file__).parent / "model_cards"
+CARD, SAMPLES = "README.md", "samples.png"
+#: The line by which a card is known to be ours to replace; its owner takes it out to keep a text of their own.
+GENERATED = "<!-- Made by si_distill from the files of this folder. Remove this line to keep a text of your own. -->"
+
+#: Columns of evaluation.json that are about cost, not about quality.
+_COSTS = ("network evaluations", "images per second")
+_INTERPOLANT_REFERENCES = {
+    "linear": "lipman2023flow",
+    "trigonometric": "albergo2023stochastic",
+    "vp": "song2021score",
+    "ddpm": "ho2020ddpm",
+    "edm": "karras2022edm",
+    "bridge": "albergo2023stochastic",
+}
+
+
+def write_card(folder: str | Path) -> None:
+    """
+    Writes README.md of a pipeline or run folder, unless a text of the owner's is there.
+
+    Raises:
+        InputError: when the folder is no pipeline of ours or one of its files is damaged.
+        OSError: when it cannot be written.
+    """
+    folder = Path(folder)
+    if is_own_text(folder):
+        return
+    (folder / CARD).write_text(str(render_card(read_facts(folder))), encoding="utf-8")
+
+
+def is_own_text(folder: Path) -> bool:
+    """Whether the folder's README.md was written, or taken over, by its owner."""
+    path = folder / CARD
+    return path.is_file() and GENERATED not in path.read_text(encoding="utf-8")
+
+
+def render_card(
+    facts: ModelFacts,
+    repo_id: str | None = None,
+    license: str | None = None,
+    teacher_repo_id: str | None = None,
+    variants: tuple[str, ...] = (),
+) -> ModelCard:
+    """
+    The card of a student or a teacher.
+
+    Args:
+        facts: of its folder.
+        repo_id: the repository that the folder goes to; the card of a local folder names the folder.
+        license: the Hub's identifier of a licence; without one the card says that none was given.
+        teacher_repo_id: where the teacher is published, when the run loaded it from a folder.
+        variants: of the weights, e.g. `("bf16",)`.
+    """
+    teacher = teacher_repo_id or facts.teacher_repository
+    name = (repo_id or facts.folder.resolve().name).split("/")[-1]
+    source = repo_id or _local_source(facts)
+    header, cells, how = evaluation_table(facts.evaluation or {})
+    picture = _picture(facts.folder)
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(TEMPLATES),
+        undefined=jinja2.StrictUndefined,  # a fact that nobody passed is an error, not a blank
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    template = environment.get_template("student.md" if facts.is_student else "teacher.md")
+    data = card_data(facts, name, license, teacher)
+    text = template.render(
+        card_data=data.to_yaml(),
+        generated=GENERATED,
+        missing=MISSING,
+        name=name,
+        source=source,
+        on_hub=repo_id is not None,
+        picture=picture,
+        pipeline_class=facts.pipeline_class,
+        call=_call_arguments(facts),
+        variants=variants,
+        classes=facts.network.get("num_classes"),
+        guided=facts.network.get("class_dropout_prob", 0) > 0,
+        teacher=teacher,
+        model=model_rows(facts),
+        teacher_table=teacher_rows(facts),
+        objective=objective_rows(facts),
+        training=training_rows(facts),
+        command=training_command(facts),
+        has_config=bool(facts.settings),
+        config=CONFIG,
+        script="train_distill.py" if facts.is_student else "train_teacher.py",
+        header=header,
+        cells=cells,
+        how=how,
+        license=license,
+        references=_references(facts),
+    )
+    return ModelCard(text)
+
+
+def card_data(
+    facts: ModelFacts, name: str, license: str | None = None, teacher_repo_id: str | None = None
+) -> ModelCardData:
+    """The metadata at the top of the card, in huggingface_hub's own classes, which check them."""
+    conditional = facts.network.get("num_classes") != 0
+    tags = ["stochastic-interpolant", facts.scheduler.get("interpolant"), "image-generation"]
+    tags.append("class-conditional-image-generation" if conditional else None)
+    tags += ["one-step", "distillation", facts.settings.get("objective")] if facts.is_student else ["teacher"]
+    data = facts.recorded.get("data") or {}
+    results = eval_results(facts)
+    return ModelCardData(
+        library_name="diffusers",
+        # The Hub has no tag of its own for generation by class.
+        pipeline_tag="unconditional-image-generation",
+        license=license,
+        base_model=teacher_repo_id,
+        datasets=[data["name"]] if data.get("source") == "hub" else None,
+        tags=[tag for tag in tags if tag],
+        model_name=name if results else None,
+        eval_results=results or None,
+    )
+
+
+def eval_results(facts: ModelFacts) -> list[EvalResult]:
+    """The rows of evaluation.json that are of this model, as entries of the Hub's model index."""
+    evaluation = facts.evaluation or {}
+    reference = evaluation.get("reference")
+    reference = reference if isinstance(reference, dict) else {"name": reference or MISSING}
+    data = facts.recorded.get("data") or {}
+    features = str(evaluation.get("features", ""))
+    settings = {key: evaluation.get(key) for key in ("evaluator", "features", "num_samples", "seed")}
+    settings |= {"reference_images": reference.get("images")}
+    own = "student" if facts.is_student else "teacher"
+    results = []
+    for row in evaluation.get("rows") or ():
+        generator = str(row.get("generator", ""))
+        if not generator.startswith(own):
+            continue
+        for column, value in row.items():
+            if column in _COSTS or isinstance(value, bool) or not isinstance(value, (int, float)):
+                continue
+            results.append(
+                EvalResult(
+                    task_type="unconditional-image-generation",
+                    task_name="image generation",
+                    dataset_type=data["name"] if data.get("source") == "hub" else str(reference["name"]),
+                    dataset_name=str(reference["name"]),
+                    dataset_split=reference.get("split"),
+                    metric_type=_metric_type(column, features),
+                    metric_name=f"{column} ({generator})",
+                    metric_value=value,
+                    metric_args={key: item for key, item in settings.items() if item is not None},
+                )
+            )
+    return results
+
+
+def _metric_type(column: str, features: str) -> str:
+    """The Hub's identifier of a metric. A Fréchet distance on other features than Inception's is not called FID."""
+    lowered = features.lower()
+    if "chet" in column.lower():
+        return "fid" if "inception" in lowered and "not inception" not in lowered else "frechet-distance"
+    return "accuracy" if "accuracy" in column.lower() else re.sub(r"[^a-z0-9]+", "-", column.lower()).strip("-")
+
+
+def _local_source(facts: ModelFacts) -> str:
+    """How this machine's owner calls the folder: the setting, unless it is a path of this machine alone."""
+    output = str(facts.settings.get("output_dir") or "")
+    return output if output and not output.startswith(("/", "~")) else facts.folder.resolve().name
+
+
+def _picture(folder: Path) -> str | None:
+    """The sample grid that was made for publication, or the newest of the training."""
+    if (folder / SAMPLES).is_file():
+        return SAMPLES
+    grids = sorted((folder / "samples").glob("step_*.png"))
+    return f"samples/{grids[-1].name}" if grids else None
+
+
+def _call_arguments(facts: ModelFacts) -> str:
+    """What to pass to the pipeline: labels by name and by number, or a batch size."""
+    classes = facts.network.get("num_classes")
+    if classes == 0:
+        arguments = "batch_size=4"
+    else:
+        first = (facts.id2label or {}).get("0")
+        names = [0 if first is None else first.split(",")[0].strip(), min(7, (classes or 1) - 1)]
+        arguments = f"class_labels={names!r}"
+    return arguments if facts.is_student else f"{arguments}, num_inference_steps=50"
+
+
+def _references(facts: ModelFacts) -> list[str]:
+    """BibTeX of the three works, of what the recipe adds, and of the teacher's architecture and path."""
+    keys = ["adversarial_distillation", "kornilov2025realuid", "zhou2024sid"] if facts.is_student else []
+    kind = (facts.settings.get("adversarial") or {}).get("kind")
+    if facts.is_student and kind == "encoder":
+        keys.append("zhou2024sida")
+    if facts.settings.get("objective") == "dmd2" or (facts.is_student and kind == "head"):
+        keys.append("yin2024dmd2")
+    for prefix, key in (("SiT", "ma2024sit"), ("EDM2", "karras2024edm2"), ("EDM", "karras2022edm")):
+        if facts.network_class.startswith(prefix):
+            keys.append(key)
+            break
+    keys.append(_INTERPOLANT_REFERENCES.get(facts.scheduler.get("interpolant")))
+    entries = re.split(r"\n(?=@)", (TEMPLATES / "references.bib").read_text(encoding="utf-8").strip())
+    by_key = {entry.split("{", 1)[1].split(",", 1)[0]: entry.strip() for entry in entries}
+    return [by_key[key] for key in dict.fromkeys(keys) if key]
+
+
+def pipeline_kind(facts: ModelFacts) -> str:
+    """ "student" or "teacher".
+
+    Raises:
+        InputError: when the folder holds another pipeline.
+    """
+    if facts.pipeline_class not in (STUDENT, TEACHER):
+        raise InputError(f"{facts.folder} holds a {facts.pipeline_class}; {STUDENT} and {TEACHER} can be published.")
+    return "student" if facts.is_student else "teacher"

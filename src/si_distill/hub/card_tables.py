@@ -1,0 +1,217 @@
+"""The tables of a model card: facts as rows of text, with what is not known said in so many words."""
+
+import shlex
+from typing import Any
+
+from ..objectives import get_objective
+from .facts import ModelFacts, without_paths
+
+MISSING = "not recorded"
+Row = tuple[str, str]
+
+
+def model_rows(facts: ModelFacts) -> list[Row]:
+    """What the model is: network, sizes, classes, interpolant."""
+    network, scheduler = facts.network, facts.scheduler
+    classes = network.get("num_classes")
+    interpolant = _text(scheduler.get("interpolant"))
+    if scheduler.get("interpolant_kwargs"):
+        interpolant += f" ({_settings(scheduler['interpolant_kwargs'])})"
+    rows = [
+        ("Network", f"{facts.network_class}, {_number(facts.parameters)} values"),
+        ("Works on", _space(facts)),
+        ("Classes", "none (unconditional)" if classes == 0 else _text(classes)),
+        ("Interpolant", interpolant),
+        ("The network predicts", _text(scheduler.get("prediction_type"))),
+    ]
+    if facts.is_student:
+        rows += [
+            ("Network evaluations", "1 per image, without guidance"),
+            ("Time of the one-step map", _text(scheduler.get("init_time"))),
+        ]
+    else:
+        rows.append(("Solver", _text(scheduler.get("solver"))))
+    return rows
+
+
+def teacher_rows(facts: ModelFacts) -> list[Row]:
+    """The teacher of a student."""
+    recorded = facts.recorded.get("teacher") or {}
+    name = recorded.get("name") or facts.settings.get("teacher")
+    if recorded.get("source") == "hub":
+        revision = recorded.get("revision")
+        where = f"[{name}](https://huggingface.co/{name}), revision {_text(revision)}"
+    else:
+        where = f"`{without_paths(name)}`, a local folder" if name and recorded else _text(without_paths(name))
+    rows = [("Teacher", where)]
+    rows.append(("Its network", _network(recorded.get("network"))))
+    if facts.settings:
+        scale = facts.settings.get("guidance_scale", 1.0)
+        rows.append(("Guidance of the teacher", "none" if scale == 1 else f"{_number(scale)}, now inside the student"))
+    return rows
+
+
+def objective_rows(facts: ModelFacts) -> list[Row]:
+    """The objective with all coefficients, the adversarial term, and the rhythm of the game."""
+    settings = facts.settings
+    if "objective" not in settings:
+        return [("Objective", MISSING)]
+    name, kwargs = settings["objective"], settings.get("objective_kwargs") or {}
+    rows = [("Objective", f"`{name}`" + (f" ({_settings(kwargs)})" if kwargs else ""))]
+    try:
+        objective = get_objective(name, **kwargs)
+    except ValueError:
+        rows.append(("Coefficients", f"{MISSING} (this version does not know the objective)"))
+    else:
+        # As the run resolved it: on some interpolants the trainer changes the space.
+        space = facts.recorded.get("objective_space") or objective.space
+        rows += [
+            ("Critic (a, b, c)", _triple(objective.critic)),
+            ("Generator (a, b, c)", _triple(objective.generator) + (", fields detached" if objective.detach else "")),
+            ("Space and weights", f"{space}; generator {objective.weight}, critic {objective.critic_weight}"),
+        ]
+    adversarial = settings.get("adversarial") or {}
+    kind = adversarial.get("kind", "none")
+    rows.append(
+        ("Adversarial term", "none" if kind == "none" else f"{kind} ({_settings(adversarial, skip=('kind',))})")
+    )
+    if settings.get("student"):
+        rows.append(("Started from the student", f"`{without_paths(settings['student'])}`"))
+    critic, generator = settings.get("critic_steps", 1), settings.get("generator_steps", 1)
+    rows.append(("Updates per iteration", f"critic {critic}, generator {generator}"))
+    return rows
+
+
+def training_rows(facts: ModelFacts) -> list[Row]:
+    """Data, length, hardware, averages and versions of the training."""
+    settings, sessions = facts.settings, facts.recorded.get("sessions") or []
+    planned = settings.get("max_steps")
+    steps = _text(None) if facts.steps is None else _number(facts.steps)
+    if facts.steps is not None and planned and facts.steps < planned:
+        steps += f" of {_number(planned)} planned"
+    rows = [
+        ("Data", _data(facts)),
+        ("Iterations", steps),
+        ("Images seen", _number(facts.images_seen)),
+        ("Time in iterations", _duration(facts.seconds)),
+        ("Hardware", _joined(session.get("hardware") for session in sessions)),
+        ("Precision", _text(settings.get("mixed_precision"), {"no": "float32", "bf16": "bfloat16 autocast"})),
+        ("Average of the weights (EMA)", _average(settings)),
+        ("Learning rate", _learning_rate(settings)),
+        ("Seed", _text(settings.get("seed"))),
+        ("Versions", _joined(_settings(session.get("versions") or {}) or None for session in sessions)),
+    ]
+    if len(sessions) > 1:
+        rows.append(("Resumed", f"{len(sessions) - 1} times"))
+    return rows
+
+
+def training_command(facts: ModelFacts) -> str | None:
+    """How the run was launched, from what its first session noted."""
+    sessions = facts.recorded.get("sessions") or []
+    command = sessions[0].get("command") if sessions else None
+    if not command:
+        return None
+    return f"accelerate launch --num_processes {sessions[0].get('processes', 1)} {shlex.join(without_paths(command))}"
+
+
+def evaluation_table(evaluation: dict[str, Any]) -> tuple[list[str], list[list[str]], list[Row]]:
+    """
+    An evaluation.json as header, rows of cells, and how it was measured.
+
+    Whatever columns the rows have are shown, so that a new metric needs nothing here.
+    """
+    results = [row for row in evaluation.get("rows") or () if isinstance(row, dict)]
+    header = [key for key in dict.fromkeys(key for row in results for key in row) if _is_cell(results, key)]
+    cells = [["" if row.get(key) is None else _number(row[key]) for key in header] for row in results]
+    how = [
+        (str(key).replace("_", " "), _settings(value) if isinstance(value, dict) else _number(value))
+        for key, value in without_paths(evaluation).items()
+        if key != "rows" and value is not None and not isinstance(value, list)
+    ]
+    return header, cells, how
+
+
+def _is_cell(results: list[dict[str, Any]], key: str) -> bool:
+    return not any(isinstance(row.get(key), (dict, list)) for row in results)
+
+
+def _space(facts: ModelFacts) -> str:
+    size, channels = facts.network.get("sample_size"), facts.network.get("in_channels")
+    if size is None or channels is None:
+        return MISSING
+    if facts.vae is None:
+        return f"pixels, {channels} × {size} × {size}"
+    pixels = size * 2 ** (len(facts.vae.get("block_out_channels") or [0]) - 1)
+    return f"latents, {channels} × {size} × {size}, of a {facts.vae.get('_class_name')}: {pixels} × {pixels} pixels"
+
+
+def _data(facts: ModelFacts) -> str:
+    data, recorded = facts.settings.get("data"), facts.recorded.get("data")
+    if recorded:
+        return f"{recorded['name']}, split {recorded['split']}, {_number(recorded['images'])} images"
+    if facts.recorded:  # the run says that it read none
+        return "no images: generated samples only"
+    return (
+        f"{without_paths(data['name'])}, split {data.get('split')} (whether images were read is {MISSING})"
+        if data
+        else MISSING
+    )
+
+
+def _average(settings: dict[str, Any]) -> str:
+    if settings.get("ema_halflife_images") is not None:
+        return f"half-life {_number(settings['ema_halflife_images'])} images"
+    return f"decay {settings['ema_decay']}" if settings.get("ema_decay") is not None else MISSING
+
+
+def _learning_rate(settings: dict[str, Any]) -> str:
+    if settings.get("learning_rate") is None:
+        return MISSING
+    text = f"{settings['learning_rate']:g}"
+    if settings.get("critic_learning_rate") is not None:
+        text += f", critic {settings['critic_learning_rate']:g}"
+    return f"{text}, {settings.get('lr_scheduler_type')}; Adam ({settings.get('adam_beta1')}, {settings.get('adam_beta2')})"
+
+
+def _network(recorded: dict[str, Any] | None) -> str:
+    return f"{recorded['class']}, {_number(recorded['parameters'])} parameters" if recorded else MISSING
+
+
+def _duration(seconds: float | None) -> str:
+    if seconds is None:
+        return MISSING
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.1f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def _triple(values: tuple[float, float, float]) -> str:
+    return "(" + ", ".join(f"{value:g}" for value in values) + ")"
+
+
+def _settings(values: dict[str, Any], skip: tuple[str, ...] = ()) -> str:
+    return ", ".join(
+        f"{key} {_settings(value) if isinstance(value, dict) else _number(value)}"
+        for key, value in values.items()
+        if key not in skip and value is not None
+    )
+
+
+def _joined(texts: Any) -> str:
+    return "; ".join(dict.fromkeys(text for text in texts if text)) or MISSING
+
+
+def _text(value: Any, names: dict[Any, str] | None = None) -> str:
+    return MISSING if value is None else str((names or {}).get(value, value))
+
+
+def _number(value: Any) -> str:
+    """A value as people read it: thousands are grouped, floats have four digits."""
+    if value is None:
+        return MISSING
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return str(value)
+    if isinstance(value, int):
+        return f"{value:,}" if abs(value) >= 10_000 else str(value)
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"

@@ -1,0 +1,175 @@
+"""What is known of a model, read from the files of its folder. Nothing is guessed: what no file says is None."""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from safetensors import SafetensorError, safe_open
+
+from ..errors import InputError
+
+#: Files that a run leaves beside its pipeline and that are published with it.
+CONFIG, METRICS, FACTS, EVALUATION = "config.yaml", "metrics.jsonl", "facts.json", "evaluation.json"
+STUDENT, TEACHER = "OneStepInterpolantPipeline", "InterpolantPipeline"
+
+
+@dataclass
+class ModelFacts:
+    """
+    A pipeline folder and, where it is a run's, how the run went.
+
+    Args:
+        folder: the pipeline folder.
+        pipeline_class: `OneStepInterpolantPipeline` (a student) or another class of ours (a teacher).
+        id2label: names of the classes, or None.
+        network_class, network, scheduler, vae: class name and configs of the components; `vae` is None for pixels.
+        parameters: values in the network's weights, from the headers of its files; None without weights.
+        settings: config.yaml of the training, or {}.
+        metrics: lines of metrics.jsonl, or [].
+        recorded: facts.json, what the training noted beyond its settings, or {}.
+        evaluation: evaluation.json, or None.
+    """
+
+    folder: Path
+    pipeline_class: str
+    id2label: dict[str, str] | None
+    network_class: str
+    network: dict[str, Any]
+    scheduler: dict[str, Any]
+    vae: dict[str, Any] | None
+    parameters: int | None
+    settings: dict[str, Any] = field(default_factory=dict)
+    metrics: list[dict[str, Any]] = field(default_factory=list)
+    recorded: dict[str, Any] = field(default_factory=dict)
+    evaluation: dict[str, Any] | None = None
+
+    @property
+    def is_student(self) -> bool:
+        return self.pipeline_class == STUDENT
+
+    @property
+    def images_seen(self) -> int | None:
+        """Samples over all updates of the trained network, by the last line of metrics.jsonl."""
+        return self.metrics[-1].get("images") if self.metrics else None
+
+    @property
+    def steps(self) -> int | None:
+        return self.metrics[-1].get("step") if self.metrics else None
+
+    @property
+    def seconds(self) -> float | None:
+        """Time in iterations (without saving and sampling): each line's images by its rate. A resumed run drops the lines
+        that it repeats, so they are not counted twice.
+        """
+        total, before = 0.0, 0
+        for line in self.metrics:
+            rate = line.get("images_per_second")
+            if not rate or "images" not in line:
+                return None
+            total, before = total + (line["images"] - before) / rate, line["images"]
+        return total if self.metrics else None
+
+    @property
+    def teacher_repository(self) -> str | None:
+        """The teacher's Hub id, if the run loaded it from the Hub. A name that looks like one may be a local folder."""
+        teacher = self.recorded.get("teacher") or {}
+        return teacher.get("name") if teacher.get("source") == "hub" else None
+
+
+def read_facts(folder: str | Path, training: bool = True) -> ModelFacts:
+    """
+    Reads a pipeline folder.
+
+    Args:
+        folder: of a pipeline; a run's folder is one.
+        training: whether to read what the run and its evaluation left there; False for weights that are not theirs.
+
+    Raises:
+        InputError: when the folder is no pipeline of ours, or one of its files cannot be read.
+    """
+    folder = Path(folder)
+    index = _json(folder / "model_index.json")
+    if not isinstance(index, dict):
+        raise InputError(f"{folder} is not a pipeline folder: it has no model_index.json.")
+    name = index.get("_class_name")
+    name = name[-1] if isinstance(name, list) else name
+    if "transformer" not in index or not isinstance(name, str):
+        raise InputError(
+            f"{folder} holds {name!r}, which has no `transformer`: only pipelines of si_distill are described."
+        )
+    vae = _json(folder / "vae" / "config.json") if (index.get("vae") or [None])[0] else None
+    facts = ModelFacts(
+        folder=folder,
+        pipeline_class=name,
+        id2label=index.get("id2label"),
+        network_class=index["transformer"][1],
+        network=_json(folder / "transformer" / "config.json") or {},
+        scheduler=_json(folder / "scheduler" / "scheduler_config.json") or {},
+        vae=vae,
+        parameters=_parameters(folder / "transformer"),
+    )
+    if training:
+        facts.settings = _yaml(folder / CONFIG) or {}
+        facts.metrics = _lines(folder / METRICS)
+        facts.recorded = _json(folder / FACTS) or {}
+        facts.evaluation = _json(folder / EVALUATION)
+    return facts
+
+
+def without_paths(value: Any) -> Any:
+    """The same nested value, in which a path of one machine is only its last part: publications tell no home folders."""
+    if isinstance(value, dict):
+        return {key: without_paths(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [without_paths(item) for item in value]
+    if isinstance(value, str) and value.startswith(("/", "~", "file://")):
+        return value.rstrip("/").rsplit("/", 1)[-1]
+    return value
+
+
+def _json(path: Path) -> Any:
+    if not path.is_file():
+        return None
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"Cannot read {path}: {error}. Restore it, or remove it.") from error
+
+
+def _yaml(path: Path) -> Any:
+    if not path.is_file():
+        return None
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise InputError(f"Cannot read {path}: {error}. Restore it, or remove it.") from error
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    lines = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+        try:
+            lines.append(json.loads(line))
+        except ValueError:
+            break  # a line cut off by a kill is the last
+    return lines
+
+
+def _parameters(folder: Path) -> int | None:
+    """Values of all tensors in the weights without a variant."""
+    total = 0
+    for file in sorted(folder.glob("*.safetensors")):
+        if file.name.count(".") > 1:
+            continue  # a variant: the same tensors again
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                for key in tensors.keys():  # noqa: SIM118 - not a mapping
+                    size = 1
+                    for length in tensors.get_slice(key).get_shape():
+                        size *= length
+                    total += size
+        except SafetensorError as error:
+            raise InputError(f"Cannot read the weights {file}: {error}. Save or copy them again.") from error
+    return total or None

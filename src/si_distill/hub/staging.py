@@ -1,0 +1,153 @@
+"""Folders that are ready for the Hub: made here, looked at with a dry run, uploaded by `publishing`."""
+
+import filecmp
+import json
+import shutil
+from pathlib import Path
+
+import torch
+import yaml
+from diffusers import DiffusionPipeline
+from huggingface_hub import SpaceCardData
+from PIL import Image
+
+from ..errors import InputError
+from ..sampling import labelled_grid, sample_rows, spread_labels
+from .card import CARD, SAMPLES, is_own_text, pipeline_kind, render_card
+from .facts import CONFIG, EVALUATION, FACTS, METRICS, read_facts, without_paths
+
+VARIANTS = {"bf16": torch.bfloat16}
+TEACHER_STEPS = 20
+
+
+def stage_model(
+    pipeline: DiffusionPipeline,
+    folder: Path,
+    repo_id: str,
+    run: Path | None = None,
+    variant: str | None = None,
+    license: str | None = None,
+    teacher_repo_id: str | None = None,
+) -> None:
+    """
+    Writes what a model's repository holds: the pipeline with its code, its card, pictures, and the run's results.
+
+    Args:
+        pipeline: a student or a teacher.
+        folder: made anew.
+        repo_id: where it will be published, for the card.
+        run: the folder that the pipeline was loaded from. What the run and its evaluation left there is taken along if
+            the weights are still those of the folder, and left behind if they have changed since.
+        variant: a further copy of the weights: `"bf16"`.
+        license: the Hub's identifier of a licence.
+        teacher_repo_id: where the teacher is published.
+
+    Raises:
+        InputError: for another variant, or a folder that is no pipeline of ours.
+    """
+    if variant is not None and variant not in VARIANTS:
+        raise InputError(f"`variant` is {variant!r}; choose one of: {', '.join(VARIANTS)}.")
+    shutil.rmtree(folder, ignore_errors=True)
+    pipeline.save_pretrained(folder)
+    if variant:
+        for name, component in pipeline.components.items():
+            component = getattr(component, "_orig_mod", component)  # as it was before `torch.compile`
+            if isinstance(component, torch.nn.Module):
+                # Loaded, not cast: modules that their class keeps in float32 stay there.
+                module = type(component).from_pretrained(folder / name, dtype=VARIANTS[variant])
+                config = folder / name / component.config_name
+                text = config.read_bytes()
+                module.save_pretrained(folder / name, variant=variant)
+                config.write_bytes(text)  # the second one names this folder
+    facts = read_facts(folder, training=False)
+    kind = pipeline_kind(facts)
+    _sample_grid(pipeline, kind).save(folder / SAMPLES)
+    own_text = None
+    if run is not None and _same_weights(folder / "transformer", run / "transformer"):
+        _take_results(run, folder)
+        own_text = (run / CARD).read_text(encoding="utf-8") if is_own_text(run) else None
+        facts = read_facts(folder)
+    variants = (variant,) if variant else ()
+    card = render_card(facts, repo_id, license, teacher_repo_id, variants)
+    (folder / CARD).write_text(own_text or str(card), encoding="utf-8")
+    for path in folder.rglob("*"):
+        path.chmod(0o755 if path.is_dir() else 0o644)  # safetensors writes files that nobody else may read
+
+
+def stage_space(
+    template: Path,
+    folder: Path,
+    repo_id: str,
+    model_id: str,
+    revision: str | None,
+    teacher_id: str | None,
+    private: bool = False,
+) -> None:
+    """
+    Writes what a Gradio Space holds: the app, its settings, and the part of this package that samples.
+
+    With the package beside the app, models load through its classes, and no code of a repository runs.
+
+    Args:
+        template: the folder of the app, `pipelines/space`.
+        folder: made anew.
+        repo_id: the Space.
+        model_id, revision: the student and the commit to show.
+        teacher_id: the teacher to compare with.
+        private: whether the model is private, so that the Space needs a token of its own.
+    """
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(template, folder, ignore=shutil.ignore_patterns("__pycache__"))
+    package = Path(__file__).parents[1]
+    for source in sorted(package.glob("*.py")):
+        (folder / package.name).mkdir(exist_ok=True)
+        shutil.copyfile(source, folder / package.name / source.name)
+    for room in ("models", "pipelines", "schedulers"):
+        shutil.copytree(package / room, folder / package.name / room, ignore=shutil.ignore_patterns("__pycache__"))
+    student = {"student": model_id, "revision": revision, "teacher": teacher_id}
+    (folder / "space.json").write_text(json.dumps({"students": [student]}, indent=1) + "\n", encoding="utf-8")
+    readme = (folder / CARD).read_text(encoding="utf-8")
+    _, header, text = readme.split("---\n", 2)
+    data = SpaceCardData(**yaml.safe_load(header))
+    data.title = repo_id.split("/")[-1]
+    data.models = [model_id, *([teacher_id] if teacher_id else [])]
+    note = (
+        "\nThe model is private: add a secret `HF_TOKEN` that may read it to the Space's settings.\n" if private else ""
+    )
+    (folder / CARD).write_text(f"---\n{data.to_yaml()}\n---\n{text}{note}", encoding="utf-8")
+
+
+def listing(folder: Path) -> list[tuple[str, int]]:
+    """The files of a staged folder, by their names in the repository, with sizes in bytes."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return [(path.relative_to(folder).as_posix(), path.stat().st_size) for path in files]
+
+
+def _sample_grid(pipeline: DiffusionPipeline, kind: str) -> Image.Image:
+    """A picture of some classes: four rows of a student, one of a teacher, which is slower."""
+    labels = spread_labels(pipeline.transformer.config.num_classes) or list(range(10))
+    steps = {} if kind == "student" else {"num_inference_steps": TEACHER_STEPS}
+    return labelled_grid(pipeline, labels, sample_rows(pipeline, labels, 4 if kind == "student" else 1, 0, 16, **steps))
+
+
+def _take_results(run: Path, folder: Path) -> None:
+    """Copies what describes the run, without the paths of this machine."""
+    for name in (METRICS, "evaluation.png"):
+        if (run / name).is_file():
+            shutil.copyfile(run / name, folder / name)
+    for name in (FACTS, EVALUATION):
+        if (run / name).is_file():
+            values = without_paths(json.loads((run / name).read_text(encoding="utf-8")))
+            (folder / name).write_text(json.dumps(values, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    if (run / CONFIG).is_file():
+        settings = without_paths(yaml.safe_load((run / CONFIG).read_text(encoding="utf-8")))
+        for name in ("resume_from_checkpoint", "overwrite_output_dir", "push_to_hub", "hub_model_id"):
+            settings.pop(name, None)  # of one launch, not of the training
+        (folder / CONFIG).write_text(yaml.safe_dump(settings, sort_keys=False, allow_unicode=True), encoding="utf-8")
+
+
+def _same_weights(staged: Path, original: Path) -> bool:
+    files = [path for path in staged.glob("*.safetensors") if path.name.count(".") == 1]
+    return bool(files) and all(
+        (original / file.name).is_file() and filecmp.cmp(file, original / file.name, shallow=False) for file in files
+    )

@@ -1,0 +1,81 @@
+"""What a run notes in facts.json beyond its settings: data, networks, hardware, versions. The model card tells of them."""
+
+import os
+import platform
+import re
+import sys
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import accelerate
+import diffusers
+import torch
+from accelerate import Accelerator
+from diffusers import DiffusionPipeline
+from torch import nn
+
+from .. import __version__
+from ..data import ImageDataset
+from ..data.config import DataConfig
+
+
+def describe_session(accelerator: Accelerator) -> dict[str, Any]:
+    """One start of the training script; a resumed run has several."""
+    count = accelerator.num_processes
+    if accelerator.device.type == "cuda":
+        hardware = f"{count} × {torch.cuda.get_device_name()}"
+    else:
+        cores = f"{os.cpu_count()} cores, {torch.get_num_threads()} threads in each process"
+        hardware = f"{count} × {accelerator.device.type} ({platform.machine()}, {cores})"
+    return {
+        "started": datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        "command": [_as_typed(sys.argv[0]), *sys.argv[1:]],
+        "processes": count,
+        "hardware": hardware,
+        "versions": {
+            "si_distill": __version__,
+            "torch": torch.__version__,
+            "diffusers": diffusers.__version__,
+            "accelerate": accelerate.__version__,
+        },
+    }
+
+
+def describe_data(config: DataConfig, data: ImageDataset | None) -> dict[str, Any] | None:
+    """The images that the training reads, or None when it reads none."""
+    if data is None:
+        return None
+    return {
+        # On the Hub, as far as one can tell: `user/name` that is no folder here and no format with files.
+        "source": "hub" if "/" in config.name and not config.data_files and not Path(config.name).exists() else "local",
+        "name": data.name,
+        "split": config.split,
+        "images": len(data),
+        "classes": len(data.class_names),
+        "size": data.size,
+    }
+
+
+def describe_network(network: nn.Module) -> dict[str, Any]:
+    """Class and size of a network."""
+    return {"class": type(network).__name__, "parameters": sum(p.numel() for p in network.parameters())}
+
+
+def describe_teacher(name: str, pipeline: DiffusionPipeline) -> dict[str, Any]:
+    """Where a teacher came from, with its commit on the Hub, and what it is."""
+    origin = str(getattr(pipeline.transformer.config, "_name_or_path", ""))
+    commit = re.search(r"snapshots/([0-9a-f]{40})", origin)
+    return {
+        "name": name,
+        "source": "local" if Path(name).exists() else "hub",
+        "revision": commit[1] if commit else None,
+        "network": describe_network(pipeline.transformer),
+        "scheduler": {key: value for key, value in pipeline.scheduler.config.items() if not key.startswith("_")},
+    }
+
+
+def _as_typed(script: str) -> str:
+    """The script below the working folder, as it was most likely typed."""
+    path = Path(script)
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else script
