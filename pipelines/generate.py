@@ -1,8 +1,11 @@
 #!/usr/bin/env python
-"""Generates images with a one-step student and saves them as one picture.
+"""Generates images with a one-step student: one picture that names its classes, or a file for each image.
 
-python pipelines/generate.py --pipeline runs/digits-student --labels 3 7 --out grid.png
-python pipelines/generate.py --pipeline runs/digits-student --labels 3 7 --images_per_label 8 --seed 1 --out grid.png
+    python pipelines/generate.py --pipeline runs/digits-student --labels 3 7 --out grid.png
+    python pipelines/generate.py --pipeline runs/digits-student --labels 3 7 --images_per_label 8 --seed 1 --out images/
+    python pipelines/generate.py --pipeline user/student --revision 0123abc --labels goldfish --dtype bfloat16 --out fish.png
+
+A class is a number or a name; quote names that hold spaces. An --out that ends with / (or is a folder) takes single files.
 """
 
 from dataclasses import dataclass
@@ -13,45 +16,73 @@ from si_distill.settings import parse_settings, script_main, setting
 @dataclass
 class GenerateConfig:
     pipeline: str = setting("", "The student: a pipeline folder or a Hub id.")
-    labels: list[str] = setting([], "Classes by number or name; all when not given (at most 10).")
+    revision: str | None = setting(None, "Commit, tag or branch of a Hub id; a commit cannot change later.")
+    labels: list[str] = setting([], "Classes by number or name; when not given, ten spread over all.")
     images_per_label: int = setting(8, "Images of each class, or of an unconditional student.")
-    seed: int = setting(0, "Row n of every class is drawn from seed + n.")
-    out: str = setting("grid.png", "The picture's file.")
+    seed: int = setting(0, "Image n of every class is drawn from seed + n, on any device.")
+    batch_size: int = setting(64, "Images generated at once.")
+    dtype: str = setting("float32", "Precision of the network.", ("float32", "bfloat16", "float16"))
+    device: str | None = setting(None, "`cuda`, `cuda:1`, `cpu`, …; a GPU when there is one.")
+    out: str = setting("grid.png", "The picture's file, or the folder of single files.")
 
 
 def main(argv: list[str]) -> None:
     settings = parse_settings(GenerateConfig, argv, __doc__)
 
+    import re
     from pathlib import Path
 
     import torch
 
     from si_distill import OneStepInterpolantPipeline
     from si_distill.errors import InputError
+    from si_distill.loading import load_pipeline
+    from si_distill.sampling import class_names, sample_rows, spread_labels
     from si_distill.settings import at_least
     from si_distill.visualization import image_grid
 
-    at_least("images_per_label", settings.images_per_label, 1)
+    for name, minimum in (("images_per_label", 1), ("batch_size", 1), ("seed", 0)):
+        at_least(name, getattr(settings, name), minimum)
     out = Path(settings.out)
-    if not settings.pipeline or not out.parent.is_dir():
-        raise InputError("Give --pipeline FOLDER_OR_REPO and an --out file in a folder that exists.")
+    singly = settings.out.endswith("/") or out.is_dir()
+    if not settings.pipeline:
+        raise InputError("Give --pipeline FOLDER_OR_REPO.")
+    if not singly and not (out.parent.is_dir() and out.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp")):
+        raise InputError(
+            f"`out` is {settings.out!r}: give a .png, .jpg or .webp file in a folder that exists, or a folder/."
+        )
+    if singly and out.exists() and not out.is_dir():
+        raise InputError(f"`out` {out} is a file: give a folder, or a name without the / at its end.")
+    device = settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        pipeline = OneStepInterpolantPipeline.from_pretrained(settings.pipeline)
-        labels = None  # an unconditional network
-        if pipeline.network.num_classes or settings.labels:
-            names = settings.labels or list(range(min(pipeline.network.num_classes, 10)))
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"`device` {device!r} cannot be used: {str(error).splitlines()[0]}") from None
+
+    where = {"revision": settings.revision} if settings.revision else {}
+    pipeline = load_pipeline(
+        OneStepInterpolantPipeline, "student", settings.pipeline, dtype=getattr(torch, settings.dtype), **where
+    )
+    labels = None  # an unconditional network
+    if pipeline.network.num_classes or settings.labels:
+        names = settings.labels or spread_labels(pipeline.network.num_classes)
+        try:
             labels = pipeline.get_label_ids([int(name) if str(name).isdecimal() else name for name in names])
-    except (OSError, ValueError, TypeError) as error:
-        raise InputError(str(error)) from error
-    pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
-    rows = []
-    for row in range(settings.images_per_label):
-        generators = [torch.Generator().manual_seed(settings.seed + row) for _ in labels or [None]]
-        rows.append(pipeline(labels, generator=generators).images)
-    names = pipeline.config.id2label or {}
-    titles = labels and [str(names.get(label, label)).split(",")[0] for label in labels]
-    image_grid(rows, column_titles=titles).save(out)
-    print(f"Saved {sum(map(len, rows))} images, one network evaluation each: {out}")
+        except (ValueError, TypeError) as error:
+            raise InputError(str(error)) from error
+    pipeline.to(device)
+    rows = sample_rows(pipeline, labels, settings.images_per_label, settings.seed, settings.batch_size)
+    titles = labels and class_names(pipeline, labels)
+    count = sum(map(len, rows))
+    if singly:
+        out.mkdir(parents=True, exist_ok=True)
+        for row, images in enumerate(rows):
+            for column, image in enumerate(images):
+                name = f"{labels[column]}_{re.sub(r'[^A-Za-z0-9-]+', '-', titles[column])}_" if labels else ""
+                image.save(out / f"{name}seed{settings.seed + row}.png")
+    else:
+        image_grid(rows, column_titles=titles).save(out)
+    print(f"Saved {count} image{'s' if count > 1 else ''}, one network evaluation each: {out}")
 
 
 if __name__ == "__main__":

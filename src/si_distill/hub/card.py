@@ -97,8 +97,8 @@ def render_card(
         pipeline_class=facts.pipeline_class,
         call=_call_arguments(facts),
         variants=variants,
-        classes=facts.network.get("num_classes"),
-        guided=facts.network.get("class_dropout_prob", 0) > 0,
+        classes=facts.num_classes,
+        guided=facts.num_classes and facts.network.get("class_dropout_prob", 1) > 0,
         teacher=teacher,
         model=model_rows(facts),
         teacher_table=teacher_rows(facts),
@@ -121,7 +121,7 @@ def card_data(
     facts: ModelFacts, name: str, license: str | None = None, teacher_repo_id: str | None = None
 ) -> ModelCardData:
     """The metadata at the top of the card, in huggingface_hub's own classes, which check them."""
-    conditional = facts.network.get("num_classes") != 0
+    conditional = facts.num_classes != 0
     tags = ["stochastic-interpolant", facts.scheduler.get("interpolant"), "image-generation"]
     tags.append("class-conditional-image-generation" if conditional else None)
     tags += ["one-step", "distillation", facts.settings.get("objective")] if facts.is_student else ["teacher"]
@@ -198,7 +198,7 @@ def _picture(folder: Path) -> str | None:
 
 def _call_arguments(facts: ModelFacts) -> str:
     """What to pass to the pipeline: labels by name and by number, or a batch size."""
-    classes = facts.network.get("num_classes")
+    classes = facts.num_classes
     if classes == 0:
         arguments = "batch_size=4"
     else:

@@ -12,8 +12,8 @@ Row = tuple[str, str]
 
 def model_rows(facts: ModelFacts) -> list[Row]:
     """What the model is: network, sizes, classes, interpolant."""
-    network, scheduler = facts.network, facts.scheduler
-    classes = network.get("num_classes")
+    scheduler = facts.scheduler
+    classes = facts.num_classes
     interpolant = _text(scheduler.get("interpolant"))
     if scheduler.get("interpolant_kwargs"):
         interpolant += f" ({_settings(scheduler['interpolant_kwargs'])})"
@@ -23,6 +23,7 @@ def model_rows(facts: ModelFacts) -> list[Row]:
         ("Classes", "none (unconditional)" if classes == 0 else _text(classes)),
         ("Interpolant", interpolant),
         ("The network predicts", _text(scheduler.get("prediction_type"))),
+        ("It is given the time as", _text(scheduler.get("timestep_type"))),
     ]
     if facts.is_student:
         rows += [

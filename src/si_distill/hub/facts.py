@@ -50,6 +50,13 @@ class ModelFacts:
         return self.pipeline_class == STUDENT
 
     @property
+    def num_classes(self) -> int | None:
+        """0 for an unconditional network; None when its config does not say. Diffusers' own classes call it otherwise."""
+        names = {"DiTTransformer2DModel": "num_embeds_ada_norm", "UNet2DModel": "num_class_embeds"}
+        value = self.network.get(names.get(self.network_class, "num_classes"))
+        return 0 if value is None and self.network_class == "UNet2DModel" else value
+
+    @property
     def images_seen(self) -> int | None:
         """Samples over all updates of the trained network, by the last line of metrics.jsonl."""
         return self.metrics[-1].get("images") if self.metrics else None

@@ -12,7 +12,8 @@ from huggingface_hub import SpaceCardData
 from PIL import Image
 
 from ..errors import InputError
-from ..sampling import labelled_grid, sample_rows, spread_labels
+from ..sampling import class_names, sample_rows, spread_labels
+from ..visualization import image_grid
 from .card import CARD, SAMPLES, is_own_text, pipeline_kind, render_card
 from .facts import CONFIG, EVALUATION, FACTS, METRICS, read_facts, without_paths
 
@@ -125,9 +126,10 @@ def listing(folder: Path) -> list[tuple[str, int]]:
 
 def _sample_grid(pipeline: DiffusionPipeline, kind: str) -> Image.Image:
     """A picture of some classes: four rows of a student, one of a teacher, which is slower."""
-    labels = spread_labels(pipeline.transformer.config.num_classes) or list(range(10))
-    steps = {} if kind == "student" else {"num_inference_steps": TEACHER_STEPS}
-    return labelled_grid(pipeline, labels, sample_rows(pipeline, labels, 4 if kind == "student" else 1, 0, 16, **steps))
+    labels = spread_labels(pipeline.network.num_classes) or None
+    kwargs = {"columns": 10, "batch_size": 16} | ({} if kind == "student" else {"num_inference_steps": TEACHER_STEPS})
+    rows = sample_rows(pipeline, labels, 4 if kind == "student" else 1, 0, **kwargs)
+    return image_grid(rows, column_titles=labels and class_names(pipeline, labels))
 
 
 def _take_results(run: Path, folder: Path) -> None:
