@@ -33,7 +33,15 @@ from bench_tools import (
 )
 
 from si_distill.errors import InputError
-from si_distill.settings import at_least, parse_settings, read_yaml, script_main, setting, settings_to_dict
+from si_distill.settings import (
+    at_least,
+    parse_settings,
+    read_yaml,
+    script_main,
+    setting,
+    settings_from_dict,
+    settings_to_dict,
+)
 from si_distill.training.config import DistillConfig
 
 #: Noise of the evaluated images: the same for every run, as in `training/evaluate.py`.
@@ -190,12 +198,10 @@ class Results:
         """The finished run of that name and seed, if it was made with these settings.
 
         Settings are compared as resolved, so that an edit of any config file counts; one that the package did not have
-        when the run was made does not, because its default is what the run did.
+        when the run was made has its default, which is what the run did.
         """
-        now = settings_to_dict(settings)
         for run in self.values["runs"]:
-            same = all(run["settings"][key] == now[key] for key in run["settings"].keys() & now.keys())
-            if (run["name"], run["seed"]) == (name, seed) and same:
+            if (run["name"], run["seed"]) == (name, seed) and _settings_of(run) == settings:
                 return run
         return None
 
@@ -209,6 +215,14 @@ class Results:
             if runs:
                 found[name] = runs
         return found
+
+
+def _settings_of(run: dict) -> DistillConfig | None:
+    """The settings of a finished run, or None when the package does not take them any more."""
+    try:
+        return settings_from_dict(DistillConfig, run["settings"])
+    except InputError:
+        return None
 
 
 def _fingerprint(folder: Path) -> str:

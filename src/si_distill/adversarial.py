@@ -34,6 +34,7 @@ class AdversarialTerm:
         generator_scale: the publication's factor of the generator's distillation loss (SiDA: 100 · ½, on the SiD term
             alone); ours has the factor 1, so the generator's adversarial weight is divided by it.
         clamp: the generator's logits are cut to ±clamp (SiDA: 10), or None.
+        max_grad_value: each value of the critic's gradient is cut to ± this (SiDA's code: 1 for EDM teachers), or None.
     """
 
     kind: str
@@ -42,6 +43,7 @@ class AdversarialTerm:
     weights_of_sums: bool = True
     generator_scale: float = 1.0
     clamp: float | None = None
+    max_grad_value: float | None = None
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -51,6 +53,8 @@ class AdversarialTerm:
                 f"Adversarial weights must not be negative, got {self.critic_weight} (critic), {self.generator_weight} "
                 f"(generator) and scale {self.generator_scale}."
             )
+        if self.max_grad_value is not None and not 0 < self.max_grad_value < float("inf"):
+            raise ValueError(f"`max_grad_value` must be a positive number, got {self.max_grad_value}.")
 
     def critic_loss(self, real: torch.Tensor, fake: torch.Tensor, weight: torch.Tensor, values: int) -> torch.Tensor:
         """λ_D · mean(weight) · [BCE(real, 1) + BCE(fake, 0)], halved for `encoder`; a scalar.
@@ -84,6 +88,14 @@ class AdversarialTerm:
             factor = self._per_mean(factor, values)
         return factor * weight.mean() * F.softplus(-fake).mean()
 
+    def critic_grad_limit(self, values: int) -> float | None:
+        """The cut of the critic's gradient beside our means, or None.
+
+        Args:
+            values: N.
+        """
+        return None if self.max_grad_value is None else self._per_mean(self.max_grad_value, values)
+
     def _per_mean(self, weight: float, values: int) -> float:
         return weight / values if self.weights_of_sums else weight
 
@@ -105,12 +117,18 @@ class CriticNetwork(nn.Module):
         self.head = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, 1)) if kind == "head" else None
 
     def forward(
-        self, x_t: torch.Tensor, t: torch.Tensor, class_labels: torch.Tensor | None, return_dict: bool = False
+        self,
+        x_t: torch.Tensor,
+        t: torch.Tensor,
+        class_labels: torch.Tensor | None,
+        return_dict: bool = False,
+        augment_labels: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The prediction (B, …) and logits (B, N), or None without an adversarial term."""
         view = view_network(self.network)
+        told = {} if augment_labels is None else {"augment_labels": augment_labels}
         if self.kind is None:
-            return view(x_t, t, class_labels)[0], None
-        prediction, features = view(x_t, t, class_labels, return_features=True)
+            return view(x_t, t, class_labels, **told)[0], None
+        prediction, features = view(x_t, t, class_labels, return_features=True, **told)
         logits = features.float().mean(-1) if self.head is None else self.head(features).squeeze(-1).float()
         return prediction, logits

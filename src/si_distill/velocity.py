@@ -42,7 +42,14 @@ class Field:
         self.guidance_interval = guidance_interval
         self.timestep_type = timestep_type
 
-    def __call__(self, x_t: torch.Tensor, t: torch.Tensor, labels: torch.Tensor | None, space: str) -> torch.Tensor:
+    def __call__(
+        self,
+        x_t: torch.Tensor,
+        t: torch.Tensor,
+        labels: torch.Tensor | None,
+        space: str,
+        augment_labels: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """The prediction in `space`, in the dtype of `x_t` (networks may run in bfloat16, losses do not).
 
         Args:
@@ -50,26 +57,41 @@ class Field:
             t: (B,) times in [0, 1].
             labels: (B,) classes; an unconditional network ignores them.
             space: one of `si_distill.interpolants.PREDICTIONS`.
+            augment_labels: (B, L) what augmentation did to the images behind x_t; None is nothing.
         """
-        return self.interpolant.convert(self.predict(x_t, t, labels), x_t, t, self.prediction_type, space)
+        prediction = self.outputs(x_t, t, labels, augment_labels)[0]
+        return self.interpolant.convert(prediction, x_t, t, self.prediction_type, space)
 
     def predict(self, x_t: torch.Tensor, t: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:
         """The network's own prediction, guided, in the dtype of `x_t`."""
         return self.outputs(x_t, t, labels)[0]
 
-    def outputs(self, x_t: torch.Tensor, t: torch.Tensor, labels: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
+    def outputs(
+        self,
+        x_t: torch.Tensor,
+        t: torch.Tensor,
+        labels: torch.Tensor | None,
+        augment_labels: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, ...]:
         """The network's outputs of one forward: the guided prediction in the dtype of `x_t`, and what else it gives."""
-        return self._forward(self.interpolant.network_input(x_t, t, self.prediction_type), t, labels)
+        network_input = self.interpolant.network_input(x_t, t, self.prediction_type)
+        return self._forward(network_input, t, labels, augment_labels)
 
     def _forward(
-        self, network_input: torch.Tensor, t: torch.Tensor, labels: torch.Tensor | None
+        self,
+        network_input: torch.Tensor,
+        t: torch.Tensor,
+        labels: torch.Tensor | None,
+        augment_labels: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, ...]:
         low, high = self.guidance_interval
         scale: float | torch.Tensor = self.guidance_scale
         if scale != 1 and (low > 0 or high < 1):
             scale = torch.where((t >= low) & (t <= high), scale, 1.0)
         timestep = self.interpolant.network_time(t, self.timestep_type)
-        prediction, *others = guided_outputs(self.network, network_input, timestep, labels, self.null_class, scale)
+        prediction, *others = guided_outputs(
+            self.network, network_input, timestep, labels, self.null_class, scale, augment_labels
+        )
         return prediction.to(network_input.dtype), *others
 
     def one_step(self, noise: torch.Tensor, t: float, labels: torch.Tensor | None) -> torch.Tensor:

@@ -86,6 +86,24 @@ class TestStructure:
         output = model(image, torch.rand(3), torch.tensor([0, 1, 2])).sample
         torch.testing.assert_close(output, image, rtol=1e-5, atol=1e-5)
 
+    def test_augmentation_labels_start_without_a_word_and_zeros_stay_so(self, inputs):
+        labels = torch.ones(len(inputs[0]), 9)
+        untrained = tiny_sit(augment_dim=9)
+        untrained.augment_embed.weight.data.zero_()
+        assert torch.equal(untrained(*inputs, augment_labels=labels).sample, untrained(*inputs).sample)
+        trained = tiny_sit(augment_dim=9)
+        assert torch.equal(trained(*inputs, augment_labels=torch.zeros_like(labels)).sample, trained(*inputs).sample)
+        assert not torch.equal(trained(*inputs, augment_labels=labels).sample, trained(*inputs).sample)
+        assert not fresh(augment_dim=9).augment_embed.weight.any()
+        # Also without labels the map takes part: distributed training waits for its gradient.
+        trained(*inputs).sample.sum().backward()
+        assert trained.augment_embed.weight.grad is not None
+
+    def test_augmentation_labels_that_do_not_fit_are_refused(self, inputs):
+        for augment_dim, given in ((0, (4, 9)), (9, (4, 8)), (9, (1, 9))):
+            with pytest.raises(ValueError, match=rf"augment_dim {augment_dim}\) takes \(4, {augment_dim}\)"):
+                tiny_sit(augment_dim=augment_dim)(*inputs, augment_labels=torch.zeros(given))
+
     def test_learned_variances_are_dropped(self, inputs):
         model = tiny_sit(learn_sigma=True)
         plain = tiny_sit()

@@ -8,10 +8,11 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent.parent
 
-#: A distillation of a few seconds; `--objective realuid` draws real images, two critic updates per generator update.
+#: A distillation of a few seconds; `--objective realuid` draws real images, two critic updates per generator update, on
+#: augmented images.
 DISTILL = """
---data.name digits --objective realuid --critic_steps 2 --per_device_train_batch_size 8 --learning_rate 1e-3
---logging_steps 1 --eval_steps 1000 --save_steps 1000 --seed 3
+--data.name digits --objective realuid --critic_steps 2 --augment_prob 0.3 --per_device_train_batch_size 8
+--learning_rate 1e-3 --logging_steps 1 --eval_steps 1000 --save_steps 1000 --seed 3
 """.split()
 
 

@@ -182,9 +182,6 @@ def test_a_teacher_that_does_not_fit_is_named(teacher_folder, tmp_path):
     reshaped = shutil.copytree(teacher_folder, tmp_path / "reshaped")
     config = reshaped / "transformer" / "config.json"
     config.write_text(config.read_text().replace('"num_layers": 2', '"num_layers": 3'))
-    augmented = shutil.copytree(teacher_folder, tmp_path / "augmented")
-    config = augmented / "transformer" / "config.json"
-    config.write_text(json.dumps({**json.loads(config.read_text()), "augment_dim": 9}))
     student = tmp_path / "student"
     teacher = InterpolantPipeline.from_pretrained(teacher_folder)
     OneStepInterpolantPipeline(**teacher.components).save_pretrained(student)
@@ -194,7 +191,6 @@ def test_a_teacher_that_does_not_fit_is_named(teacher_folder, tmp_path):
         (tmp_path / "nowhere", [], "nowhere"),
         (truncated, [], "truncated"),
         (reshaped, [], "do not fit"),
-        (augmented, [], "augment_dim=9"),
         (student, [], "OneStepInterpolantPipeline"),
         (five_classes, ["--objective", "realuid"], "5 classes"),
         (no_null, ["--guidance_scale", 2], "no null class"),

@@ -121,6 +121,8 @@ class SiTTransformer2DModel(
         timestep_scale (`float`): the time embedding is cos and sin of t · timestep_scale · f with f ≤ 1. SiT uses 1;
             a tiny network on t in [0, 1] learns faster with 100.
         dropout (`float`): after attention and MLP, in training. SiT uses none.
+        augment_dim (`int`): number of augmentation labels that the network can be told (EDM's 9), by a linear map beside
+            the class, zero at first. 0 is none.
 
     Raises:
         ValueError: when `patch_size` does not divide `sample_size`, or the width is not a multiple of 4 (2-D positions).
@@ -146,6 +148,7 @@ class SiTTransformer2DModel(
         learn_sigma: bool = False,
         timestep_scale: float = 1.0,
         dropout: float = 0.0,
+        augment_dim: int = 0,
     ):
         super().__init__()
         if sample_size % patch_size:
@@ -160,6 +163,7 @@ class SiTTransformer2DModel(
         self.time_proj = Timesteps(256, flip_sin_to_cos=True, downscale_freq_shift=0, scale=timestep_scale)
         self.time_embed = TimestepEmbedding(256, dim)
         self.class_embed = nn.Embedding(num_classes + (class_dropout_prob > 0), dim) if num_classes else None
+        self.augment_embed = nn.Linear(augment_dim, dim, bias=False) if augment_dim else None
         self.transformer_blocks = nn.ModuleList(
             SiTTransformerBlock(dim, num_attention_heads, attention_head_dim, mlp_ratio, dropout)
             for _ in range(num_layers)
@@ -201,7 +205,8 @@ class SiTTransformer2DModel(
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
-                nn.init.zeros_(module.bias)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
         nn.init.xavier_uniform_(self.pos_embed.proj.weight.flatten(1))
         nn.init.zeros_(self.pos_embed.proj.bias)
         for layer in (self.class_embed, self.time_embed.linear_1, self.time_embed.linear_2):
@@ -210,6 +215,8 @@ class SiTTransformer2DModel(
         for layer in (*(block.modulation for block in self.transformer_blocks), self.modulation_out, self.proj_out):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
+        if self.augment_embed is not None:
+            nn.init.zeros_(self.augment_embed.weight)
 
     def forward(
         self,
@@ -218,6 +225,7 @@ class SiTTransformer2DModel(
         class_labels: torch.Tensor | None = None,
         return_dict: bool = True,
         return_features: bool = False,
+        augment_labels: torch.Tensor | None = None,
     ) -> SiTTransformer2DModelOutput | tuple[torch.Tensor, ...]:
         """
         Args:
@@ -228,12 +236,15 @@ class SiTTransformer2DModel(
             return_dict (`bool`): whether to return an output object or a tuple.
             return_features (`bool`): whether to return the hidden tokens after block depth/2 too, (B, N, D): what an
                 adversarial term looks at.
+            augment_labels (`torch.Tensor` of shape (B, augment_dim), *optional*): what augmentation did to the images;
+                None and zeros mean nothing.
 
         Returns:
             `SiTTransformer2DModelOutput` whose `sample` has the shape of `hidden_states`, or a tuple of its fields.
 
         Raises:
-            ValueError: for an image that is not (C, sample_size, sample_size), or no labels where there are classes.
+            ValueError: for an image that is not (C, sample_size, sample_size), no labels where there are classes, or
+                augmentation labels that do not fit.
         """
         size, patch_size = self.config.sample_size, self.config.patch_size
         if hidden_states.shape[1:] != (self.config.in_channels, size, size):
@@ -250,6 +261,17 @@ class SiTTransformer2DModel(
                     f"This SiT has {self.config.num_classes} classes: pass `class_labels`, one for each image."
                 )
             conditioning = conditioning + self.class_embed(class_labels)
+        augment_dim = self.config.augment_dim
+        if augment_labels is not None and augment_labels.shape != (len(conditioning), augment_dim):
+            raise ValueError(
+                f"`augment_labels` has shape {tuple(augment_labels.shape)}, but this SiT (augment_dim {augment_dim}) takes "
+                f"({len(conditioning)}, {augment_dim})."
+            )
+        if augment_dim:
+            # Zeros go through the map too: distributed training expects every parameter in every forward.
+            zeros = conditioning.new_zeros(len(conditioning), augment_dim)
+            labels = zeros if augment_labels is None else augment_labels.to(conditioning.dtype)
+            conditioning = conditioning + self.augment_embed(labels)
 
         features = None
         for index, block in enumerate(self.transformer_blocks, start=1):

@@ -62,12 +62,18 @@ class NetworkView:
             )
         return width
 
+    @property
+    def augment_dim(self) -> int | None:
+        """Number of augmentation labels; 0 when it was built without, None for a class that cannot take any."""
+        return getattr(getattr(self.bare, "config", None), "augment_dim", None)
+
     def __call__(
         self,
         network_input: torch.Tensor,
         timesteps: torch.Tensor,
         class_labels: torch.Tensor | None,
         return_features: bool = False,
+        augment_labels: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, ...]:
         """
         One forward.
@@ -77,11 +83,14 @@ class NetworkView:
             timesteps (`torch.Tensor` of shape (B,)): the network's times (see `Interpolant.network_time`).
             class_labels (`torch.LongTensor` of shape (B,), *optional*): classes; ignored by unconditional networks.
             return_features (`bool`): whether hidden tokens of the middle of the network are returned too.
+            augment_labels (`torch.Tensor` of shape (B, augment_dim), *optional*): what augmentation did to the images.
 
         Returns:
             `(prediction,)` or `(prediction, features)`, (B, C, H, W) and (B, N, D).
         """
-        extra = {"return_features": True} if return_features else {}
+        extra: dict[str, Any] = {"return_features": True} if return_features else {}
+        if augment_labels is not None:
+            extra["augment_labels"] = augment_labels
         return self.network(network_input, timesteps, class_labels, return_dict=False, **extra)
 
     def _config(self, name: str) -> Any:
@@ -206,6 +215,7 @@ def guided_outputs(
     class_labels: torch.Tensor | None,
     null_class: int | None,
     guidance_scale: float | torch.Tensor = 1.0,
+    augment_labels: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, ...]:
     """
     Classifier-free guidance in one forward: v_∅ + w (v_y − v_∅), with w = 1 a plain forward of B rows.
@@ -219,6 +229,7 @@ def guided_outputs(
         class_labels (`torch.LongTensor` of shape (B,), *optional*): the classes y; None of an unconditional network.
         null_class (`int`, *optional*): the label that means "no class".
         guidance_scale (`float`, or `torch.Tensor` of shape (B,)): w; 0 ignores the class, 1 is no guidance.
+        augment_labels (`torch.Tensor` of shape (B, augment_dim), *optional*): what augmentation did to `x_t`.
 
     Returns:
         The network's tuple: first the guided prediction of the shape of `x_t`; anything else as it is for the classes y.
@@ -227,15 +238,17 @@ def guided_outputs(
         ValueError: when guidance is asked of a network without a null class.
     """
     view = view_network(network)
+    told = {} if augment_labels is None else {"augment_labels": augment_labels}
     if not torch.is_tensor(guidance_scale) and guidance_scale == 1:
-        return view(x_t, timesteps, class_labels)
+        return view(x_t, timesteps, class_labels, **told)
     if null_class is None:
         raise ValueError(
             f"`guidance_scale` is {guidance_scale}, but the network was trained without label dropout, or without labels, "
             "and has no null class to guide with. Use `guidance_scale=1.0`, or train it with `class_dropout_prob` above 0."
         )
     labels = torch.cat([class_labels, torch.full_like(class_labels, null_class)])
-    outputs = view(torch.cat([x_t, x_t]), torch.cat([timesteps, timesteps]), labels)
+    told = {name: torch.cat([value, value]) for name, value in told.items()}
+    outputs = view(torch.cat([x_t, x_t]), torch.cat([timesteps, timesteps]), labels, **told)
     conditional, unconditional = outputs[0].chunk(2)
     if torch.is_tensor(guidance_scale):
         guidance_scale = guidance_scale.to(conditional.dtype).view(-1, *[1] * (x_t.ndim - 1))

@@ -36,6 +36,9 @@ class TrainingConfig:
     adam_beta2: float = setting(0.999, "Second-moment decay of Adam.")
     adam_epsilon: float = setting(1e-8, "Adam's epsilon.")
     max_grad_norm: float = setting(1.0, "Gradients are clipped to this global norm.")
+    augment_prob: float = setting(
+        0.0, "Probability of each labelled augmentation; 0 is none. EDM: 0.12 (CIFAR-10), 0.15 (FFHQ, AFHQv2)."
+    )
     ema_decay: float = setting(0.999, "Decay of the weights' moving average; warmed up as (1 + n) / (10 + n).")
     ema_halflife_images: float | None = setting(None, "Its half-life in images, instead of `ema_decay`.")
     ema_rampup_ratio: float | None = setting(
@@ -89,6 +92,8 @@ class TrainingConfig:
         for name in ("adam_beta1", "adam_beta2", "ema_decay"):
             if not 0 <= getattr(self, name) < 1:
                 raise InputError(f"`{name}` must lie in [0, 1), got {getattr(self, name)}.")
+        if not 0 <= self.augment_prob <= 1:
+            raise InputError(f"`augment_prob` must lie in [0, 1], got {self.augment_prob}.")
         self._check_averages()
         if not 0 <= self.t_min < self.t_max <= 1:
             raise InputError(f"Training times need 0 <= t_min < t_max <= 1, got [{self.t_min}, {self.t_max}].")
@@ -192,6 +197,7 @@ class AdversarialConfig:
     weights_of_sums: bool = setting(True, "Whether these stand beside sums over a sample's values (SiDA, RealUID).")
     generator_scale: float = setting(1.0, "Published factor of the generator's distillation loss (SiDA: 50).")
     clamp: float | None = setting(None, "Cut of the generator's logits (SiDA: 10).")
+    max_grad_value: float | None = setting(None, "Cut of each value of the critic's gradient (SiDA on EDM: 1).")
     t_min: float | None = setting(None, "Smallest time of this term; with t_max; by default the times of the losses.")
     t_max: float | None = setting(None, "Largest time of this term.")
     start_images: int = setting(0, "Generated images before the generator feels the term (SiDA: 200,000).")
@@ -216,6 +222,7 @@ class AdversarialConfig:
                 self.weights_of_sums,
                 self.generator_scale,
                 self.clamp,
+                self.max_grad_value,
             )
         except ValueError as error:
             raise InputError(str(error)) from None
@@ -229,6 +236,14 @@ class DistillConfig(TrainingConfig):
     objective: str = setting("sid", "A preset of the family, see docs/objectives.md.")
     objective_kwargs: dict = setting({}, "Coefficients, `space` and `weight`, e.g. {alpha: 1.2}.")
     adversarial: AdversarialConfig = field(default_factory=AdversarialConfig)
+    label_sampling: str | None = setting(
+        None,
+        "Law of the generated classes; by default those of the real images where a recipe reads them, else uniform.",
+        ("uniform", "empirical"),
+    )
+    class_frequencies: list[float] = setting(
+        [], "Shares of the classes for `empirical`, in any unit; by default those of `data`."
+    )
     student: str | None = setting(None, "A finished student to start from (SiD²A, fine-tuning): a folder or Hub id.")
     critic_steps: int = setting(1, "Critic updates k per iteration.")
     generator_steps: int = setting(1, "Generator updates per iteration.")
@@ -259,6 +274,7 @@ class DistillConfig(TrainingConfig):
             raise InputError(
                 "`teacher` is not set: give a pipeline folder or a Hub id, e.g. --teacher runs/my-teacher."
             )
+        self._check_class_frequencies()
         for name in ("critic_steps", "generator_steps"):
             if getattr(self, name) < 1:
                 raise InputError(
@@ -296,6 +312,13 @@ class DistillConfig(TrainingConfig):
                 f"`output_dir` and `teacher` are the same folder {self.teacher}: the student needs its own."
             )
         self.build_objective()
+
+    def _check_class_frequencies(self) -> None:
+        shares = self.class_frequencies
+        if shares and self.label_sampling != "empirical":
+            raise InputError("`class_frequencies` are for label_sampling=empirical: set it, or leave them out.")
+        if shares and not (all(0 <= share < float("inf") for share in shares) and any(shares)):
+            raise InputError(f"`class_frequencies` must not be negative, and not all 0, got {shares}.")
 
     @property
     def generator_times(self) -> tuple[float, float]:

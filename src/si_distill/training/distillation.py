@@ -1,6 +1,5 @@
 """The game of three networks: a frozen teacher, a critic that follows the student, and a one-step student."""
 
-import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,12 +9,20 @@ import torch
 from PIL import Image
 
 from ..adversarial import CriticNetwork
+from ..data.augmentation import Augmentation
 from ..objectives import Fields, sid_weight
 from ..pipelines import OneStepInterpolantPipeline
 from ..velocity import Field
 from ..visualization import image_grid
 from .config import DistillConfig
-from .distillation_inputs import fitting_objective, load_fitting_images, load_teacher, starting_student
+from .distillation_inputs import (
+    class_shares,
+    fitting_objective,
+    load_fitting_images,
+    load_teacher,
+    starting_critic,
+    starting_student,
+)
 from .ema import Averages
 from .health import HealthMonitor
 from .networks import TrainedNetwork
@@ -29,14 +36,35 @@ class MicroBatch:
     """What the critic and the generator share in one iteration.
 
     Args:
-        labels: (B,) classes of the generated and, if used, of the real images.
+        labels: (B,) classes of the generated images.
         real: (B, C, H, W) real images, or None when the recipe needs none.
+        real_labels: (B,) their classes, or None.
         indices: places in the global batch.
     """
 
     labels: torch.Tensor
     real: torch.Tensor | None
+    real_labels: torch.Tensor | None
     indices: range
+
+
+@dataclass
+class Images:
+    """What the critic learns from, generated or real; both are None for real images that a recipe does not read.
+
+    Args:
+        x0: (B, C, H, W).
+        labels: (B,) classes.
+    """
+
+    x0: torch.Tensor | None
+    labels: torch.Tensor | None
+
+    def with_class(self, label: int, where: torch.Tensor) -> "Images":
+        return self if self.x0 is None else Images(self.x0, torch.where(where, label, self.labels))
+
+    def augmented(self, augmentation: Augmentation) -> "Images":
+        return self if self.x0 is None else Images(augmentation(self.x0), self.labels)
 
 
 class DistillationTrainer(Trainer):
@@ -64,6 +92,8 @@ class DistillationTrainer(Trainer):
         self.values = math.prod(self.sample_shape)
         needs_images = self.objective.uses_real_data or self.adversarial is not None
         self.data = load_fitting_images(settings, teacher) if needs_images else None
+        self.class_shares = class_shares(settings, teacher, self.data)
+        critic = starting_critic(settings, teacher, self.objective)
 
         network = teacher.transformer.requires_grad_(False)
         student, self.init_time = starting_student(settings, teacher)
@@ -71,10 +101,11 @@ class DistillationTrainer(Trainer):
         kind = None if self.adversarial is None else self.adversarial.kind
         self.critic = TrainedNetwork(
             self.accelerator,
-            CriticNetwork(copy.deepcopy(network), kind),
+            CriticNetwork(critic, kind),
             settings,
             settings.learning_rate if settings.critic_learning_rate is None else settings.critic_learning_rate,
             total_updates=settings.max_steps * settings.critic_steps,
+            max_grad_value=None if self.adversarial is None else self.adversarial.critic_grad_limit(self.values),
         )
         self.generator = TrainedNetwork(
             self.accelerator,
@@ -156,11 +187,16 @@ class DistillationTrainer(Trainer):
 
     def _micro_batch(self, micro_batch: int) -> MicroBatch:
         indices = self.indices(micro_batch)
-        if self.data is None:
+        real, real_labels = (None, None) if self.data is None else self.next_images(self.data)
+        if self.class_shares is not None:
+            u = self.noise.uniform("labels", self.step, indices=indices)
+            labels = torch.searchsorted(self.class_shares.to(u.device), u, right=True)
+        elif real_labels is not None and self.settings.label_sampling != "uniform":
+            labels = real_labels
+        else:
             classes = max(1, self.num_classes)  # an unconditional network ignores its labels
-            return MicroBatch(self.noise.integers(classes, "labels", self.step, indices=indices), None, indices)
-        images, labels = self.next_images(self.data)
-        return MicroBatch(labels, images, indices)
+            labels = self.noise.integers(classes, "labels", self.step, indices=indices)
+        return MicroBatch(labels, real, real_labels, indices)
 
     def _generate(self, batch: MicroBatch, update: int) -> torch.Tensor:
         noise = self.noise.normal(self.sample_shape, "generator_noise", self.step, update, indices=batch.indices)
@@ -185,22 +221,32 @@ class DistillationTrainer(Trainer):
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         objective, space = self.objective, self.objective.space
         t, x1, own_t = self._draw(batch, "critic", update)
-        labels = batch.labels
+        fake, real = Images(samples, batch.labels), Images(batch.real, batch.real_labels)
         if self.settings.critic_class_dropout_prob > 0:
-            u = self.noise.uniform("labels", self.step, update, indices=batch.indices)
-            labels = torch.where(u < self.settings.critic_class_dropout_prob, self.null_class, labels)
+            dropped = self.noise.uniform("labels", self.step, update, indices=batch.indices)
+            dropped = dropped < self.settings.critic_class_dropout_prob
+            fake, real = (images.with_class(self.null_class, dropped) for images in (fake, real))
+        augmentation = self.augmentation(batch.indices, update)
+        # One transformation for both: they share everything but the images.
+        told = None if augmentation is None else augmentation.labels
+        if augmentation is not None:
+            fake, real = (images.augmented(augmentation) for images in (fake, real))
 
         # Everything that the critic has to look at goes through it in one forward.
-        views = {"fake": (samples, t)}
+        views = {"fake": (fake, t)}
         if objective.uses_real_data or (self.adversarial is not None and own_t is None):
-            views["real"] = (batch.real, t)
+            views["real"] = (real, t)
         if own_t is not None:
-            views |= {"own fake": (samples, own_t), "own real": (batch.real, own_t)}
-        x_t = [self.interpolant.interpolate(x0, x1, times) for x0, times in views.values()]
+            views |= {"own fake": (fake, own_t), "own real": (real, own_t)}
+        x_t = [self.interpolant.interpolate(images.x0, x1, times) for images, times in views.values()]
         times = [times for _, times in views.values()]
+        labels = [images.labels for images, _ in views.values()]
         with self.accelerator.autocast():
             predictions, logits = self._field(self.critic.module).outputs(
-                torch.cat(x_t), torch.cat(times), labels.repeat(len(views))
+                torch.cat(x_t),
+                torch.cat(times),
+                torch.cat(labels),
+                None if told is None else told.repeat(len(views), 1),
             )
         seen = dict(
             zip(views, zip(x_t, predictions.chunk(len(views)), _chunks(logits, len(views)), strict=True), strict=True)
@@ -208,12 +254,13 @@ class DistillationTrainer(Trainer):
 
         def fields(name: str) -> Fields:
             x_t, prediction, _ = seen[name]
+            images, _ = views[name]
             teacher = None
             if objective.uses_teacher_in_critic:
                 with torch.no_grad(), self.accelerator.autocast():
-                    teacher = self.teacher_field(x_t, t, labels, space)
+                    teacher = self.teacher_field(x_t, t, images.labels, space, told)
             critic = self.interpolant.convert(prediction, x_t, t, self.prediction_type, space)
-            return critic, teacher, self.interpolant.target(views[name][0], x1, t, space)
+            return critic, teacher, self.interpolant.target(images.x0, x1, t, space)
 
         kappa = self.interpolant.coefficients(t).kappa
         edm_weight = self.interpolant.edm_weight(t) if objective.critic_weight == "edm" else None

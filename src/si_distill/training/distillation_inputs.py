@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from ..data import ImageDataset, load_images
+from ..data.augmentation import AUGMENT_LABELS
 from ..errors import InputError
 from ..interpolants import Interpolant
 from ..loading import load_pipeline
@@ -19,16 +20,9 @@ def load_teacher(settings: DistillConfig) -> InterpolantPipeline:
     """The teacher's pipeline.
 
     Raises:
-        InputError: when it cannot be loaded, lacks the null class that the settings need, or expects augmentation labels.
+        InputError: when it cannot be loaded, or lacks the null class that the settings need.
     """
     teacher = load_pipeline(InterpolantPipeline, "teacher", settings.teacher)
-    saved = type(teacher.transformer).load_config(settings.teacher, subfolder="transformer")
-    if saved.get("augment_dim"):
-        raise InputError(
-            f"The teacher {settings.teacher!r} was trained with augmentation labels, as EDM's are "
-            f"(augment_dim={saved['augment_dim']} in its config), which {type(teacher.transformer).__name__} does not take: "
-            "its predictions would be wrong. Use a teacher without augmentation."
-        )
     guided = settings.guidance_scale != 1 or settings.critic_guidance_scale != 1
     if teacher.network.null_class is None and (guided or settings.critic_class_dropout_prob > 0):
         raise InputError(
@@ -83,6 +77,75 @@ def starting_student(settings: DistillConfig, teacher: InterpolantPipeline) -> t
             "(α = 0): leave it out, or set it below 1."
         )
     return network, init_time
+
+
+def starting_critic(
+    settings: DistillConfig, teacher: InterpolantPipeline, objective: DistillationObjective
+) -> nn.Module:
+    """A copy of the teacher's network, which takes augmentation labels if there is augmentation.
+
+    A teacher that was never told about augmentation gives its copy a map of the labels that is zero at first: the critic
+    starts as the teacher all the same.
+
+    Raises:
+        InputError: when augmentation would leak into the images, or cannot be done.
+    """
+    network, dim = teacher.transformer, teacher.network.augment_dim
+    if settings.augment_prob == 0:
+        return copy.deepcopy(network)
+    asked = f"`augment_prob` is {settings.augment_prob}, but"
+    if teacher.vae is not None:
+        raise InputError(f"{asked} the teacher works on latents, which cannot be flipped or moved: set it to 0.")
+    if dim is None:
+        raise InputError(
+            f"{asked} a {type(network).__name__} takes no augmentation labels: augmentation would leak into what is "
+            "generated. Set it to 0."
+        )
+    if dim == AUGMENT_LABELS:
+        return copy.deepcopy(network)
+    if dim:
+        raise InputError(
+            f"{asked} the teacher takes {dim} augmentation labels; this augmentation has {AUGMENT_LABELS}."
+        )
+    if objective.uses_teacher_in_critic:
+        raise InputError(
+            f"{asked} the objective {settings.objective!r} needs the teacher in the critic's loss, and this teacher "
+            "takes no augmentation labels: augmentation would leak into what is generated. Set it to 0, or train a teacher "
+            "with it."
+        )
+    # Without diffusers' own keys: one of them would put back what a folder from before `augment_dim` left to its default.
+    arguments = {name: value for name, value in network.config.items() if not name.startswith("_")}
+    critic = type(network).from_config({**arguments, "augment_dim": AUGMENT_LABELS})
+    fresh, weights = critic.state_dict(), network.state_dict()
+    added = {name: torch.zeros_like(value) for name, value in fresh.items() if name not in weights}
+    critic.load_state_dict({**weights, **added})
+    return critic
+
+
+def class_shares(
+    settings: DistillConfig, teacher: InterpolantPipeline, data: ImageDataset | None
+) -> torch.Tensor | None:
+    """Cumulative shares of the classes that generated images are drawn by, (K,); None where no shares are needed.
+
+    Raises:
+        InputError: when the shares are not those of the teacher's classes.
+    """
+    classes = teacher.network.num_classes
+    if settings.label_sampling is not None and not classes:
+        raise InputError(
+            f"`label_sampling` is {settings.label_sampling!r}, but the teacher has no classes: leave it out."
+        )
+    shares = settings.class_frequencies
+    if settings.label_sampling != "empirical" or (data is not None and not shares):
+        return None  # uniform, or the real images' own
+    if not shares:
+        images = load_images(settings.data)
+        shares = torch.bincount(torch.tensor(images.labels), minlength=len(images.class_names)).tolist()
+    if len(shares) != classes:
+        source = "`class_frequencies` has" if settings.class_frequencies else f"the data set {settings.data.name} has"
+        raise InputError(f"For empirical classes {source} {len(shares)} values, but the teacher has {classes} classes.")
+    cumulative = torch.tensor(shares, dtype=torch.float64).cumsum(0)
+    return (cumulative / cumulative[-1]).float()
 
 
 def load_fitting_images(settings: DistillConfig, teacher: InterpolantPipeline) -> ImageDataset:

@@ -1,6 +1,7 @@
 """A network that is trained: its module, optimizer, schedule, and the update with clipping."""
 
 import contextlib
+import math
 from collections.abc import Iterator
 
 import torch
@@ -22,6 +23,7 @@ class TrainedNetwork:
         settings: Adam, clipping and the shape of the schedule.
         learning_rate: the peak.
         total_updates: length of a falling schedule.
+        max_grad_value: each value of the gradient is cut to ± this, before the norm is; None is no cut.
     """
 
     def __init__(
@@ -31,9 +33,11 @@ class TrainedNetwork:
         settings: TrainingConfig,
         learning_rate: float,
         total_updates: int,
+        max_grad_value: float | None = None,
     ):
         self.accelerator = accelerator
         self.max_grad_norm = settings.max_grad_norm
+        self.max_grad_value = max_grad_value
         self.accumulation = settings.gradient_accumulation_steps
         network.requires_grad_(True).train()
         optimizer = torch.optim.Adam(
@@ -87,7 +91,12 @@ class TrainedNetwork:
             The gradient norm before clipping, equal on all ranks, and whether the update was done: gradients that are
             not finite are thrown away, alike on all ranks.
         """
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm)
+        cut_values = self.max_grad_value is not None
+        # With an infinite limit this only measures: cut values would hide gradients that are infinite.
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, math.inf if cut_values else self.max_grad_norm)
+        if cut_values:
+            torch.nn.utils.clip_grad_value_(self.parameters, self.max_grad_value)
+            torch.nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm)
         applied = bool(torch.isfinite(norm))
         if applied:
             self.optimizer.step()

@@ -7,6 +7,7 @@ import torch
 from PIL import Image
 
 from ..data import load_images
+from ..data.augmentation import AUGMENT_LABELS
 from ..errors import InputError
 from ..models import SiTTransformer2DModel
 from ..pipelines import InterpolantPipeline
@@ -57,6 +58,12 @@ class TeacherTrainer(Trainer):
             unconditional = name == "num_classes" and arguments.get(name) == 0  # on labelled images too
             if arguments.setdefault(name, value) != value and not unconditional:
                 raise InputError(f"`model.{name}` is {arguments[name]}, but the data set has {value}.")
+        augment_dim = AUGMENT_LABELS if self.settings.augment_prob else 0
+        if arguments.setdefault("augment_dim", augment_dim) != augment_dim:
+            raise InputError(
+                f"`model.augment_dim` is {arguments['augment_dim']}, but augment_prob={self.settings.augment_prob} gives "
+                f"{augment_dim} labels: leave it out."
+            )
         try:
             return (
                 SiTTransformer2DModel.from_preset(preset, **arguments) if preset else SiTTransformer2DModel(**arguments)
@@ -73,6 +80,9 @@ class TeacherTrainer(Trainer):
             if self.null_class is not None:
                 dropped = self.noise.uniform("labels", self.step, indices=indices) < self.class_dropout_prob
                 labels = torch.where(dropped, self.null_class, labels)
+            augmentation, told = self.augmentation(indices), {}
+            if augmentation is not None:
+                x0, told = augmentation(x0), {"augment_labels": augmentation.labels}
             u, x1 = self.noise.uniform_and_normal(x0.shape[1:], "teacher", self.step, indices=indices)
             t = self.time_sampler(u)
             x_t = self.interpolant.interpolate(x0, x1, t)
@@ -81,7 +91,7 @@ class TeacherTrainer(Trainer):
                 with self.accelerator.autocast():
                     network_input = self.interpolant.network_input(x_t, t, settings.prediction_type)
                     timestep = self.interpolant.network_time(t, settings.timestep_type)
-                    prediction = trained.module(network_input, timestep, labels, return_dict=False)[0]
+                    prediction = trained.module(network_input, timestep, labels, return_dict=False, **told)[0]
                 weight = regression_weight(
                     settings.loss_weight, self.interpolant.at(t, target), settings.prediction_type
                 )

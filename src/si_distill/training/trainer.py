@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from ..data import GlobalBatchSampler, ImageDataset
+from ..data.augmentation import AUGMENT_NUMBERS, Augmentation
 from ..errors import InputError, PublishError, TrainingInterrupted, TrainingStopped
 from ..hub.card import write_card
 from ..hub.publishing import check_ready, publish_pipeline
@@ -137,6 +138,14 @@ class Trainer:
             self._images = iter(DataLoader(data, batch_sampler=sampler, num_workers=settings.dataloader_num_workers))
         images, labels = next(self._images)
         return images.to(self.accelerator.device), labels.to(self.accelerator.device)
+
+    def augmentation(self, indices: range, *sub_steps: int) -> Augmentation | None:
+        """The transformation of each of these places in the global batch, or None without augmentation."""
+        probability = self.settings.augment_prob
+        if probability == 0:
+            return None
+        numbers = self.noise.normal((AUGMENT_NUMBERS,), "augmentation", self.step, *sub_steps, indices=indices)
+        return Augmentation.draw(numbers, probability)
 
     # The loop.
 
