@@ -1,0 +1,73 @@
+"""`training/convert_teacher.py`: any checkpoint that the library knows, as a pipeline folder of its own form."""
+
+from pathlib import Path
+
+from ..errors import InputError
+from ..pipelines import view_network
+from .checkpoints import choose_weights, read_checkpoint
+from .config import ConvertConfig
+from .converted import Converted
+from .output import check_output, load_id2label, load_vae, write_pipeline
+from .sit import convert_sit, is_sit
+from .torchcfm import convert_torchcfm, is_torchcfm
+
+
+def convert_checkpoint(settings: ConvertConfig) -> None:
+    """Converts, writes and describes what it did.
+
+    Raises:
+        InputError: for a checkpoint that cannot be converted, settings that contradict it, or a folder that may not be
+            written. Nothing is written then.
+    """
+    folder = Path(settings.out).absolute()
+    check_output(folder, settings.overwrite)
+    converted = _convert(settings)
+    if settings.vae is not None:
+        converted.vae = load_vae(settings.vae, converted.transformer)
+    if settings.id2label is not None:
+        converted.id2label = load_id2label(settings.id2label, view_network(converted.transformer).num_classes)
+    rms = write_pipeline(converted, folder)
+    print(describe(converted, folder, rms))
+
+
+def _convert(settings: ConvertConfig) -> Converted:
+    content = read_checkpoint(Path(settings.source))
+    _, weights = choose_weights(content, settings.which, settings.ema_decay)
+    kind = settings.kind
+    if kind == "auto":
+        kind = "sit" if is_sit(weights) else "torchcfm" if is_torchcfm(weights) else "auto"
+    if kind == "auto":
+        raise InputError(
+            f"{settings.source} is of no known kind: its tensors are named {', '.join(list(weights)[:3])}, …. Known are SiT "
+            "and REPA (x_embedder.proj.weight, …), and torchcfm and RealUID (input_blocks.0.0.weight, …)."
+        )
+    settings.check_kind(kind)
+    return convert_sit(content, settings) if kind in ("sit", "repa") else convert_torchcfm(content, settings)
+
+
+def describe(converted: Converted, folder: Path, rms: float) -> str:
+    """What was found and done, for a person."""
+    network, scheduler = view_network(converted.transformer), converted.scheduler
+    channels, height, width = network.sample_shape
+    parameters = sum(parameter.numel() for parameter in network.bare.parameters())
+    classes = f"{network.num_classes} classes" if network.num_classes else "unconditional"
+    null = " and a null class for guidance" if network.null_class is not None else ""
+    vae = type(converted.vae).__name__ if converted.vae else "none: the network's images are pixels in [-1, 1]"
+    if converted.vae is None and channels > 3:
+        vae = "none, but the network works on latents: add --vae, e.g. stabilityai/sd-vae-ft-ema, to decode them"
+    ignored = sorted({name.split(".")[0] for name in converted.ignored})
+    lines = {
+        "found": converted.kind
+        + (" student" if converted.student else " teacher")
+        + (f", weights {converted.place!r}" if converted.place else ""),
+        "network": " ".join(filter(None, (type(network.bare).__name__, converted.preset)))
+        + f", {parameters:,} parameters",
+        "images": f"{channels} × {height} × {width}, {classes}{null}",
+        "path": f"{scheduler.config.interpolant}, prediction {scheduler.config.prediction_type}",
+        "folded": converted.changes,
+        "ignored": f"{len(converted.ignored)} tensors: {', '.join(ignored)}" if ignored else "nothing",
+        "vae": vae,
+        "check": f"saved and loaded alike; x̂0 of noise has RMS {rms:.3f} (0.3 to 1.2 for a trained network)",
+        "written": str(folder),
+    }
+    return "\n".join(f"{name + ':':<9} {text}" for name, text in lines.items())

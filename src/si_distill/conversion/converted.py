@@ -1,0 +1,37 @@
+"""What every converter gives: a network of ours, its scheduler, and what a person wants to know about them."""
+
+from dataclasses import dataclass, field
+
+from diffusers.models.modeling_utils import ModelMixin
+
+from ..schedulers.scheduling_stochastic_interpolant import StochasticInterpolantScheduler
+
+
+@dataclass
+class Converted:
+    """
+    A converted checkpoint, not yet written.
+
+    Args:
+        kind: what it was, for people.
+        transformer: the network by the contract of this library.
+        scheduler: path, prediction and time of the network.
+        student: whether it is a one-step student, or a teacher.
+        place: where in the file the weights were; empty if the file is nothing else.
+        preset: name of its published size, if it has one.
+        ignored: tensors of the file that the network has no use for.
+        changes: what was folded into the weights.
+        vae: the autoencoder that came along.
+        id2label: the names of classes that came along.
+    """
+
+    kind: str
+    transformer: ModelMixin
+    scheduler: StochasticInterpolantScheduler
+    student: bool = False
+    place: str = ""
+    preset: str | None = None
+    ignored: list[str] = field(default_factory=list)
+    changes: str = "none"
+    vae: ModelMixin | None = None
+    id2label: dict[int, str] | None = None

@@ -1,0 +1,140 @@
+"""Writes a converted checkpoint as a pipeline folder: whole, checked, or not at all."""
+
+import contextlib
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoModel
+from diffusers.models.modeling_utils import ModelMixin
+
+from ..errors import InputError
+from ..pipelines import InterpolantPipeline, OneStepInterpolantPipeline, view_network
+from ..settings import read_yaml
+from ..velocity import Field
+from .converted import Converted
+
+
+def check_output(folder: Path, overwrite: bool) -> None:
+    """
+    Raises:
+        InputError: when `folder` cannot be written, or holds something that may not be replaced.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"`out` {folder} is a file: give a folder.")
+    if folder.is_dir() and any(folder.iterdir()) and not overwrite:
+        raise InputError(f"`out` {folder} is not empty: give a new folder, or add --overwrite.")
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"`out` {folder} cannot be written: {error}.") from error
+
+
+def load_vae(name: str, transformer: ModelMixin) -> ModelMixin:
+    """The autoencoder in a folder (its own, or the `vae` of a pipeline) or of a Hub id.
+
+    Raises:
+        InputError: when it cannot be loaded, or its latents have other channels than the network.
+    """
+    subfolder = "vae" if (Path(name) / "vae").is_dir() else None
+    try:
+        vae = AutoModel.from_pretrained(name, subfolder=subfolder)
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"Cannot load the autoencoder {name!r}: {error}") from error
+    found, wanted = vae.config.get("latent_channels"), transformer.config.in_channels
+    if found != wanted:
+        raise InputError(
+            f"The autoencoder {name!r} has latents of {found} channels, but the network works on {wanted}: it was trained "
+            "with another one."
+        )
+    return vae
+
+
+def load_id2label(name: str, num_classes: int) -> dict[int, str]:
+    """Names of the classes from a JSON or YAML file, or those of ImageNet.
+
+    Args:
+        name: the file, with a mapping of numbers to names or a list of them under the key `id2label`; or `imagenet`.
+        num_classes: of the network.
+
+    Raises:
+        InputError: when they cannot be read, or are not those of the network.
+    """
+    names: Any
+    if name == "imagenet":
+        from torchvision.models import ResNet50_Weights
+
+        names = ResNet50_Weights.DEFAULT.meta["categories"]
+    else:
+        content = read_yaml(name)  # JSON is YAML
+        names = content.get("id2label", content)
+    if isinstance(names, list):
+        names = dict(enumerate(names))
+    try:
+        names = {int(number): str(text) for number, text in names.items()}
+    except (AttributeError, TypeError, ValueError):
+        raise InputError(
+            f"`id2label` {name} must hold a list of names, or numbers of classes and their names."
+        ) from None
+    if set(names) != set(range(num_classes)):
+        raise InputError(
+            f"`id2label` {name} names {len(names)} classes, {min(names, default=None)} to {max(names, default=None)}, but "
+            f"the network has {num_classes}, 0 to {num_classes - 1}."
+        )
+    return names
+
+
+def write_pipeline(converted: Converted, folder: Path) -> float:
+    """
+    Saves the pipeline beside `folder`, opens it again, samples, compares, and only then gives it its name.
+
+    Returns:
+        The root mean square of x̂0 from pure noise: near the data's own (0.3 to 1.2) for a trained network; a network
+        whose time or sign was mistaken gives about 2, twice the noise.
+
+    Raises:
+        InputError: when the network's output is not finite, or differs after loading.
+    """
+    cls = OneStepInterpolantPipeline if converted.student else InterpolantPipeline
+    pipeline = cls(converted.transformer, converted.scheduler, vae=converted.vae, id2label=converted.id2label)
+    with _temporary_folder(folder) as temporary:
+        pipeline.save_pretrained(temporary)
+        before, after = (_first_sample(network, converted) for network in (pipeline, cls.from_pretrained(temporary)))
+        if not before.isfinite().all():
+            raise InputError("The converted network's output is not finite: the checkpoint's weights are damaged.")
+        if not torch.equal(before, after):
+            raise InputError(f"The network gives other images after it was saved to {temporary} and loaded.")
+        _replace(temporary, folder)
+    return float(before.square().mean().sqrt())
+
+
+@torch.no_grad()
+def _first_sample(pipeline: Any, converted: Converted) -> torch.Tensor:
+    """x̂0 of two noise images, (2, C, H, W)."""
+    view, scheduler = view_network(pipeline.transformer.eval()), converted.scheduler
+    config, interpolant = scheduler.config, scheduler.interpolant
+    field = Field(view.network, interpolant, config.prediction_type, timestep_type=config.timestep_type)
+    init_time = config.init_time if converted.student else interpolant.default_init_time(config.prediction_type)
+    noise = torch.randn(2, *view.sample_shape, generator=torch.Generator().manual_seed(0))
+    return field.one_step(noise, init_time, torch.zeros(2, dtype=torch.long))
+
+
+@contextlib.contextmanager
+def _temporary_folder(folder: Path) -> Iterator[Path]:
+    """An empty folder beside `folder`, removed unless it was renamed."""
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as private:
+        temporary = Path(private) / folder.name
+        temporary.mkdir()
+        yield temporary
+
+
+def _replace(temporary: Path, folder: Path) -> None:
+    """Renames `temporary` to `folder`; what is there is removed last."""
+    if not folder.exists():
+        temporary.rename(folder)
+        return
+    with _temporary_folder(folder) as old:
+        folder.rename(old)
+        temporary.rename(folder)
