@@ -36,11 +36,11 @@ setup(
         "numpy>=1.26",
         "pyyaml>=6.0",
         "tqdm>=4.66",
+        "matplotlib>=3.8",
     ],
     extras_require={
         "demo": ["scikit-learn>=1.4"],
         "space": ["gradio>=5.0"],
-        "bench": ["matplotlib>=3.8"],
-        "dev": ["scikit-learn>=1.4", "matplotlib>=3.8", "pytest>=8.0", "pytest-xdist>=3.5", "ruff>=0.9"],
+        "dev": ["scikit-learn>=1.4", "pytest>=8.0", "pytest-xdist>=3.5", "ruff>=0.9"],
     },
 )

@@ -1,8 +1,11 @@
 """What all tests share: nothing reaches a network or a GPU, and accelerate's process-wide state starts afresh."""
 
 import os
+import shutil
 import sys
+import tempfile
 
+os.environ["SI_DISTILL_CACHE"] = tempfile.mkdtemp(prefix="si_distill-cache-")
 os.environ["ACCELERATE_USE_CPU"] = "true"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["WANDB_MODE"] = "offline"
@@ -11,6 +14,10 @@ import pytest
 from accelerate.state import AcceleratorState, GradientState
 
 from si_distill import InterpolantPipeline, StochasticInterpolantScheduler
+
+
+def pytest_sessionfinish():
+    shutil.rmtree(os.environ["SI_DISTILL_CACHE"], ignore_errors=True)
 
 
 @pytest.fixture(autouse=True)

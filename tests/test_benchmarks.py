@@ -13,7 +13,7 @@ import torch
 
 from si_distill.errors import InputError
 
-pytest.importorskip("matplotlib", reason="the benchmarks draw figures: pip install 'si_distill[bench]'")
+pytest.importorskip("matplotlib", reason="the benchmarks draw figures")
 
 ROOT = Path(__file__).parent.parent
 

@@ -1,11 +1,13 @@
 #!/usr/bin/env python
-"""Compares a student, its teacher and real images; prints a table and writes evaluation.json and a picture beside it.
+"""Compares students, teachers or finished images with real ones; prints a table and writes it, JSON and pictures.
 
     accelerate launch training/evaluate.py --pipeline runs/digits-student --teacher runs/digits-teacher
-    accelerate launch training/evaluate.py --pipeline runs/digits-student --teacher runs/digits-teacher \
-        --teacher_steps 1 10 50 --seed 1 --output runs/digits-student/evaluation-seed1.json
+    accelerate launch training/evaluate.py --pipeline runs/cifar10-student --config configs/cifar10/evaluation.yaml \
+        --features inception-v3-compat --reference cifar10-32x32.npz --num_samples 50000
+    accelerate launch training/evaluate.py --images samples.npz --data.name parquet --data.data_files 'train-*.parquet'
 
-All settings: `python training/evaluate.py --help`.
+It goes on where it was killed, with any number of processes and any batch size. All settings:
+`python training/evaluate.py --help`; docs/evaluation.md says what they mean.
 """
 
 from si_distill.settings import parse_settings, script_main
@@ -16,10 +18,12 @@ def main(argv: list[str]) -> None:
 
     settings = parse_settings(EvaluationConfig, argv, __doc__)
 
-    from si_distill.evaluation.report import evaluate, format_table
+    from si_distill.evaluation.report import evaluate
+    from si_distill.evaluation.table import format_table
 
     result = evaluate(settings)
-    print("\n" + format_table(result))
+    if result is not None:
+        print("\n" + format_table(result))
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Settings of `training/evaluate.py`."""
 
+import os
 from dataclasses import dataclass, field
 
 from ..data.config import DataConfig
@@ -7,30 +8,56 @@ from ..errors import InputError
 from ..schedulers.scheduling_stochastic_interpolant import SOLVERS
 from ..settings import at_least, setting
 
+METRICS = ("fid", "kid", "prc", "isc")
+
 
 @dataclass
 class EvaluationConfig:
     """What is compared with which real images."""
 
-    pipeline: str = setting("", "The student: a pipeline folder or a Hub id.")
-    teacher: str | None = setting(None, "The teacher, to compare with.")
-    teacher_steps: list[int] = setting([1, 10, 50], "Solver steps of the teacher, one row each.")
-    solver: str = setting("euler", "The teacher's solver.", SOLVERS)
+    pipeline: str | None = setting(None, "The student: a pipeline folder or a Hub id.")
+    teacher: str | None = setting(None, "The teacher, alone or to compare with: a pipeline folder or a Hub id.")
+    images: str | None = setting(None, "Finished images: a folder, or an .npz of samples (arr_0, uint8, NHWC).")
+    teacher_steps: list[int] = setting([1, 10, 50], "Steps of the teacher, one row each.")
+    solver: list[str] = setting(["euler"], f"The teacher's solvers, rows of each: {', '.join(SOLVERS)}.")
     guidance_scale: float = setting(1.0, "The teacher's guidance; 1 is none.")
     data: DataConfig = field(default_factory=DataConfig)
-    num_samples: int | None = setting(None, "Images per row; by default as many as the reference has.")
+    reference: str | None = setting(
+        None, "Statistics (.npz with mu and sigma), published or cached, instead of `data`."
+    )
+    features: str = setting("pixels", "inception-v3-compat, dinov2, clip, pixels, or your own package.module:Class.")
+    feature_weights: str | None = setting(None, "File of its weights, if not at torch-fidelity's usual place.")
+    metrics: list[str] = setting(list(METRICS), f"What to compute: {', '.join(METRICS)}.")
+    kid_subsets: int = setting(100, "Subsets of up to 1,000 images that KID is a mean over.")
+    bootstrap_resamples: int = setting(200, "Resamples behind the intervals; 0 for none.")
+    num_samples: int | None = setting(None, "Images per row; by default as many as the data set has.")
+    class_balance: str = setting("data", "Classes as in `data`, or equally many of each.", ("data", "uniform"))
     batch_size: int = setting(256, "Images generated at once; does not change them.")
     seed: int = setting(0, "Image i is drawn from (seed, i).")
+    save_npz: bool = setting(False, "Keep the images as one .npz per row (arr_0, arr_1: ADM's evaluator).")
+    save_images: bool = setting(False, "Keep the images as PNG files, a folder per row.")
     output: str | None = setting(None, "Where the results go; by default evaluation.json in a local pipeline folder.")
+    cache_dir: str = setting(
+        os.environ.get("SI_DISTILL_CACHE", "~/.cache/si_distill"), "Where features of real images are kept."
+    )
 
     def __post_init__(self) -> None:
-        if not self.pipeline:
+        if not (self.pipeline or self.teacher or self.images):
             raise InputError(
-                "`pipeline` is not set: give the student's folder or Hub id, e.g. --pipeline runs/student."
+                "There is nothing to evaluate: set `pipeline` (a student, e.g. --pipeline runs/student), `teacher` or "
+                "`images`."
             )
-        at_least("batch_size", self.batch_size, 1)
-        at_least("seed", self.seed, 0)
+        for name in ("batch_size", "kid_subsets"):
+            at_least(name, getattr(self, name), 1)
+        for name in ("seed", "bootstrap_resamples"):
+            at_least(name, getattr(self, name), 0)
         if self.num_samples is not None:
-            at_least("num_samples", self.num_samples, 2)
+            at_least("num_samples", self.num_samples, 4)  # precision and recall look at the third neighbour
         for steps in self.teacher_steps:
             at_least("teacher_steps", steps, 1)
+        for name, choices in (("solver", SOLVERS), ("metrics", METRICS)):
+            for value in getattr(self, name):
+                if value not in choices:
+                    raise InputError(f"`{name}` holds {value!r}; choose of: {', '.join(choices)}.")
+        if not self.metrics:
+            raise InputError(f"`metrics` is empty; choose of: {', '.join(METRICS)}.")

@@ -1,173 +1,248 @@
-"""Evaluation of a student, its teacher and the real data: one table, one JSON file, one picture."""
+"""Evaluation of students, teachers and finished images against real ones: a JSON file, a table, three pictures."""
 
 import json
+import os
+import shutil
+import time
 from datetime import datetime, timezone
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch_fidelity
+from accelerate import Accelerator, PartialState
 
 from ..data import ImageDataset, load_images
 from ..errors import InputError
 from ..hub.card import write_card
-from ..loading import load_pipeline
-from ..pipelines import InterpolantPipeline, OneStepInterpolantPipeline
-from ..visualization import image_grid, tensor_to_pil
+from ..hub.facts import EVALUATION
+from ..launching import check_processes
+from ..settings import settings_to_dict
 from .config import EvaluationConfig
-from .generation import generate_images
-from .metrics import DigitsClassifier, frechet_distance
+from .features import Extractor, load_extractor
+from .generators import Generator, Pipelines, balanced_labels, build_generators, image_shape
+from .measures import Judge
+from .metrics import DigitsClassifier
+from .pictures import COLUMNS_OF_PICTURES, draw_neighbours, draw_quality, draw_samples
+from .reference import Reference, check_reference, data_reference, read_reference
+from .samples import DatasetSource, FileSource
+from .shards import Shards, slug
+from .table import format_table
 
-COLUMNS = ("generator", "network evaluations", "Fréchet distance", "label accuracy", "images per second")
 
-
-def evaluate(settings: EvaluationConfig) -> dict[str, Any]:
-    """Runs the evaluation and writes its files.
+def evaluate(settings: EvaluationConfig) -> dict[str, Any] | None:
+    """Runs the evaluation and writes its files; every process of the launcher calls it.
 
     Returns:
-        The contents of evaluation.json: how it was measured, and `rows`.
+        The contents of evaluation.json: how it was measured, and `rows`. None on all processes but the first.
 
     Raises:
-        InputError: when a pipeline or the data cannot be loaded, or they do not fit each other.
+        InputError: when a pipeline, the data or the features cannot be loaded, or they do not fit each other.
     """
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    student = load_pipeline(OneStepInterpolantPipeline, "student", settings.pipeline).to(device)
-    teacher = load_pipeline(InterpolantPipeline, "teacher", settings.teacher).to(device) if settings.teacher else None
-    data = load_images(settings.data)
-    _check_fits(student, data)
+    started = time.perf_counter()
+    state = _processes()
     output = _output_path(settings)
+    with state.main_process_first():  # a download is made once
+        extractor = load_extractor(settings.features, settings.feature_weights, state.device)
+        # Published statistics stand for the data set, unless its class balance is wanted.
+        uses_data = settings.reference is None or settings.class_balance == "data"
+        data = load_images(settings.data) if uses_data else None
+    pipelines = Pipelines.load(settings, state.device)
+    files = FileSource(settings.images, _channels(data, pipelines)) if settings.images else None
+    _check_fits(pipelines, files, data)
 
-    reference, reference_labels = data.read_all()
-    count = settings.num_samples or len(reference)
-    labels = [reference_labels[i % len(reference_labels)] for i in range(count)]
-    conditional = student.network.num_classes > 0
-    is_digits = settings.data.name == "digits"
-    classifier = DigitsClassifier(reference, reference_labels) if is_digits and conditional else None
-
-    generators = [
-        (
-            f"teacher, {steps} step{'s' if steps > 1 else ''}",
-            teacher,
-            partial(
-                teacher,
-                num_inference_steps=steps,
-                solver=settings.solver,
-                guidance_scale=settings.guidance_scale,
-                output_type="pt",
-            ),
-        )
-        for steps in (settings.teacher_steps if teacher else [])
-    ]
-    generators.append(("student, 1 step", student, partial(student, output_type="pt")))
-
-    rows: list[dict[str, Any]] = []
-    pictures = []
-    if conditional:
-        chosen = [labels.index(c) for c in range(min(len(data.class_names), 10)) if c in labels]
+    real = DatasetSource(data, settings_to_dict(settings.data)) if data else None
+    cache = Path(settings.cache_dir).expanduser()
+    if settings.reference:
+        reference = read_reference(Path(settings.reference))
+        channels, size = _channels(data, pipelines), _size(pipelines, files)
+        check_reference(reference, settings.reference, extractor, channels, size, real)
     else:
-        chosen = list(range(min(count, 10)))
-    for name, pipeline, call in generators:
-        pipeline.set_progress_bar_config(disable=True)
-        made = generate_images(pipeline, call, labels, settings.seed, settings.batch_size, name)
-        row = {
-            "generator": name,
-            "network evaluations": made.evaluations,
-            "Fréchet distance": frechet_distance(made.images, reference),
-            "label accuracy": classifier.accuracy(made.images, labels)
-            if classifier and pipeline.network.num_classes
-            else None,
-            "images per second": made.images_per_second,
-        }
-        rows.append(row)
-        pictures.append((name, made.images[chosen]))
-    rows.append(_floor(reference, settings.seed))
-    real = [reference_labels.index(labels[i]) for i in chosen] if conditional else chosen
-    pictures.append(("real", reference[real]))
+        reference = data_reference(real, extractor, cache, state, settings.batch_size)
 
+    count = _count(settings, reference, data, pipelines)
+    training_labels = list(data.labels) if settings.class_balance == "data" and data else None
+    labels = balanced_labels(count, pipelines.num_classes, training_labels) if pipelines.num_classes else None
+    classifier = (
+        DigitsClassifier(*data.read_all()) if data and data.name == "sklearn-digits" and data.class_names else None
+    )
+
+    generators = build_generators(settings, pipelines, files, labels, count)
+    work = output.with_name(f"{output.stem}_features")
+    shards = []
+    for generator in generators:
+        pictures = output.with_name(f"{output.stem}_{slug(generator.name)}") if settings.save_images else None
+        made = Shards(work, generator.source, extractor, classifier, settings.save_npz, pictures)
+        made.make(state, settings.batch_size, generator.name)
+        shards.append(made)
+    if not state.is_main_process:
+        return None  # what follows is quick beside the sampling, and needs no other process
+
+    judge = Judge(settings, reference, extractor, real, data.class_names if data else [], state.device)
+    rows = [judge.row(generator, made.collect()) for generator, made in zip(generators, shards, strict=True)]
+    if reference.features is not None:
+        rows.append(judge.floor())
+    if settings.save_npz:
+        for generator, made in zip(generators, shards, strict=True):
+            made.write_npz(output.with_name(f"{output.stem}_{slug(generator.name)}.npz"))
     result = {
-        "evaluator": f"torch-fidelity {torch_fidelity.__version__}",
-        "features": "pixels: uint8 / 127.5 - 1, flattened (not Inception; not comparable with any FID)",
-        "classifier": classifier.name if classifier else None,
-        "reference": {"name": data.name, "split": settings.data.split, "images": len(reference)},
+        **_how(settings, extractor, reference, data, state),
         "num_samples": count,
-        "seed": settings.seed,
-        "labels": "those of the reference images, in order" if conditional else None,
-        "student": settings.pipeline,
-        "teacher": settings.teacher,
-        "solver": settings.solver,
-        "guidance_scale": settings.guidance_scale,
-        "dtype": str(student.transformer.dtype).removeprefix("torch."),
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads",
-        "torch": torch.__version__,
-        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
+        "classifier": classifier.name if classifier else None,
+        "seconds": time.perf_counter() - started,
         "rows": rows,
     }
-    output.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    image_grid(
-        [tensor_to_pil(images.float() / 127.5 - 1) for _, images in pictures],
-        [name for name, _ in pictures],
-        [data.class_names[labels[i]].split(",")[0] for i in chosen] if conditional else None,
-    ).save(output.with_suffix(".png"))
-    if output == Path(settings.pipeline) / "evaluation.json":
-        write_card(settings.pipeline)
+    _write(result, generators, judge, real, output)
+    _forget_others(work, shards)
+    if output.name == EVALUATION and (output.parent / "model_index.json").exists():
+        write_card(output.parent)
     return result
 
 
-def format_table(result: dict[str, Any]) -> str:
-    """The rows as a Markdown table, with a line that says how they were measured."""
-    lines = [f"| {' | '.join(COLUMNS)} |", f"|{'---|' * len(COLUMNS)}"]
-    for row in result["rows"]:
-        cells = [
-            row["generator"],
-            "" if row["network evaluations"] is None else f"{row['network evaluations']:g}",
-            f"{row['Fréchet distance']:.3f}",
-            "" if row["label accuracy"] is None else f"{row['label accuracy']:.3f}",
-            "" if row["images per second"] is None else f"{row['images per second']:,.0f}",
-        ]
-        lines.append(f"| {' | '.join(cells)} |")
-    lines.append(
-        f"\n{result['evaluator']}; features {result['features']}; {result['num_samples']} samples, seed {result['seed']}, "
-        f"reference {result['reference']['name']} ({result['reference']['images']} images); {result['device']}."
-    )
-    return "\n".join(lines)
-
-
-def _check_fits(student: OneStepInterpolantPipeline, data: ImageDataset) -> None:
-    (channels, size, _), classes, vae = student.network.sample_shape, student.network.num_classes, student.vae
-    size *= 2 ** (len(vae.config.block_out_channels) - 1) if vae else 1
-    if size != data.size or (vae is None and channels != data.channels):
-        raise InputError(
-            f"The student makes images of {size}×{size} pixels with {channels} channels in its space, but "
-            f"the reference {data.name} has {data.channels} channels of {data.size}×{data.size}: set `data.image_size`."
+def _write(
+    result: dict[str, Any], generators: list[Generator], judge: Judge, real: DatasetSource | None, output: Path
+) -> None:
+    for suffix, text in (
+        (".json", json.dumps(result, indent=1, ensure_ascii=False) + "\n"),
+        (".md", format_table(result) + "\n"),
+    ):
+        partial = output.with_suffix(".tmp")
+        partial.write_text(text, encoding="utf-8")
+        os.replace(partial, output.with_suffix(suffix))
+    if any(row["network evaluations"] and row["Fréchet distance"] is not None for row in result["rows"]):
+        draw_quality(result, output.with_name(f"{output.stem}_quality.png"))
+    labels = generators[-1].source.labels
+    names = judge.class_names
+    if labels is None or not names:
+        chosen = list(range(min(len(generators[-1].source), COLUMNS_OF_PICTURES)))
+        titles = None
+    else:
+        chosen = [labels.index(c) for c in range(min(len(names), COLUMNS_OF_PICTURES)) if c in labels]
+        titles = [names[labels[i]].split(",")[0] for i in chosen]
+    pictures = [(g.name, g.source.read([i for i in chosen if i < len(g.source)]).images) for g in generators]
+    if real:
+        wanted = [labels[i] for i in chosen] if titles else []
+        places = [real.labels.index(c) for c in wanted if c in real.labels] or chosen
+        pictures.append(("real", real.read([i for i in places if i < len(real)]).images))
+    draw_samples(pictures, titles, output.with_suffix(".png"))
+    if real and judge.neighbours is not None and judge.reference.indices is not None:
+        draw_neighbours(
+            generators[-1].source,
+            real,
+            judge.reference.indices.tolist(),
+            judge.neighbours,
+            chosen,
+            output.with_name(f"{output.stem}_neighbours.png"),
         )
-    if classes and classes != len(data.class_names):
+
+
+def _how(
+    settings: EvaluationConfig,
+    extractor: Extractor,
+    reference: Reference,
+    data: ImageDataset | None,
+    state: PartialState,
+) -> dict[str, Any]:
+    """How the figures were measured."""
+    cuda = state.device.type == "cuda"
+    balance = settings.class_balance
+    return {
+        "evaluator": f"torch-fidelity {torch_fidelity.__version__}",
+        "distance": extractor.distance_name,
+        "features": extractor.identity,
+        "reference": {
+            "name": reference.name,
+            "split": None if settings.reference else settings.data.split,
+            "images": reference.count,
+            "resolution": reference.manifest.get("resolution"),
+            "file": settings.reference,
+            "probe": reference.manifest.get("source", {}).get("probe"),
+        },
+        "class_balance": f"as in {data.name}" if balance == "data" and data else balance,
+        "seed": settings.seed,
+        "intervals": f"95 %, {settings.bootstrap_resamples} bootstrap resamples of generated images; recall: of real ones",
+        "kid": f"mean and standard deviation of {settings.kid_subsets} subsets of up to 1,000",
+        "student": settings.pipeline,
+        "teacher": settings.teacher,
+        "images": settings.images,
+        "guidance_scale": settings.guidance_scale if settings.teacher else None,
+        "device": torch.cuda.get_device_name() if cuda else f"cpu, {torch.get_num_threads()} threads",
+        "processes": state.num_processes,
+        "torch": torch.__version__,
+        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
+    }
+
+
+def _processes() -> PartialState:
+    """The processes of the launcher; through `Accelerator`, which alone reads what the launcher says of CPUs."""
+    Accelerator()
+    state = PartialState()
+    check_processes(state.num_processes)
+    return state
+
+
+def _count(settings: EvaluationConfig, reference: Reference, data: ImageDataset | None, pipelines: Pipelines) -> int:
+    count = settings.num_samples or reference.count or (len(data) if data else None)
+    if count is None and pipelines.any:
+        raise InputError(f"The reference {settings.reference} does not say how many images it has: set `num_samples`.")
+    return count or 0
+
+
+def _channels(data: ImageDataset | None, pipelines: Pipelines) -> int:
+    if data:
+        return data.channels
+    return image_shape(pipelines.any)[0] if pipelines.any else 3
+
+
+def _size(pipelines: Pipelines, files: FileSource | None) -> int:
+    return image_shape(pipelines.any)[-1] if pipelines.any else files.size
+
+
+def _check_fits(pipelines: Pipelines, files: FileSource | None, data: ImageDataset | None) -> None:
+    """Refuses images of another shape or other classes than the real ones."""
+    if pipelines.any and files and image_shape(pipelines.any)[-1] != files.size:
         raise InputError(
-            f"The student has {classes} classes and the reference {data.name} has {len(data.class_names)}."
+            f"The pipeline makes images of {image_shape(pipelines.any)[-1]} pixels and the finished images have "
+            f"{files.size}."
+        )
+    if data is None:
+        return
+    if files and files.size != data.size:
+        raise InputError(
+            f"The finished images have {files.size}×{files.size} pixels and the reference {data.name} has "
+            f"{data.size}×{data.size}: set `data.image_size`."
+        )
+    if not pipelines.any:
+        return
+    role = "student" if pipelines.student else "teacher"
+    channels, size, _ = image_shape(pipelines.any)
+    if (channels, size) != (data.channels, data.size):
+        raise InputError(
+            f"The {role} makes images of {size}×{size} pixels with {channels} channels, but the reference {data.name} has "
+            f"{data.channels} channels of {data.size}×{data.size}: set `data.image_size`."
+        )
+    if pipelines.num_classes and pipelines.num_classes != len(data.class_names):
+        raise InputError(
+            f"The {role} has {pipelines.num_classes} classes and the reference {data.name} has {len(data.class_names)}."
         )
 
 
 def _output_path(settings: EvaluationConfig) -> Path:
+    folders = [name for name in (settings.pipeline, settings.teacher) if name and Path(name).is_dir()]
     if settings.output:
         path = Path(settings.output)
-    elif Path(settings.pipeline).is_dir():
-        path = Path(settings.pipeline) / "evaluation.json"
+        if path.suffix != ".json":
+            raise InputError(f"`output` {path} must end in .json; the table and the pictures are laid beside it.")
     else:
-        path = Path("evaluation.json")
+        path = Path(folders[0]) / EVALUATION if folders else Path(EVALUATION)
     if not path.parent.is_dir():
         raise InputError(f"The folder of `output` {path} does not exist.")
     return path
 
 
-def _floor(reference: torch.Tensor, seed: int) -> dict[str, Any]:
-    """Real images against real images: what no generator can be expected to beat at half of the sample size."""
-    order = torch.randperm(len(reference), generator=torch.Generator().manual_seed(seed))
-    half = len(reference) // 2
-    distance = frechet_distance(reference[order[:half]], reference[order[half:]])
-    return {
-        "generator": "real half against real half",
-        "network evaluations": None,
-        "Fréchet distance": distance,
-        "label accuracy": None,
-        "images per second": None,
-    }
+def _forget_others(work: Path, shards: list[Shards]) -> None:
+    """Deletes features that no row of this result uses: those of weights that were since trained on, for instance."""
+    used = {made.folder for made in shards}
+    for folder in work.iterdir():
+        if folder.is_dir() and folder not in used:
+            shutil.rmtree(folder, ignore_errors=True)

@@ -21,6 +21,7 @@ from ..data.augmentation import AUGMENT_NUMBERS, Augmentation
 from ..errors import InputError, PublishError, TrainingInterrupted, TrainingStopped
 from ..hub.card import write_card
 from ..hub.publishing import check_ready, publish_pipeline
+from ..launching import check_processes
 from ..settings import settings_to_dict
 from .checkpoints import WRITE_ERRORS, Checkpoints
 from .config import TrainingConfig
@@ -334,12 +335,7 @@ def _build_accelerator(settings: TrainingConfig) -> Accelerator:
         )
     except ValueError as error:
         raise InputError(f"Accelerate refuses the settings: {error}") from error
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    if accelerator.num_processes != world_size:
-        raise InputError(
-            f"The launcher started {world_size} processes but Accelerate sees {accelerator.num_processes}: they would "
-            "train apart and overwrite one another. On CPUs launch with ACCELERATE_USE_CPU=true and --multi_gpu."
-        )
+    check_processes(accelerator.num_processes)
     return accelerator
 
 

@@ -1,0 +1,169 @@
+"""What an evaluation compares: the teacher with each number of steps, the student, and finished images."""
+
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..errors import InputError
+from ..loading import load_pipeline
+from ..pipelines import InterpolantPipeline, OneStepInterpolantPipeline
+from ..settings import read_yaml
+from .config import EvaluationConfig
+from .samples import FileSource, PipelineSource, Source
+
+Pipeline = InterpolantPipeline | OneStepInterpolantPipeline
+
+#: Seed of the permutation that spreads a part of the training labels over all classes.
+LABEL_SEED = 0
+
+
+@dataclass
+class Generator:
+    """One row.
+
+    Args:
+        name: as the table shows it.
+        kind: `teacher`, `student` or `images`.
+        source: the images.
+        facts: how they were made, for the result.
+    """
+
+    name: str
+    kind: str
+    source: Source
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Pipelines:
+    """The student and the teacher, on the device; each may be missing."""
+
+    student: OneStepInterpolantPipeline | None
+    teacher: InterpolantPipeline | None
+
+    @classmethod
+    def load(cls, settings: EvaluationConfig, device: torch.device) -> "Pipelines":
+        """Loads what the settings name.
+
+        Raises:
+            InputError: when one cannot be loaded, or the two make different images.
+        """
+        kinds = (
+            (OneStepInterpolantPipeline, "student", settings.pipeline),
+            (InterpolantPipeline, "teacher", settings.teacher),
+        )
+        found = [load_pipeline(kind, role, name).to(device) if name else None for kind, role, name in kinds]
+        shapes = {image_shape(pipeline) for pipeline in found if pipeline}
+        classes = {pipeline.network.num_classes for pipeline in found if pipeline}
+        if len(shapes) > 1 or len(classes) > 1:
+            raise InputError(
+                f"The student {settings.pipeline!r} and the teacher {settings.teacher!r} make different images: (channels, "
+                f"height, width) {sorted(shapes)}, numbers of classes {sorted(classes)}."
+            )
+        for pipeline in found:
+            if pipeline:
+                pipeline.set_progress_bar_config(disable=True)
+        return cls(*found)
+
+    @property
+    def any(self) -> Pipeline | None:
+        return self.student or self.teacher
+
+    @property
+    def num_classes(self) -> int:
+        """0 without a pipeline or with an unconditional one."""
+        return self.any.network.num_classes if self.any else 0
+
+
+def image_shape(pipeline: Pipeline) -> tuple[int, int, int]:
+    """(C, H, W) of the images that a pipeline makes."""
+    shape, vae = pipeline.network.sample_shape, pipeline.vae
+    if vae is None:
+        return shape
+    size = shape[-1] * 2 ** (len(vae.config.block_out_channels) - 1)
+    return (vae.config.out_channels, size, size)
+
+
+def balanced_labels(count: int, num_classes: int, training_labels: list[int] | None) -> list[int]:
+    """A class for each image.
+
+    Args:
+        count: number of images.
+        num_classes: K of the generator.
+        training_labels: of the data set whose class balance is wanted; None for equally many of each class.
+
+    Returns:
+        Labels in [0, K): whole passes through the training labels in their order, and of a last, partial pass a fixed
+        random choice, because data sets are often sorted by class.
+    """
+    if training_labels is None:
+        return [i % num_classes for i in range(count)]
+    whole = count - count % len(training_labels)
+    order = torch.randperm(len(training_labels), generator=torch.Generator().manual_seed(LABEL_SEED)).tolist()
+    return [training_labels[i % len(training_labels)] for i in range(whole)] + [
+        training_labels[order[i]] for i in range(count - whole)
+    ]
+
+
+def build_generators(
+    settings: EvaluationConfig, pipelines: Pipelines, files: FileSource | None, labels: list[int] | None, count: int
+) -> list[Generator]:
+    """The rows, teachers first and the student last but for finished images.
+
+    Args:
+        settings: the teacher's steps, solvers and guidance; the seed.
+        pipelines: loaded.
+        files: finished images, if there are any.
+        labels: of the generated images; None for unconditional pipelines.
+        count: number of generated images.
+    """
+    rows = []
+    for solver in settings.solver if pipelines.teacher else []:
+        for steps in settings.teacher_steps:
+            sampler = {"num_inference_steps": steps, "solver": solver, "guidance_scale": settings.guidance_scale}
+            suffix = f", {solver}" if len(settings.solver) > 1 else ""
+            rows.append(
+                Generator(
+                    f"teacher, {steps} step{'s' if steps > 1 else ''}{suffix}",
+                    "teacher",
+                    _source(pipelines.teacher, sampler, settings, labels, count),
+                    {"pipeline": settings.teacher, **sampler, **_facts(settings.teacher, pipelines.teacher)},
+                )
+            )
+    if pipelines.student:
+        run = {"pipeline": settings.pipeline, **_facts(settings.pipeline, pipelines.student)}
+        source = _source(pipelines.student, {}, settings, labels, count)
+        rows.append(Generator("student, 1 step", "student", source, run))
+    if files:
+        rows.append(Generator("images", "images", files, {"images": settings.images}))
+    return rows
+
+
+def _source(
+    pipeline: Pipeline, sampler: dict[str, Any], settings: EvaluationConfig, labels: list[int] | None, count: int
+) -> PipelineSource:
+    return PipelineSource(
+        pipeline, partial(pipeline, output_type="pt", **sampler), labels, settings.seed, count, settings=sampler
+    )
+
+
+def _facts(name: str, pipeline: Pipeline) -> dict[str, Any]:
+    """What a run folder says of the weights: the average that the pipeline holds, the student's guidance, the step."""
+    facts: dict[str, Any] = {"dtype": str(pipeline.transformer.dtype).removeprefix("torch."), "ema": None}
+    config = Path(name) / "config.yaml"
+    if not config.is_file():
+        return facts  # of another make, or from the Hub: nothing is known
+    run = read_yaml(config)
+    if run.get("ema_halflife_images") is not None:
+        facts["ema"] = f"half-life of {run['ema_halflife_images']:g} images"
+    elif "ema_decay" in run:
+        facts["ema"] = f"decay {run['ema_decay']:g}"
+    for key in ("objective", "max_steps"):
+        if key in run:
+            facts[key] = run[key]
+    if "guidance_scale" in run:  # of the teacher that a student was distilled from
+        facts["distilled with guidance_scale"] = run["guidance_scale"]
+    return facts

@@ -1,0 +1,223 @@
+"""Where evaluated images come from: a pipeline, a folder or file of images, or a data set; all read by index."""
+
+import time
+import zipfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from PIL import Image
+
+from ..data import ImageDataset
+from ..errors import InputError
+from ..pipelines import InterpolantPipeline, OneStepInterpolantPipeline
+from ..training.sample_noise import SampleNoise, sample_seed
+from ..visualization import to_uint8
+from . import fingerprints
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+
+
+@dataclass
+class Batch:
+    """Some images.
+
+    Args:
+        images: (B, C, H, W), uint8, on the CPU.
+        labels: the class of each, or None.
+        rows: rows that went through the network for them; a guided evaluation counts twice.
+        seconds: that it took to make them, decoding included.
+    """
+
+    images: torch.Tensor
+    labels: list[int] | None = None
+    rows: int = 0
+    seconds: float = 0.0
+
+
+class Source(Protocol):
+    """Images by index.
+
+    Attributes:
+        labels: the class of each image, or None.
+        identity: plain values; two sources with the same ones give the same images.
+    """
+
+    labels: list[int] | None
+    identity: dict[str, Any]
+
+    def __len__(self) -> int: ...
+
+    def read(self, indices: Sequence[int]) -> Batch:
+        """The images of these indices, in any order and any grouping."""
+        ...
+
+
+class PipelineSource:
+    """Images of a pipeline: image i depends on (seed, i) and its label alone, whatever the batch.
+
+    A sampler that draws noise of its own gets a generator for each image.
+
+    Args:
+        pipeline: its `transformer` is watched.
+        call: `call(class_labels=…, latents=…, generator=[…])` returns a pipeline output whose images are (B, C, H, W) in
+            [0, 1] (`output_type="pt"`). A pipeline without classes gets `batch_size` in place of the labels.
+        labels: a class for each image; None with `count` for a pipeline without classes.
+        seed: of the noise.
+        count: number of images when there are no labels.
+        settings: of the sampler, for the identity.
+    """
+
+    def __init__(
+        self,
+        pipeline: InterpolantPipeline | OneStepInterpolantPipeline,
+        call: Callable[..., Any],
+        labels: list[int] | None,
+        seed: int,
+        count: int | None = None,
+        settings: dict[str, Any] | None = None,
+    ):
+        self.pipeline = pipeline
+        self.call = call
+        self.labels = labels
+        self.seed = seed
+        self.settings = settings or {}
+        self._count = len(labels) if labels is not None else count
+        self._shape = pipeline.network.sample_shape
+        self._noise = SampleNoise(seed, pipeline._execution_device)
+
+    def __len__(self) -> int:
+        return self._count
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        modules = {k: v for k, v in self.pipeline.components.items() if isinstance(v, torch.nn.Module)}
+        return {
+            "weights": {name: fingerprints.of_module(module) for name, module in modules.items()},
+            "scheduler": fingerprints.of_values(dict(self.pipeline.scheduler.config)),
+            "sampler": self.settings,
+            "seed": self.seed,
+            "dtype": str(self.pipeline.transformer.dtype),
+        }
+
+    def read(self, indices: Sequence[int]) -> Batch:
+        rows = 0
+
+        def count(module: torch.nn.Module, arguments: tuple, result: Any) -> None:
+            nonlocal rows
+            rows += len(result[0])
+
+        started = time.perf_counter()
+        latents = self._noise.normal(self._shape, "evaluation", indices=indices)
+        generators = [torch.Generator().manual_seed(sample_seed(self.seed, "evaluation", 1, i)) for i in indices]
+        labels = None if self.labels is None else [self.labels[i] for i in indices]
+        which = {"batch_size": len(latents)} if labels is None else {"class_labels": labels}
+        hook = self.pipeline.transformer.register_forward_hook(count)
+        try:
+            images = self.call(**which, latents=latents, generator=generators).images
+        finally:
+            hook.remove()
+        images = to_uint8(images * 2 - 1).cpu()
+        return Batch(images, labels, rows, time.perf_counter() - started)
+
+
+class DatasetSource:
+    """The images of a data set."""
+
+    def __init__(self, data: ImageDataset, settings: dict[str, Any]):
+        self.data = data
+        self.settings = settings
+        self.labels = data.labels
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """The settings, and hashes of the labels and of 16 images: a changed data set of the same name has others."""
+        chosen = sorted({i * (len(self) - 1) // 15 for i in range(16)})
+        images = [(str(i), self.data.read(i)) for i in chosen]
+        hashes = {"probe": fingerprints.of_tensors(images), "labels": fingerprints.of_values(self.labels)}
+        return {**self.settings, "images": len(self), **hashes}
+
+    def read(self, indices: Sequence[int]) -> Batch:
+        started = time.perf_counter()
+        images = torch.stack([self.data.read(i) for i in indices])
+        return Batch(images, [self.labels[i] for i in indices], 0, time.perf_counter() - started)
+
+
+class FileSource:
+    """Finished images: a folder of them (sub-folders too, in the order of their paths), or an `.npz` of samples.
+
+    Args:
+        path: the folder, or a file as `--save_npz` and ADM's sampling scripts write it: `arr_0` (N, H, W, C), uint8, and
+            perhaps the labels `arr_1` (N,).
+        channels: 1 or 3: grey images become RGB if the reference is.
+
+    Raises:
+        InputError: when there is nothing to read, or images differ in size.
+    """
+
+    def __init__(self, path: str, channels: int):
+        self.path, self.channels, self.labels = Path(path), channels, None
+        self._arrays: np.ndarray | None = None
+        self._files: list[Path] = []
+        if self.path.is_dir():
+            self._files = sorted(p for p in self.path.rglob("*") if p.suffix.lower() in SUFFIXES)
+            if not self._files:
+                raise InputError(f"The folder {path} holds no images ({', '.join(SUFFIXES)}).")
+        elif self.path.suffix == ".npz" and self.path.is_file():
+            self._arrays, self.labels = _read_npz(self.path)
+        else:
+            raise InputError(f"`images` {path} is neither a folder of images nor an .npz file of samples.")
+        self.size = self.read([0]).images.shape[-1]
+
+    def __len__(self) -> int:
+        return len(self._files) if self._arrays is None else len(self._arrays)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        stats = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in self._files or [self.path]]
+        return {"images": str(self.path.resolve()), "files": fingerprints.of_values(stats), "channels": self.channels}
+
+    def read(self, indices: Sequence[int]) -> Batch:
+        if self._arrays is not None:
+            images = torch.from_numpy(self._arrays[list(indices)]).permute(0, 3, 1, 2)
+            labels = None if self.labels is None else [self.labels[i] for i in indices]
+            return Batch(_with_channels(images, self.channels), labels)
+        images = []
+        for i in indices:
+            try:
+                with Image.open(self._files[i]) as image:
+                    array = np.array(image.convert("L" if self.channels == 1 else "RGB"))
+            except OSError as error:
+                raise InputError(f"The image {self._files[i]} cannot be read: {error}") from error
+            images.append(torch.from_numpy(array.reshape(*array.shape[:2], -1)).permute(2, 0, 1))
+        shapes = {tuple(image.shape): self._files[i] for image, i in zip(images, indices, strict=True)}
+        if len(shapes) > 1:
+            listing = ", ".join(f"{path.name} {shape[1:]}" for shape, path in shapes.items())
+            raise InputError(f"Images of {self.path} differ in size: {listing}. Bring them to one size first.")
+        return Batch(torch.stack(images))
+
+
+def _read_npz(path: Path) -> tuple[np.ndarray, list[int] | None]:
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            images, labels = file["arr_0"], file["arr_1"].tolist() if "arr_1" in file else None
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        raise InputError(
+            f"Cannot read samples from {path}: {error}. `arr_0` (N, H, W, C), uint8, is needed."
+        ) from error
+    if images.ndim != 4 or images.dtype != np.uint8 or (labels is not None and len(labels) != len(images)):
+        raise InputError(f"{path} holds arr_0 of {images.dtype} {images.shape}; uint8 (N, H, W, C) is needed.")
+    return images, labels
+
+
+def _with_channels(images: torch.Tensor, channels: int) -> torch.Tensor:
+    if images.shape[1] == channels:
+        return images
+    # Grey images are written as three equal channels, because readers of these files expect RGB.
+    return images[:, :1] if channels == 1 else images.expand(-1, channels, -1, -1)

@@ -1,0 +1,57 @@
+"""The real script in real processes: a kill, other numbers of processes and odd batches change nothing."""
+
+import json
+import os
+import signal
+import subprocess
+import time
+
+import numpy as np
+import pytest
+from script_runs import ROOT, command, environment, run
+
+from si_distill import InterpolantPipeline, OneStepInterpolantPipeline
+from si_distill.evaluation.config import EvaluationConfig
+from si_distill.evaluation.report import evaluate
+
+FIGURES = ("Fréchet distance", "KID", "precision", "recall", "label accuracy", "nearest real distance")
+
+
+def test_kills_processes_and_odd_batches_change_no_figure(teacher_folder, tmp_path):
+    teacher = InterpolantPipeline.from_pretrained(teacher_folder)
+    folder = tmp_path / "student"
+    OneStepInterpolantPipeline(**teacher.components, **teacher.parameters).save_pretrained(folder)
+    settings = dict(pipeline=str(folder), num_samples=1801, save_npz=True, kid_subsets=2, bootstrap_resamples=20)
+    evaluate(EvaluationConfig(**settings, output=str(tmp_path / "whole.json")))
+
+    arguments = [word for key, value in settings.items() for word in (f"--{key}", json.dumps(value).strip('"'))]
+    killed = [*command("evaluate.py", *arguments, "--batch_size", 3, "--output", tmp_path / "killed.json", processes=2)]
+    process = subprocess.Popen(killed, env=environment(), cwd=ROOT, start_new_session=True, stderr=subprocess.DEVNULL)
+    features = tmp_path / "killed_features"
+    for _ in range(3000):
+        if list(features.glob("*/shard_*.npz")):
+            break
+        assert process.poll() is None
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "killed.json").exists()
+    made = len(list(features.glob("*/shard_*.npz")))
+    assert 1 <= made < 4
+
+    resumed = run(
+        *command("evaluate.py", *arguments, "--batch_size", 77, "--output", tmp_path / "killed.json", processes=2)
+    )
+    assert "made before" in resumed.stderr
+
+    results = [json.loads((tmp_path / f"{name}.json").read_text()) for name in ("whole", "killed")]
+    assert [result["processes"] for result in results] == [1, 2]
+    rows = [result["rows"][0] for result in results]
+    for figure in FIGURES:
+        assert rows[1][figure] == pytest.approx(rows[0][figure], rel=1e-3, abs=1e-6), figure
+    assert rows[1]["network evaluations"] == 1
+    files = [np.load(tmp_path / f"{name}_student_1_step.npz") for name in ("whole", "killed")]
+    assert files[0]["arr_1"].tolist() == files[1]["arr_1"].tolist()
+    difference = np.abs(files[0]["arr_0"].astype(int) - files[1]["arr_0"])
+    assert difference.max() <= 1
+    assert (difference > 0).mean() < 1e-3

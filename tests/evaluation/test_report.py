@@ -1,0 +1,180 @@
+"""The whole evaluation in one process: what the result says, other sources of images, what is refused."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+import torch_fidelity
+from helpers import tiny_sit
+from PIL import Image
+
+from si_distill import InterpolantPipeline, OneStepInterpolantPipeline, StochasticInterpolantScheduler
+from si_distill.data import DataConfig
+from si_distill.errors import InputError
+from si_distill.evaluation.config import EvaluationConfig
+from si_distill.evaluation.features import PIXELS
+from si_distill.evaluation.report import evaluate
+from si_distill.evaluation.table import format_table
+
+
+@pytest.fixture
+def student_folder(teacher_folder, tmp_path):
+    teacher = InterpolantPipeline.from_pretrained(teacher_folder)
+    OneStepInterpolantPipeline(**teacher.components, **teacher.parameters).save_pretrained(tmp_path / "student")
+    return tmp_path / "student"
+
+
+def quick(**settings) -> EvaluationConfig:
+    return EvaluationConfig(**{"kid_subsets": 2, "bootstrap_resamples": 20, **settings})
+
+
+def test_the_report_says_how_it_was_measured(teacher_folder, student_folder):
+    (student_folder / "config.yaml").write_text("ema_decay: 0.995\nguidance_scale: 1.5\n")
+    settings = quick(pipeline=str(student_folder), teacher=str(teacher_folder), teacher_steps=[1, 2], num_samples=60)
+    result = evaluate(settings)
+    assert json.loads((student_folder / "evaluation.json").read_text()) == result
+    for name in ("evaluation.png", "evaluation_quality.png", "evaluation_neighbours.png"):
+        with Image.open(student_folder / name) as picture:
+            assert min(picture.size) > 100
+    by_name = {row["generator"]: row for row in result["rows"]}
+    # The same network, noise and labels: one Euler step on the linear path is the one-step map.
+    one, student = by_name["teacher, 1 step"], by_name["student, 1 step"]
+    for figure in ("Fréchet distance", "KID", "precision", "recall", "label accuracy", "nearest real distance"):
+        assert one[figure] == pytest.approx(student[figure], rel=1e-6)
+    assert [row["network evaluations"] for row in result["rows"]] == [1, 2, 1, None]
+    floor = by_name["real half against real half"]
+    assert floor["Fréchet distance"] < 1
+    low, high = student["intervals"]["Fréchet distance"]
+    assert low < student["Fréchet distance"] < high
+    assert (result["num_samples"], result["reference"]["images"], result["seed"]) == (60, 1797, 0)
+    assert result["evaluator"].startswith("torch-fidelity 0.")
+    assert result["features"]["features"] == "pixels"
+    assert (student["made"]["ema"], student["made"]["distilled with guidance_scale"]) == ("decay 0.995", 1.5)
+    assert (by_name["teacher, 2 steps"]["made"]["solver"], student["made"]["dtype"]) == ("euler", "float32")
+    assert sum(row["images"] for row in student["per class"].values()) == 60
+    table = format_table(result)
+    assert (student_folder / "evaluation.md").read_text() == table + "\n"
+    assert table.startswith("| generator | network evaluations | Fréchet distance | KID |")
+    assert "no FID" in table
+    assert "inception score" not in table  # pixels have no logits
+
+    # Another seed leaves no features of this one behind.
+    folders = set((student_folder / "evaluation_features").iterdir())
+    evaluate(quick(pipeline=str(student_folder), num_samples=8, seed=1))
+    assert len(set((student_folder / "evaluation_features").iterdir()) & folders) == 0
+
+
+@pytest.fixture
+def rgb(tmp_path):
+    """An image folder of two classes in RGB, and a student that fits it."""
+    rng = np.random.default_rng(0)
+    for n in range(60):
+        folder = tmp_path / "real" / "train" / "ab"[n % 2]
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)).save(folder / f"{n:03d}.png")
+    network = tiny_sit(in_channels=3, num_classes=2)
+    OneStepInterpolantPipeline(network, StochasticInterpolantScheduler()).save_pretrained(tmp_path / "rgb")
+    return dict(pipeline=str(tmp_path / "rgb"), data=DataConfig(name=str(tmp_path / "real")))
+
+
+def test_figures_are_those_of_torch_fidelity_on_the_saved_pictures(rgb, tmp_path):
+    settings = quick(
+        **rgb, save_images=True, save_npz=True, output=str(tmp_path / "e.json"), metrics=["fid", "kid", "prc"]
+    )
+    row = evaluate(settings)["rows"][0]
+    expected = torch_fidelity.calculate_metrics(
+        input1=str(tmp_path / "e_student_1_step"),
+        input2=str(tmp_path / "real"),
+        samples_find_deep=True,
+        feature_extractor=PIXELS,
+        fid=True,
+        kid=True,
+        prc=True,
+        kid_subset_size=60,
+        kid_subsets=1,
+        cuda=False,
+        cache=False,
+        save_cpu_ram=True,
+        verbose=False,
+    )
+    assert row["Fréchet distance"] == pytest.approx(expected["frechet_inception_distance"], rel=1e-6)
+    assert row["KID"] == pytest.approx(expected["kernel_inception_distance_mean"], rel=1e-4, abs=1e-7)
+    assert (row["precision"], row["recall"]) == pytest.approx((expected["precision"], expected["recall"]))
+
+    # The same images from the folder and from the .npz have the same figures.
+    for images in ("e_student_1_step", "e_student_1_step.npz"):
+        files = quick(images=str(tmp_path / images), data=rgb["data"], output=str(tmp_path / "files.json"))
+        (again, _) = evaluate(files)["rows"]
+        assert again["network evaluations"] is None
+        for figure in ("Fréchet distance", "KID", "precision", "recall"):
+            assert again[figure] == pytest.approx(row[figure], rel=1e-6, abs=1e-9), figure
+
+
+def test_a_reference_file_stands_for_the_data_set(rgb, tmp_path):
+    cache = tmp_path / "cache"
+    first = evaluate(quick(**rgb, cache_dir=str(cache), num_samples=30, class_balance="uniform"))
+    (path,) = cache.glob("*.npz")
+    settings = dict(pipeline=rgb["pipeline"], class_balance="uniform", num_samples=30)
+    second = evaluate(quick(**settings, reference=str(path)))
+    assert [r["Fréchet distance"] for r in second["rows"]] == [r["Fréchet distance"] for r in first["rows"]]
+
+    # Published statistics have no features: what needs them is left out.
+    with np.load(path) as file:
+        np.savez(tmp_path / "published.npz", mu=file["mu"], sigma=file["sigma"])
+    (row,) = evaluate(quick(**settings, reference=str(tmp_path / "published.npz")))["rows"]
+    assert row["Fréchet distance"] == pytest.approx(first["rows"][0]["Fréchet distance"], rel=1e-12)
+    assert row["KID"] is row["precision"] is row["nearest real distance"] is None
+    with pytest.raises(InputError, match="does not say how many images it has: set `num_samples`"):
+        evaluate(quick(**{**settings, "num_samples": None}, reference=str(tmp_path / "published.npz")))
+
+
+def test_logits_of_a_custom_extractor_give_inception_score_and_label_accuracy(rgb, tmp_path, monkeypatch):
+    (tmp_path / "brightness.py").write_text(
+        "def Brightness():\n"
+        "    def features(images):\n"
+        "        means = images.double().mean((2, 3))\n"
+        "        return means, (means[:, :1] - 128) * images.new_tensor([1.0, -1.0], dtype=means.dtype)\n"
+        "    return features\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    row = evaluate(quick(**rgb, features="brightness:Brightness", num_samples=40, save_npz=True))["rows"][0]
+    with np.load(tmp_path / "rgb" / "evaluation_student_1_step.npz") as file:
+        shown = (file["arr_0"][..., 0].mean((1, 2)) < 128).astype(int)
+        assert row["label accuracy"] == (shown == file["arr_1"]).mean()
+    assert 1 <= row["inception score"] <= 2
+
+
+def test_a_teacher_alone_with_several_solvers(teacher_folder, tmp_path):
+    settings = quick(teacher=str(teacher_folder), teacher_steps=[2], solver=["euler", "heun"], num_samples=8)
+    settings.output = str(tmp_path / "e.json")
+    rows = evaluate(settings)["rows"]
+    assert [(row["generator"], row["network evaluations"]) for row in rows[:2]] == [
+        ("teacher, 2 steps, euler", 2),
+        ("teacher, 2 steps, heun", 3),
+    ]
+
+
+def test_what_does_not_fit_is_refused(teacher_folder, student_folder, tmp_path):
+    folder = str(student_folder)
+    three = str(tmp_path / "three")
+    OneStepInterpolantPipeline(tiny_sit(num_classes=3), StochasticInterpolantScheduler()).save_pretrained(three)
+    Image.fromarray(torch.zeros(4, 4, dtype=torch.uint8).numpy()).save(tmp_path / "small.png")
+    for settings, words in (
+        (dict(pipeline=str(tmp_path / "nowhere")), "Cannot load"),
+        (dict(pipeline=folder, teacher=folder), "Cannot load"),
+        (dict(pipeline=three), "3 classes and the reference sklearn-digits has 10"),
+        (dict(pipeline=three, teacher=str(teacher_folder)), "make different images"),
+        (dict(pipeline=folder, data=DataConfig(image_size=16)), "8×8"),
+        (dict(pipeline=folder, output=str(tmp_path / "no" / "result.json")), "does not exist"),
+        (dict(pipeline=folder, output=str(tmp_path / "result.txt")), "must end in .json"),
+        (dict(images=str(tmp_path)), "4×4 pixels and the reference sklearn-digits has 8×8"),
+        (dict(), "nothing to evaluate"),
+        (dict(pipeline=folder, teacher_steps=[0]), "teacher_steps"),
+        (dict(pipeline=folder, solver=["newton"]), "`solver` holds 'newton'"),
+        (dict(pipeline=folder, metrics=["lpips"]), "`metrics` holds 'lpips'"),
+        (dict(pipeline=folder, num_samples=3), "num_samples"),
+        (dict(pipeline=folder, reference=str(tmp_path / "none.npz")), "Cannot read reference statistics"),
+    ):
+        with pytest.raises(InputError, match=words):
+            evaluate(EvaluationConfig(**settings))
