@@ -2,6 +2,7 @@
 
 from typing import Any, TypeVar
 
+from .conversion.diffusers_teachers import convert_diffusers, saved_class
 from .errors import InputError
 from .pipelines import InterpolantPipeline, OneStepInterpolantPipeline
 
@@ -9,17 +10,20 @@ Pipeline = TypeVar("Pipeline", InterpolantPipeline, OneStepInterpolantPipeline)
 
 
 def load_pipeline(cls: type[Pipeline], role: str, name: str, **kwargs: Any) -> Pipeline:
-    """The pipeline in a folder or of a Hub id.
+    """The pipeline in a folder or of a Hub id; a teacher may also be diffusers' own (see `convert_diffusers`).
 
     Args:
         cls: the pipeline's class.
         role: what the user calls it, for the error: "teacher" or "student".
         name: the folder or Hub id.
-        kwargs: of `from_pretrained`, e.g. `dtype`, `revision`.
+        kwargs: of `from_pretrained`, e.g. `dtype`, `revision`; not for diffusers' own.
 
     Raises:
         InputError: when it cannot be loaded; the text says why.
     """
+    own = {kind.__name__ for kind in (InterpolantPipeline, OneStepInterpolantPipeline)}
+    if cls is InterpolantPipeline and not kwargs and saved_class(name) not in {*own, None}:
+        return convert_diffusers(name)
     try:
         return cls.from_pretrained(name, **kwargs)
     except (OSError, ValueError) as error:

@@ -4,27 +4,15 @@ import copy
 
 import pytest
 import torch
-from diffusers import DiffusionPipeline, DiTTransformer2DModel, UNet2DModel
+from diffusers import DiffusionPipeline
+from diffusers_models import tiny_dit, tiny_unet
 from helpers import tiny_sit
 from torch import nn
+from torch.distributed.fsdp import fully_shard
 
 from si_distill import InterpolantPipeline, OneStepInterpolantPipeline, StochasticInterpolantScheduler
 from si_distill.adversarial import CriticNetwork
 from si_distill.pipelines import guided_outputs, view_network
-
-
-def tiny_dit(**config):
-    shape = dict(num_attention_heads=2, attention_head_dim=4, num_layers=3, sample_size=8, patch_size=4, in_channels=2)
-    torch.manual_seed(0)
-    return DiTTransformer2DModel(**{**shape, "num_embeds_ada_norm": 3, "norm_num_groups": 2, **config})
-
-
-def tiny_unet(**config):
-    blocks = dict(down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2, block_out_channels=(4, 8))
-    shape = dict(sample_size=8, in_channels=2, out_channels=2, layers_per_block=1, norm_num_groups=2)
-    torch.manual_seed(0)
-    return UNet2DModel(**{**blocks, **shape, "attention_head_dim": 4, **config})
-
 
 NETWORKS = {
     "sit": lambda: tiny_sit(in_channels=2),
@@ -201,3 +189,23 @@ def test_networks_that_do_not_say_what_they_are_are_refused():
 def test_a_sit_with_classes_asks_for_labels():
     with pytest.raises(ValueError, match="3 classes: pass `class_labels`"):
         tiny_sit()(torch.zeros(1, 1, 8, 8), 0.5)
+
+
+def test_a_sharded_dit_needs_its_embeddings_to_be_units_of_their_own(tmp_path):
+    """DiT's output layer uses the embeddings inside the first block, which FSDP2 has put away again by then."""
+
+    def sharded(*kinds):
+        network = tiny_dit()
+        for module in (*(m for m in reversed(list(network.modules())) if type(m).__name__ in kinds), network):
+            fully_shard(module)
+        return view_network(network)(*inputs())[0]
+
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        with pytest.raises(RuntimeError, match=r"mixed torch\.Tensor and DTensor"):
+            sharded("BasicTransformerBlock")
+        prediction = sharded("BasicTransformerBlock", "CombinedTimestepLabelEmbeddings")
+        prediction.square().mean().backward()
+    finally:
+        torch.distributed.destroy_process_group()
+    assert torch.equal(prediction, view_network(tiny_dit())(*inputs())[0])

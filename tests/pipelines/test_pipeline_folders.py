@@ -150,6 +150,7 @@ def test_the_index_names_the_folder_s_own_code(root):
         "scheduler": ["scheduling_stochastic_interpolant", "StochasticInterpolantScheduler"],
         "transformer": ["transformer_sit", "SiTTransformer2DModel"],
         "vae": ["diffusers", "AutoencoderKL"],
+        "vae_pixel_min": -1.0,
     }
 
 

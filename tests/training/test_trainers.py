@@ -8,27 +8,11 @@ import torch
 from accelerate.state import AcceleratorState
 from helpers import tiny_sit
 from safetensors.torch import load_file
+from trainer_builders import distillation, teaching
 
 from si_distill import InterpolantPipeline, OneStepInterpolantPipeline, StochasticInterpolantScheduler
 from si_distill.errors import InputError, TrainingStopped
 from si_distill.objectives import PRESETS
-from si_distill.settings import parse_settings
-from si_distill.training.config import DistillConfig, TeacherConfig
-from si_distill.training.distillation import DistillationTrainer
-from si_distill.training.teacher import TeacherTrainer
-
-SMALL = "--per_device_train_batch_size 4 --logging_steps 1 --eval_steps 1000 --save_steps 1000".split()
-
-
-def distillation(teacher, folder, *arguments) -> DistillationTrainer:
-    argv = ["--teacher", teacher, "--output_dir", folder, *SMALL, *arguments]
-    return DistillationTrainer(parse_settings(DistillConfig, list(map(str, argv))))
-
-
-def teaching(folder, *arguments) -> TeacherTrainer:
-    model = ["--model", "{patch_size: 4, num_layers: 1, num_attention_heads: 2, attention_head_dim: 8}"]
-    argv = ["--output_dir", folder, *SMALL, *model, *arguments]
-    return TeacherTrainer(parse_settings(TeacherConfig, list(map(str, argv))))
 
 
 def save_teacher(folder, seed=0, scheduler=None, **config):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 from script_runs import ROOT
-from test_trainers import distillation, teaching
+from trainer_builders import distillation, teaching
 
 from si_distill import InterpolantPipeline, OneStepInterpolantPipeline
 from si_distill.data import DataConfig, load_images

@@ -69,7 +69,7 @@ class SelfContainedFolderMixin:
             raise ValueError(f"{cls.__name__} cannot be loaded from {source!r}: {error}") from error
         for name, component in pipeline.components.items():
             if isinstance(component, torch.nn.Module) and name not in kwargs:
-                _check_weights(component, f"{source}/{name}", kwargs)
+                check_weights(component, f"{source}/{name}", kwargs)
         return pipeline
 
     @classmethod
@@ -244,7 +244,7 @@ def _check_source(source: str) -> None:
         raise OSError(f"There is no folder {source!r}, and it cannot be the name of a repository (`user/name`).")
 
 
-def _check_weights(component: torch.nn.Module, name: str, kwargs: dict[str, Any]) -> None:
+def check_weights(component: torch.nn.Module, name: str, kwargs: dict[str, Any]) -> None:
     """diffusers only warns when tensors are missing, which it leaves without values, or left over."""
     if not {"device_map", "quantization_config"}.isdisjoint(kwargs):
         return  # placed on other devices, or stored under other names
