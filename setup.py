@@ -34,6 +34,7 @@ setup(
         "wandb>=0.20",
         "pillow>=10.0",
         "numpy>=1.26",
+        "scipy>=1.11",
         "pyyaml>=6.0",
         "tqdm>=4.66",
         "matplotlib>=3.8",

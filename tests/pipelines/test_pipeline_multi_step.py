@@ -115,6 +115,13 @@ def test_progress_is_shown_for_each_evaluation(capfd):
     ("kwargs", "message"),
     [
         (dict(solver="rk45"), "'rk45'.*euler, heun"),
+        (dict(solver_kwargs={"diffusion": "sbdm"}), r"\['diffusion'\]; it takes the settings diffusion_form"),
+        (dict(solver_kwargs={"diffusion_form": "none"}), "`diffusion_form` is 'none'"),
+        (dict(solver="dopri5", timesteps=[0.5]), "chooses its own times: leave out `timesteps`"),
+        (dict(solver="dopri5", callback_on_step_end=print), "leave out .*`callback_on_step_end`"),
+        (dict(solver="dopri5", solver_kwargs={"rtol": 0.0}), "`rtol` must be a positive number, got 0.0"),
+        (dict(guidance_interval=(0.5, 0.5)), r"two rising times in \[0, 1\], got \(0.5, 0.5\)"),
+        (dict(guidance_channels=2), "`guidance_channels` is 2, but this network has 1 channels"),
         (dict(num_inference_steps=0), "at least 1, got 0"),
         (dict(timesteps=[0.2, 0.8]), "fall strictly"),
         (dict(guidance_scale=-1.0), "at least 0.*-1.0"),

@@ -6,13 +6,12 @@ from gaussian_oracle import Gaussian
 
 from si_distill import StochasticInterpolantScheduler, get_interpolant
 from si_distill.interpolants import INTERPOLANTS, PREDICTIONS
-from si_distill.schedulers.scheduling_stochastic_interpolant import SOLVERS
 
 DATA = Gaussian(*torch.tensor([[-0.5, 0.3, 1.0], [0.4, 1.0, 1.6]], dtype=torch.float64))
 
 every_interpolant = pytest.mark.parametrize("interpolant", INTERPOLANTS)
 every_prediction = pytest.mark.parametrize("prediction", PREDICTIONS)
-every_solver = pytest.mark.parametrize("solver", SOLVERS)
+every_solver = pytest.mark.parametrize("solver", ["euler", "heun", "ddim"])
 
 
 def noise(seed: int, *shape: int, dtype=torch.float64) -> torch.Tensor:
@@ -296,7 +295,8 @@ class TestContract:
         )
         sched.save_pretrained(tmp_path)
         loaded = StochasticInterpolantScheduler.from_pretrained(tmp_path)
-        assert dict(loaded.config) == dict(sched.config)
+        sched_config = {key: value for key, value in sched.config.items() if key != "_use_default_values"}
+        assert dict(loaded.config) == sched_config
         assert loaded.interpolant == get_interpolant(interpolant, **(settings or {}))
         results = []
         for each in (sched, loaded):
@@ -318,7 +318,6 @@ class TestContract:
                 dict(prediction_type="v"),
                 "`prediction_type` is 'v'; choose one of: velocity, sample, epsilon, score, v_prediction, edm",
             ),
-            (dict(solver="rk4"), "`solver` is 'rk4'; choose one of: euler, heun"),
             (dict(init_time=0.0), "`init_time` must lie in .*, got 0.0"),
             (dict(init_time=1.1), "`init_time` must lie in .*, got 1.1"),
             (dict(prediction_type="epsilon"), "epsilon prediction says nothing about the sample .* at 0.9877"),

@@ -6,10 +6,11 @@ A copy of this file travels beside `pipeline.py` into every saved pipeline: it i
 import difflib
 import operator
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, ImagePipelineOutput
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
@@ -20,6 +21,20 @@ from .interpolant_pipeline_network import NetworkView, guided_outputs, view_netw
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
 ClassLabels = int | str | list[int | str] | torch.Tensor
+
+
+@dataclass
+class InterpolantPipelineOutput(ImagePipelineOutput):
+    """
+    Output of the pipelines.
+
+    Args:
+        images (`list[PIL.Image.Image]`, `np.ndarray` or `torch.Tensor`): the B images, in the form of `output_type`.
+        num_network_evaluations (`int`): how often the network was evaluated for each image; a forward with guidance, which
+            has two rows for an image, counts 2.
+    """
+
+    num_network_evaluations: int
 
 
 class InterpolantPipelineBase(DiffusionPipeline):
@@ -228,6 +243,7 @@ class InterpolantPipelineBase(DiffusionPipeline):
         timestep: torch.Tensor,
         class_labels: torch.Tensor | None,
         guidance_scale: float = 1.0,
+        guidance_channels: int | None = None,
     ) -> torch.Tensor:
         """One forward of the network at (x_t, t), (B, C, H, W) and a scalar, in the network's dtype."""
         # Scaled before the cast: what the network sees has unit size, x_t itself may be 80 times that.
@@ -240,6 +256,7 @@ class InterpolantPipelineBase(DiffusionPipeline):
             class_labels,
             self.network.null_class,
             guidance_scale,
+            guidance_channels=guidance_channels,
         )[0]
 
     def apply_callback(

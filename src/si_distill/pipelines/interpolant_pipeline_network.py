@@ -216,6 +216,7 @@ def guided_outputs(
     null_class: int | None,
     guidance_scale: float | torch.Tensor = 1.0,
     augment_labels: torch.Tensor | None = None,
+    guidance_channels: int | None = None,
 ) -> tuple[torch.Tensor, ...]:
     """
     Classifier-free guidance in one forward: v_∅ + w (v_y − v_∅), with w = 1 a plain forward of B rows.
@@ -230,6 +231,7 @@ def guided_outputs(
         null_class (`int`, *optional*): the label that means "no class".
         guidance_scale (`float`, or `torch.Tensor` of shape (B,)): w; 0 ignores the class, 1 is no guidance.
         augment_labels (`torch.Tensor` of shape (B, augment_dim), *optional*): what augmentation did to `x_t`.
+        guidance_channels (`int`, *optional*): guides only the first channels of the prediction; None is all of them.
 
     Returns:
         The network's tuple: first the guided prediction of the shape of `x_t`; anything else as it is for the classes y.
@@ -253,4 +255,6 @@ def guided_outputs(
     if torch.is_tensor(guidance_scale):
         guidance_scale = guidance_scale.to(conditional.dtype).view(-1, *[1] * (x_t.ndim - 1))
     guided = unconditional + guidance_scale * (conditional - unconditional)
+    if guidance_channels is not None:
+        guided = torch.cat([guided[:, :guidance_channels], conditional[:, guidance_channels:]], 1)
     return guided, *(None if extra is None else extra.chunk(2)[0] for extra in outputs[1:])

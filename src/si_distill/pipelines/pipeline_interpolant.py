@@ -1,4 +1,4 @@
-"""Images by solving the ODE of an interpolant in many steps: the pipeline of a teacher.
+"""Images by solving the ODE or an SDE of an interpolant in many steps: the pipeline of a teacher.
 
 This file travels as `pipeline.py`, with its helpers, into every saved teacher: they import only torch, diffusers and
 what diffusers requires.
@@ -9,12 +9,16 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline, ImagePipelineOutput
+from diffusers import DiffusionPipeline
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
-from .interpolant_pipeline_base import ClassLabels, InterpolantPipelineBase
+from .interpolant_pipeline_base import ClassLabels, InterpolantPipelineBase, InterpolantPipelineOutput
 from .interpolant_pipeline_folder import SelfContainedFolderMixin
 from .interpolant_pipeline_network import NetworkView  # noqa: F401 - a helper's import: what travels is what is named here
+from .interpolant_probability_flow import ProbabilityFlow
+
+#: Settings of the scheduler that a call may override.
+SOLVER_SETTINGS = ("diffusion_form", "diffusion_norm", "last_step", "last_step_size", "rtol", "atol")
 
 
 class InterpolantPipeline(SelfContainedFolderMixin, InterpolantPipelineBase):
@@ -36,7 +40,10 @@ class InterpolantPipeline(SelfContainedFolderMixin, InterpolantPipelineBase):
         class_labels: ClassLabels | None = None,
         num_inference_steps: int = 50,
         guidance_scale: float = 1.0,
+        guidance_interval: tuple[float, float] = (0.0, 1.0),
+        guidance_channels: int | None = None,
         solver: str | None = None,
+        solver_kwargs: dict[str, Any] | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: torch.Tensor | None = None,
         batch_size: int | None = None,
@@ -45,24 +52,31 @@ class InterpolantPipeline(SelfContainedFolderMixin, InterpolantPipelineBase):
         return_dict: bool = True,
         callback_on_step_end: Callable[[DiffusionPipeline, int, torch.Tensor, dict], dict] | None = None,
         callback_on_step_end_tensor_inputs: list[str] = ["latents"],  # noqa: B006 - diffusers' signature, never changed
-    ) -> ImagePipelineOutput | tuple[Any]:
+    ) -> InterpolantPipelineOutput | tuple[Any]:
         """
-        Generates one image for each label, in N forwards of the network (Euler, DDIM) or 2 N − 1 (Heun) for N steps.
+        Generates one image for each label.
 
         Args:
             class_labels (`int`, `str`, `list` of these, or integer `torch.Tensor` of shape (B,)): classes,
                 0 … num_classes − 1, or their names. Not given for an unconditional network.
-            num_inference_steps (`int`): N, at least 1; not used when `timesteps` is given.
+            num_inference_steps (`int`): N, at least 1; not used when `timesteps` is given, or by `"dopri5"`.
             guidance_scale (`float`): w ≥ 0 in v_∅ + w (v_y − v_∅). 1 is no guidance; otherwise each forward has 2 B rows.
-            solver (`str`, *optional*): `"euler"`, `"heun"` or `"ddim"`; None takes the scheduler's.
+            guidance_interval (`tuple[float, float]`): smallest and largest time with guidance (Kynkäänniemi et al. 2024,
+                "Applying Guidance in a Limited Interval"); at others w is 1.
+            guidance_channels (`int`, *optional*): guides only the first channels, as SiT's sampler does with 3; None is all.
+            solver (`str`, *optional*): `"euler"`, `"heun"`, `"ddim"`, `"edm_heun"`, `"dpmpp_2m"`, `"sde_euler"`,
+                `"sde_heun"` or `"dopri5"` (see `StochasticInterpolantScheduler`); None takes the scheduler's.
+            solver_kwargs (`dict`, *optional*): settings of the scheduler for this call: `diffusion_form`, `diffusion_norm`,
+                `last_step`, `last_step_size` of an SDE, `rtol`, `atol` of `"dopri5"`.
             generator (`torch.Generator` or a list of B of them, *optional*): makes the images reproducible; with a list,
-                each image depends on its own generator only.
+                each image depends on its own generator only (with `"dopri5"` on the others within the tolerance: its steps
+                are chosen for the batch).
             latents (`torch.Tensor` of shape (B, C, sample_size, sample_size), *optional*): standard normal noise x1.
             batch_size (`int`, *optional*): number of images B of an unconditional network; 1 when not given.
             timesteps (`list[float]`, *optional*): the start of each step: falling times in (0, 1], without the final 0.
             output_type (`str`): `"pil"`, `"np"` (B, H, W, C) in [0, 1], `"pt"` (B, C, H, W) in [0, 1], or `"latent"`,
                 the sampler's result before decoding.
-            return_dict (`bool`): whether to return an `ImagePipelineOutput` or a tuple.
+            return_dict (`bool`): whether to return an `InterpolantPipelineOutput` or a tuple.
             callback_on_step_end (`Callable`, *optional*): called as `callback(pipeline, step, timestep, tensors)` after
                 each evaluation; may return `{"latents": …}` to change them.
             callback_on_step_end_tensor_inputs (`list[str]`): the tensors that it sees; `"latents"` is the one there is.
@@ -79,7 +93,8 @@ class InterpolantPipeline(SelfContainedFolderMixin, InterpolantPipelineBase):
         ```
 
         Returns:
-            [`~pipelines.ImagePipelineOutput`] or `tuple`: `images` holds the B images.
+            `InterpolantPipelineOutput` or `tuple`: `images` holds the B images, and the output's `num_network_evaluations`
+            counts network evaluations per image; a guided one counts 2.
 
         Raises:
             ValueError: for an argument out of range, or guidance of a network without a null class.
@@ -90,39 +105,73 @@ class InterpolantPipeline(SelfContainedFolderMixin, InterpolantPipelineBase):
             raise ValueError(
                 f"`guidance_scale` must be a number of at least 0 (1 is no guidance), got {guidance_scale}."
             )
+        low, high = guidance_interval
+        if not 0 <= low < high <= 1:
+            raise ValueError(f"`guidance_interval` must be two rising times in [0, 1], got {guidance_interval}.")
+        if guidance_channels is not None and not 1 <= guidance_channels <= self.network.sample_shape[0]:
+            raise ValueError(
+                f"`guidance_channels` is {guidance_channels}, but this network has {self.network.sample_shape[0]} channels."
+            )
         device = self._execution_device
         labels, batch_size = self.prepare_labels(class_labels, batch_size, device)
         self.check_inputs(batch_size, generator, latents, output_type, callback_on_step_end_tensor_inputs)
 
         # 2. Prepare the times
-        scheduler = self._scheduler_with(solver)
-        steps = None if timesteps is not None else num_inference_steps
-        scheduler.set_timesteps(steps, device=device, timesteps=timesteps)
+        scheduler = self._scheduler_with(solver, solver_kwargs)
+        adaptive = getattr(scheduler, "solver", None) == "dopri5"
+        if adaptive and (timesteps is not None or callback_on_step_end is not None):
+            raise ValueError(
+                "The solver 'dopri5' chooses its own times: leave out `timesteps` and `callback_on_step_end`, or choose "
+                "another solver."
+            )
+        if not adaptive:
+            steps = None if timesteps is not None else num_inference_steps
+            scheduler.set_timesteps(steps, device=device, timesteps=timesteps)
 
         # 3. Prepare the noise
         latents = self.prepare_latents(batch_size, device, generator, latents, scheduler.init_noise_sigma)
 
         # 4. Solve
-        with self.progress_bar(total=len(scheduler.timesteps)) as progress_bar:
-            for step, timestep in enumerate(scheduler.timesteps):
-                prediction = self.predict(latents, timestep, labels, guidance_scale)
-                latents = scheduler.step(prediction, timestep, latents, return_dict=False)[0]
-                latents = self.apply_callback(
-                    callback_on_step_end, step, timestep, latents, callback_on_step_end_tensor_inputs
-                )
-                progress_bar.update()
+        evaluations = 0
+
+        def predict(x: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+            nonlocal evaluations
+            scale = guidance_scale if low <= float(timestep) <= high else 1.0
+            evaluations += 1 if scale == 1 else 2
+            return self.predict(x, timestep, labels, scale, guidance_channels)
+
+        if adaptive:
+            config = scheduler.config
+            flow = ProbabilityFlow(scheduler.interpolant, config.prediction_type, predict, config.init_time)
+            with self.progress_bar(total=math.inf) as progress_bar:  # tqdm's way to say that the end is not known
+                latents = flow.sample(latents, config.rtol, config.atol, progress_bar.update)
+        else:
+            with self.progress_bar(total=len(scheduler.timesteps)) as progress_bar:
+                for step, timestep in enumerate(scheduler.timesteps):
+                    prediction = predict(latents, timestep)
+                    latents = scheduler.step(prediction, timestep, latents, generator=generator, return_dict=False)[0]
+                    latents = self.apply_callback(
+                        callback_on_step_end, step, timestep, latents, callback_on_step_end_tensor_inputs
+                    )
+                    progress_bar.update()
 
         # 5. Decode
         images = self.postprocess(latents, output_type)
         self.maybe_free_model_hooks()
-        return ImagePipelineOutput(images=images) if return_dict else (images,)
+        if not return_dict:
+            return (images,)
+        return InterpolantPipelineOutput(images=images, num_network_evaluations=evaluations)
 
-    def _scheduler_with(self, solver: str | None) -> SchedulerMixin:
-        """The registered scheduler, or one that differs from it in the solver."""
-        if solver is None:
-            return self.scheduler
-        if "solver" not in self.scheduler.config:
+    def _scheduler_with(self, solver: str | None, solver_kwargs: dict[str, Any] | None) -> SchedulerMixin:
+        """A scheduler of its own for each call, so that calls can share the pipeline, with the call's settings."""
+        unknown = set(solver_kwargs or ()) - set(SOLVER_SETTINGS)
+        if unknown:
             raise ValueError(
-                f"`solver` is {solver!r}, but a {type(self.scheduler).__name__} has no choice of solvers; leave it out."
+                f"`solver_kwargs` has {sorted(unknown)}; it takes the settings {', '.join(SOLVER_SETTINGS)}."
             )
-        return type(self.scheduler).from_config(self.scheduler.config, solver=solver)
+        changes = {**({} if solver is None else {"solver": solver}), **(solver_kwargs or {})}
+        if changes and "solver" not in self.scheduler.config:
+            raise ValueError(
+                f"A {type(self.scheduler).__name__} has no choice of solvers: leave out `solver` and `solver_kwargs`."
+            )
+        return type(self.scheduler).from_config(self.scheduler.config, **changes)

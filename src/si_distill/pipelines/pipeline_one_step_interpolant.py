@@ -8,9 +8,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline, ImagePipelineOutput
+from diffusers import DiffusionPipeline
 
-from .interpolant_pipeline_base import ClassLabels, InterpolantPipelineBase
+from .interpolant_pipeline_base import ClassLabels, InterpolantPipelineBase, InterpolantPipelineOutput
 from .interpolant_pipeline_folder import SelfContainedFolderMixin
 from .interpolant_pipeline_network import NetworkView  # noqa: F401 - a helper's import: what travels is what is named here
 
@@ -40,7 +40,7 @@ class OneStepInterpolantPipeline(SelfContainedFolderMixin, InterpolantPipelineBa
         return_dict: bool = True,
         callback_on_step_end: Callable[[DiffusionPipeline, int, torch.Tensor, dict], dict] | None = None,
         callback_on_step_end_tensor_inputs: list[str] = ["latents"],  # noqa: B006 - diffusers' signature, never changed
-    ) -> ImagePipelineOutput | tuple[Any]:
+    ) -> InterpolantPipelineOutput | tuple[Any]:
         """
         Generates one image for each label, with exactly one evaluation of the network.
 
@@ -55,7 +55,7 @@ class OneStepInterpolantPipeline(SelfContainedFolderMixin, InterpolantPipelineBa
             batch_size (`int`, *optional*): number of images B of an unconditional network; 1 when not given.
             output_type (`str`): `"pil"`, `"np"` (B, H, W, C) in [0, 1], `"pt"` (B, C, H, W) in [0, 1], or `"latent"`,
                 the network's x̂0 before decoding.
-            return_dict (`bool`): whether to return an `ImagePipelineOutput` or a tuple.
+            return_dict (`bool`): whether to return an `InterpolantPipelineOutput` or a tuple.
             callback_on_step_end (`Callable`, *optional*): called as `callback(pipeline, step, timestep, tensors)` before
                 decoding; may return `{"latents": …}` to change them.
             callback_on_step_end_tensor_inputs (`list[str]`): the tensors that it sees; `"latents"` is the one there is.
@@ -71,7 +71,7 @@ class OneStepInterpolantPipeline(SelfContainedFolderMixin, InterpolantPipelineBa
         ```
 
         Returns:
-            [`~pipelines.ImagePipelineOutput`] or `tuple`: `images` holds the B images.
+            `InterpolantPipelineOutput` or `tuple`: `images` holds the B images.
 
         Raises:
             ValueError: for an argument out of range, or when steps or guidance are asked for.
@@ -105,4 +105,4 @@ class OneStepInterpolantPipeline(SelfContainedFolderMixin, InterpolantPipelineBa
         # 4. Decode
         images = self.postprocess(latents, output_type)
         self.maybe_free_model_hooks()
-        return ImagePipelineOutput(images=images) if return_dict else (images,)
+        return InterpolantPipelineOutput(images=images, num_network_evaluations=1) if return_dict else (images,)

@@ -23,6 +23,7 @@ STREAMS = (
     "dropout",
     "samples",
     "evaluation",
+    "likelihood",
 )
 
 
