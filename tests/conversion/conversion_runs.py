@@ -16,9 +16,14 @@ def convert(folder: Path, content, *options) -> Path:
     """Writes `content` as a checkpoint in `folder` and converts it with the options of the script."""
     source, out = folder / "checkpoint.pt", folder / "converted"
     torch.save(content, source)
+    convert_source(source, out, *options)
+    return out
+
+
+def convert_source(source: Path, out: Path, *options) -> None:
+    """Converts what is at `source` with the options of the script."""
     argv = ["--source", source, "--out", out, *options]
     convert_checkpoint(parse_settings(ConvertConfig, list(map(str, argv))))
-    return out
 
 
 def distance(output: torch.Tensor, expected: torch.Tensor) -> float:

@@ -8,15 +8,16 @@ import zipfile
 
 import pytest
 import torch
-from conversion_runs import convert
+from conversion_runs import convert, convert_source
 from diffusers import AutoencoderKL
+from diffusers_models import save_dit_pipeline
 from foreign_sit import HEADS, sit_weights
 from foreign_unet import HEADS as UNET_HEADS
 from foreign_unet import unet_weights
 from PIL import Image
 from safetensors.torch import save_file
 from script_runs import ROOT, run
-from test_trainers import distillation
+from trainer_builders import distillation
 
 from si_distill import InterpolantPipeline
 from si_distill.conversion.checkpoints import read_checkpoint
@@ -177,6 +178,35 @@ class TestWriting:
         out = convert(tmp_path, sit_weights(rows=1001), *SIT, "--id2label", "imagenet")
         pipeline = InterpolantPipeline.from_pretrained(out)
         assert pipeline.get_label_ids(["goldfish", "golden retriever", "toilet tissue"]) == [1, 207, 999]
+
+
+class TestDiffusersFolders:
+    def test_become_folders_of_our_own_form(self, tmp_path, capsys):
+        theirs = save_dit_pipeline(tmp_path / "dit")
+        out = tmp_path / "out"
+        convert_source(tmp_path / "dit", out)
+        pipeline = InterpolantPipeline.from_pretrained(out)
+        for name, tensor in theirs.transformer.state_dict().items():
+            assert torch.equal(pipeline.transformer.state_dict()[name], tensor)
+        assert pipeline.scheduler.config.timestep_type == "discrete"
+        assert type(pipeline.vae) is type(theirs.vae)
+        assert "found:    diffusers' DiTPipeline teacher" in capsys.readouterr().out
+
+    def test_that_are_ours_already_need_nothing(self, tmp_path, teacher_folder):
+        with pytest.raises(InputError, match="is a pipeline folder of this library already"):
+            convert_source(teacher_folder, tmp_path / "out")
+
+    def test_of_nothing_known(self, tmp_path):
+        with pytest.raises(InputError, match="saved as nothing that diffusers knows"):
+            convert_source(tmp_path, tmp_path / "out")
+        with pytest.raises(InputError, match="There is no checkpoint file"):
+            convert_source(tmp_path / "typo.pt", tmp_path / "out")
+        assert not list(tmp_path.iterdir())
+
+    def test_have_no_use_for_settings_of_others(self, tmp_path):
+        save_dit_pipeline(tmp_path / "dit")
+        with pytest.raises(InputError, match="`which` is 'ema', but the checkpoint is of kind diffusers"):
+            convert_source(tmp_path / "dit", tmp_path / "out", "--which", "ema")
 
 
 def sit(prediction):

@@ -36,7 +36,8 @@ class TestOutputs:
     @pytest.mark.parametrize(("size", "patch"), [(8, 2), (16, 4)])
     def test_of_a_velocity_network(self, tmp_path, learn_sigma, size, patch):
         weights = sit_weights(size=size, patch=patch, learn_sigma=learn_sigma)
-        pipeline = InterpolantPipeline.from_pretrained(convert(tmp_path, weights, *TINY))
+        kind = () if learn_sigma else ("--kind", "sit")
+        pipeline = InterpolantPipeline.from_pretrained(convert(tmp_path, weights, *TINY, *kind))
         images = torch.randn(5, 4, size, size, generator=torch.Generator().manual_seed(1))
         with torch.no_grad():
             output = pipeline.transformer(images, TIMES, LABELS).sample
@@ -80,14 +81,14 @@ class TestOutputs:
         assert "REPA teacher" in printed
         assert "3 tensors: projectors" in printed
 
-    @pytest.mark.parametrize("options", [["--kind", "repa"], []])
-    def test_of_repa_without_projectors_need_the_kind(self, tmp_path, images, options):
+    def test_of_repa_without_projectors_need_the_kind(self, tmp_path, images):
         weights = sit_weights(learn_sigma=False)
-        network = InterpolantPipeline.from_pretrained(convert(tmp_path, weights, *TINY, *options)).transformer
+        with pytest.raises(InputError, match=r"SiT's or REPA's, which run time in opposite directions.*--kind"):
+            convert(tmp_path, weights, *TINY)
+        network = InterpolantPipeline.from_pretrained(convert(tmp_path, weights, *TINY, "--kind", "repa")).transformer
         with torch.no_grad():
             output = network(images.float(), TIMES, LABELS).sample
-        same_time = distance(output, sit_output(weights, images, TIMES, LABELS)) < 1e-5
-        assert same_time is bool(options)
+        assert distance(output, sit_output(weights, images, TIMES, LABELS)) < 1e-5
 
     def test_of_repas_first_checkpoints(self, tmp_path, images):
         weights = sit_weights(learn_sigma=False)
@@ -179,7 +180,7 @@ class TestRefusals:
             (("--preset", "SiT-M/2"), "Unknown `preset` 'SiT-M/2'. Choose one of: SiT-S/2"),
             (
                 (*TINY, "--sample_size", 64),
-                r"pos_embed is \(1, 16, 24\): 16 patches of 2×2 make a square image of 8×8, not",
+                r"pos_embed is \(1, 16, 24\): 16 patches of 2×2 make an image of 8×8, not",
             ),
             (
                 (*TINY, "--num_classes", 10),
@@ -205,6 +206,9 @@ class TestRefusals:
             convert(tmp_path, content, *TINY, "--interpolant", "vp")
         with pytest.raises(InputError, match="`prediction_type` is score, but the checkpoint was trained with noise"):
             convert(tmp_path, content, *TINY, "--prediction_type", "score")
+        content = saved_by_sit(sit_weights(), path_type="Spiral")
+        with pytest.raises(InputError, match=r"trained with 'Spiral', which is not known here.*--interpolant"):
+            convert(tmp_path, content, *TINY)
 
     def test_of_a_direction_that_would_be_wrong(self, tmp_path):
         with pytest.raises(InputError, match="`kind` is sit, but the checkpoint has REPA's projectors"):

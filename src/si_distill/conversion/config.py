@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from ..errors import InputError
 from ..settings import at_least, setting
 
-KINDS = ("auto", "sit", "repa", "torchcfm", "realuid")
+KINDS = ("auto", "sit", "repa", "torchcfm", "realuid", "diffusers")
 
 #: Settings that only some kinds have a use for.
 _SPECIFIC = {

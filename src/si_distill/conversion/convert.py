@@ -3,13 +3,17 @@
 from pathlib import Path
 
 from ..errors import InputError
-from ..pipelines import view_network
+from ..pipelines import InterpolantPipeline, OneStepInterpolantPipeline, view_network
 from .checkpoints import choose_weights, read_checkpoint
 from .config import ConvertConfig
 from .converted import Converted
+from .diffusers_teachers import convert_diffusers, saved_class
 from .output import check_output, load_id2label, load_vae, write_pipeline
 from .sit import convert_sit, is_sit
 from .torchcfm import convert_torchcfm, is_torchcfm
+
+#: Endings of checkpoint files; what has another one and is no file is a folder or Hub id of diffusers.
+FILES = (".pt", ".pth", ".ckpt", ".safetensors", ".pkl")
 
 
 def convert_checkpoint(settings: ConvertConfig) -> None:
@@ -31,6 +35,8 @@ def convert_checkpoint(settings: ConvertConfig) -> None:
 
 
 def _convert(settings: ConvertConfig) -> Converted:
+    if settings.kind == "diffusers" or (settings.kind == "auto" and not _is_file(settings.source)):
+        return _convert_diffusers(settings)
     content = read_checkpoint(Path(settings.source))
     _, weights = choose_weights(content, settings.which, settings.ema_decay)
     kind = settings.kind
@@ -43,6 +49,26 @@ def _convert(settings: ConvertConfig) -> Converted:
         )
     settings.check_kind(kind)
     return convert_sit(content, settings) if kind in ("sit", "repa") else convert_torchcfm(content, settings)
+
+
+def _is_file(source: str) -> bool:
+    """Whether it is meant as a file, there or not, rather than as a folder or Hub id."""
+    return Path(source).is_file() or Path(source).suffix in FILES
+
+
+def _convert_diffusers(settings: ConvertConfig) -> Converted:
+    name = saved_class(settings.source)
+    if name in (InterpolantPipeline.__name__, OneStepInterpolantPipeline.__name__):
+        raise InputError(f"{settings.source} is a pipeline folder of this library already: use it as it is.")
+    settings.check_kind("diffusers")
+    pipeline = convert_diffusers(settings.source)
+    return Converted(
+        kind=f"diffusers' {name}",
+        transformer=pipeline.transformer,
+        scheduler=pipeline.scheduler,
+        vae=pipeline.vae,
+        id2label=pipeline.config.id2label,
+    )
 
 
 def describe(converted: Converted, folder: Path, rms: float) -> str:

@@ -58,10 +58,9 @@ def convert_sit(content: dict[str, Any], settings: ConvertConfig) -> Converted:
     arguments = content.get("args")
     saved = vars(arguments) if isinstance(arguments, argparse.Namespace) else {}
     weights, projectors = _without_projectors(_renumbered(weights))
-    repa = _is_repa(settings.kind, bool(projectors), saved)
-
     positions = weights.pop("pos_embed", None)
     network = _build(weights, positions, settings, saved)
+    repa = _is_repa(settings.kind, bool(projectors), network.config.learn_sigma, saved)
     _set_positions(network, positions)
     interpolant = _choice("interpolant", settings.interpolant, PATHS, saved.get("path_type"), "linear")
     prediction_type = _choice(
@@ -109,12 +108,18 @@ def _without_projectors(weights: StateDict) -> tuple[StateDict, list[str]]:
     return {name: tensor for name, tensor in weights.items() if name not in projectors}, projectors
 
 
-def _is_repa(kind: str, has_projectors: bool, saved: dict[str, Any]) -> bool:
-    found = has_projectors or "proj_coeff" in saved
+def _is_repa(kind: str, projectors: bool, learn_sigma: bool, saved: dict[str, Any]) -> bool:
+    """REPA says so by its projectors or settings; SiT's own code always learns sigma and saves its settings."""
+    found = projectors or "proj_coeff" in saved
     if kind == "sit" and found:
         raise InputError(
             "`kind` is sit, but the checkpoint has REPA's projectors or settings. The two run time in opposite directions: "
             "use --kind repa, or leave it out."
+        )
+    if kind == "auto" and not (found or learn_sigma or saved):
+        raise InputError(
+            "The checkpoint may be SiT's or REPA's, which run time in opposite directions: its tensors are the same without "
+            "learned sigma, and it has neither projectors nor settings. Say which with --kind sit or --kind repa."
         )
     return kind == "repa" or found
 
@@ -207,12 +212,11 @@ def _sample_size(positions: torch.Tensor | None, patch: int, wanted: int | None)
         return wanted
     tokens = positions.shape[1]
     size = math.isqrt(tokens) * patch
-    if math.isqrt(tokens) ** 2 != tokens or (wanted is not None and wanted != size):
-        described = f"a square image of {size}×{size}" if size**2 == tokens * patch**2 else "no square image"
-        raise InputError(
-            f"pos_embed is {tuple(positions.shape)}: {tokens} patches of {patch}×{patch} make {described}, not one of "
-            f"`sample_size` {wanted}."
-        )
+    patches = f"pos_embed is {tuple(positions.shape)}: {tokens} patches of {patch}×{patch}"
+    if size**2 != tokens * patch**2:
+        raise InputError(f"{patches} make no square image.")
+    if wanted not in (None, size):
+        raise InputError(f"{patches} make an image of {size}×{size}, not one of `sample_size` {wanted}.")
     return size
 
 
@@ -256,7 +260,11 @@ def _our_names(weights: StateDict, network: SiTTransformer2DModel) -> StateDict:
 
 def _choice(name: str, given: str | None, names: dict[str, str], saved: str | None, default: str) -> str:
     """The user's choice, or the checkpoint's, which must not contradict each other."""
-    known = names.get(saved) if saved is not None else None
+    known = names.get(str(saved))
+    if saved is not None and given is None and known is None:
+        raise InputError(
+            f"The checkpoint was trained with {saved!r}, which is not known here: say what it is with --{name}."
+        )
     if given is not None and known is not None and given != known:
         raise InputError(
             f"`{name}` is {given}, but the checkpoint was trained with {saved}, which is {known}. Leave it out."
