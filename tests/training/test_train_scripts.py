@@ -79,12 +79,17 @@ def test_the_whole_road_teacher_student_picture_and_table(tmp_path):
 
 
 def test_two_processes_give_the_trajectory_of_one(teacher_folder, tmp_path):
-    arguments = [*DISTILL, "--teacher", teacher_folder, "--max_steps", 20]
+    arguments = [*DISTILL, "--teacher", teacher_folder, "--max_steps", 20, "--eval_metric_steps", 10]
+    arguments += ["--evaluation.num_samples", 51, "--evaluation.batch_size", 20]
     batch = "--per_device_train_batch_size"
     run(*command("train_distill.py", *arguments, "--output_dir", tmp_path / "one"))
     run(*command("train_distill.py", *arguments, "--output_dir", tmp_path / "two", batch, 4, processes=2))
     one, two = (metrics(tmp_path / name, "images", "critic_loss", "generator_loss") for name in ("one", "two"))
     assert len(one) == 20
+    measured = [(tmp_path / name / "evaluations.jsonl").read_text().splitlines() for name in ("one", "two")]
+    distances = [[json.loads(line)["frechet_distance"] for line in lines] for lines in measured]
+    assert len(distances[0]) == 2
+    assert distances[1] == pytest.approx(distances[0], rel=1e-3)
     for first, second in zip(one, two, strict=True):
         assert second == pytest.approx(first, rel=1e-4, abs=1e-7)
 

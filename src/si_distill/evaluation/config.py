@@ -11,6 +11,31 @@ from ..settings import at_least, setting
 METRICS = ("fid", "kid", "prc", "isc")
 
 
+#: Where features of real images are kept.
+CACHE = os.environ.get("SI_DISTILL_CACHE", "~/.cache/si_distill")
+
+
+@dataclass
+class MeasurementConfig:
+    """How a run's pipeline is measured while it trains; the real images are those of `data`."""
+
+    features: str = setting(
+        "pixels", "As for evaluate.py: inception-v3-compat, dinov2, clip, pixels, package.module:Class."
+    )
+    feature_weights: str | None = setting(None, "File of its weights, if not at torch-fidelity's usual place.")
+    reference: str | None = setting(None, "Statistics (.npz) instead of those of `data`.")
+    num_samples: int = setting(2000, "Images per measurement.")
+    num_inference_steps: int = setting(20, "Steps of a teacher; a student has one.")
+    kid_subsets: int = setting(10, "Subsets of up to 1,000 images that KID is a mean over.")
+    batch_size: int = setting(256, "Images generated at once on each device.")
+    cache_dir: str = setting(CACHE, "Where features of real images are kept.")
+
+    def __post_init__(self) -> None:
+        at_least("evaluation.num_samples", self.num_samples, 4)
+        for name in ("num_inference_steps", "kid_subsets", "batch_size"):
+            at_least(f"evaluation.{name}", getattr(self, name), 1)
+
+
 @dataclass
 class EvaluationConfig:
     """What is compared with which real images."""
@@ -37,9 +62,7 @@ class EvaluationConfig:
     save_npz: bool = setting(False, "Keep the images as one .npz per row (arr_0, arr_1: ADM's evaluator).")
     save_images: bool = setting(False, "Keep the images as PNG files, a folder per row.")
     output: str | None = setting(None, "Where the results go; by default evaluation.json in a local pipeline folder.")
-    cache_dir: str = setting(
-        os.environ.get("SI_DISTILL_CACHE", "~/.cache/si_distill"), "Where features of real images are kept."
-    )
+    cache_dir: str = setting(CACHE, "Where features of real images are kept.")
 
     def __post_init__(self) -> None:
         if not (self.pipeline or self.teacher or self.images):

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from ..data import ImageDataset
 from ..errors import InputError
 from ..loading import load_pipeline
 from ..pipelines import InterpolantPipeline, OneStepInterpolantPipeline
@@ -85,6 +86,23 @@ def image_shape(pipeline: Pipeline) -> tuple[int, int, int]:
         return shape
     size = shape[-1] * 2 ** (len(vae.config.block_out_channels) - 1)
     return (vae.config.out_channels, size, size)
+
+
+def check_images(pipeline: Pipeline, data: ImageDataset, role: str) -> None:
+    """Refuses a pipeline whose images have another shape or other classes than the real ones.
+
+    Raises:
+        InputError: says what differs; the pipeline is named by its `role`.
+    """
+    channels, size, _ = image_shape(pipeline)
+    if (channels, size) != (data.channels, data.size):
+        raise InputError(
+            f"The {role} makes images of {size}×{size} pixels with {channels} channels, but the reference {data.name} has "
+            f"{data.channels} channels of {data.size}×{data.size}: set `data.image_size`."
+        )
+    classes = pipeline.network.num_classes
+    if classes and classes != len(data.class_names):
+        raise InputError(f"The {role} has {classes} classes and the reference {data.name} has {len(data.class_names)}.")
 
 
 def balanced_labels(count: int, num_classes: int, training_labels: list[int] | None) -> list[int]:

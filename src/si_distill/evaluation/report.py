@@ -20,7 +20,7 @@ from ..launching import check_processes
 from ..settings import settings_to_dict
 from .config import EvaluationConfig
 from .features import Extractor, load_extractor
-from .generators import Generator, Pipelines, balanced_labels, build_generators, image_shape
+from .generators import Generator, Pipelines, balanced_labels, build_generators, check_images, image_shape
 from .measures import Judge
 from .metrics import DigitsClassifier
 from .pictures import COLUMNS_OF_PICTURES, draw_neighbours, draw_quality, draw_samples
@@ -212,19 +212,8 @@ def _check_fits(pipelines: Pipelines, files: FileSource | None, data: ImageDatas
             f"The finished images have {files.size}×{files.size} pixels and the reference {data.name} has "
             f"{data.size}×{data.size}: set `data.image_size`."
         )
-    if not pipelines.any:
-        return
-    role = "student" if pipelines.student else "teacher"
-    channels, size, _ = image_shape(pipelines.any)
-    if (channels, size) != (data.channels, data.size):
-        raise InputError(
-            f"The {role} makes images of {size}×{size} pixels with {channels} channels, but the reference {data.name} has "
-            f"{data.channels} channels of {data.size}×{data.size}: set `data.image_size`."
-        )
-    if pipelines.num_classes and pipelines.num_classes != len(data.class_names):
-        raise InputError(
-            f"The {role} has {pipelines.num_classes} classes and the reference {data.name} has {len(data.class_names)}."
-        )
+    if pipelines.any:
+        check_images(pipelines.any, data, "student" if pipelines.student else "teacher")
 
 
 def _output_path(settings: EvaluationConfig) -> Path:

@@ -11,6 +11,7 @@ import torch
 from ..adversarial import KINDS, AdversarialTerm
 from ..data.config import DataConfig
 from ..errors import InputError
+from ..evaluation.config import MeasurementConfig
 from ..interpolants import PREDICTIONS, TIMESTEP_TYPES, Interpolant, get_interpolant
 from ..objectives import DistillationObjective, get_objective
 from ..settings import at_least, positive, setting
@@ -60,6 +61,13 @@ class TrainingConfig:
     dataloader_num_workers: int = setting(0, "Processes that read images, per device.")
     logging_steps: int = setting(50, "Iterations between lines of metrics.jsonl.")
     eval_steps: int = setting(500, "Iterations between sample grids in samples/.")
+    eval_metric_steps: int | None = setting(
+        None, "Iterations between measurements of the pipeline; off when not given."
+    )
+    metric_for_best_model: str = setting(
+        "frechet_distance", "The pipeline with the smallest one is kept in best/.", ("frechet_distance", "kid")
+    )
+    evaluation: MeasurementConfig = field(default_factory=MeasurementConfig)
     save_steps: int = setting(500, "Iterations between checkpoints.")
     save_total_limit: int = setting(2, "Checkpoints to keep.")
     report_to: str = setting("none", "An Accelerate tracker: `wandb`, `tensorboard`, … or `none`.")
@@ -72,7 +80,8 @@ class TrainingConfig:
     #: What may change when a run is resumed; everything else decides the trajectory.
     RESUMABLE = frozenset(
         "output_dir max_steps logging_steps eval_steps save_steps save_total_limit report_to resume_from_checkpoint "
-        "overwrite_output_dir dataloader_num_workers ema_snapshot_steps push_to_hub hub_model_id hub_private_repo".split()
+        "overwrite_output_dir dataloader_num_workers ema_snapshot_steps eval_metric_steps metric_for_best_model evaluation "
+        "push_to_hub hub_model_id hub_private_repo".split()
     )
 
     def __post_init__(self) -> None:
@@ -115,8 +124,9 @@ class TrainingConfig:
             values = getattr(self, name)
             if len(set(values)) < len(values):
                 raise InputError(f"`{name}` holds a value twice: {values}. Each average needs its own.")
-        if self.ema_snapshot_steps is not None:
-            at_least("ema_snapshot_steps", self.ema_snapshot_steps, 1)
+        for name in ("ema_snapshot_steps", "eval_metric_steps"):
+            if getattr(self, name) is not None:
+                at_least(name, getattr(self, name), 1)
 
     def check_times(self, interpolant: Interpolant) -> None:
         """Refuses training times at an end where the interpolant's velocity is infinite."""

@@ -17,6 +17,8 @@ from .ema import EMA_WEIGHTS
 from .posthoc_ema import EMA_SNAPSHOTS
 
 SAMPLES, CHECKPOINTS = "samples", "checkpoints"
+#: The best pipeline of the run by a metric, and the measurements.
+BEST, EVALUATIONS = "best", "evaluations.jsonl"
 
 
 class RunFolder:
@@ -77,9 +79,9 @@ class RunFolder:
             return
         if self.settings.overwrite_output_dir:
             # Only what a run writes: the folder may hold files of its owner. The pipeline's files are replaced later.
-            for name in (CONFIG, METRICS, FACTS, EVALUATION, "model_index.json"):
+            for name in (CONFIG, METRICS, FACTS, EVALUATION, EVALUATIONS, "model_index.json"):
                 (self.path / name).unlink(missing_ok=True)
-            for name in (SAMPLES, CHECKPOINTS, EMA_WEIGHTS, EMA_SNAPSHOTS):
+            for name in (SAMPLES, CHECKPOINTS, BEST, EMA_WEIGHTS, EMA_SNAPSHOTS):
                 shutil.rmtree(self.path / name, ignore_errors=True)
         self.path.mkdir(parents=True, exist_ok=True)
         self.write_config()
@@ -88,7 +90,7 @@ class RunFolder:
         """config.yaml: every setting as it was resolved."""
         if self.writes:
             text = yaml.safe_dump(settings_to_dict(self.settings), sort_keys=False, allow_unicode=True)
-            _replace_text(self.path / CONFIG, text)
+            replace_text(self.path / CONFIG, text)
 
     def write_facts(self, facts: dict[str, Any], session: dict[str, Any], step: int) -> None:
         """facts.json: what the settings do not say, and a session for each start. One whose steps are all repeated by this
@@ -100,7 +102,7 @@ class RunFolder:
         earlier = json.loads(path.read_text(encoding="utf-8"))["sessions"] if path.exists() else []
         kept = [known for known in earlier if known["first_step"] < step]
         facts = {**facts, "sessions": [*kept, {"first_step": step, **session}]}
-        _replace_text(path, json.dumps(facts, indent=1, ensure_ascii=False) + "\n")
+        replace_text(path, json.dumps(facts, indent=1, ensure_ascii=False) + "\n")
 
     def append_metrics(self, line: dict[str, Any]) -> None:
         """Adds one line to metrics.jsonl."""
@@ -113,8 +115,8 @@ class RunFolder:
         path = self.path / METRICS
         if self.writes and path.exists():
             lines = path.read_text(encoding="utf-8").splitlines()
-            kept = [line for line in lines if _step_of(line) <= step]
-            _replace_text(path, "".join(f"{line}\n" for line in kept))
+            kept = [line for line in lines if step_of(line) <= step]
+            replace_text(path, "".join(f"{line}\n" for line in kept))
 
     def sample_path(self, step: int) -> Path:
         """samples/step_N.png; makes the folder."""
@@ -137,14 +139,16 @@ class RunFolder:
         shutil.rmtree(staging)
 
 
-def _step_of(line: str) -> float:
+def step_of(line: str) -> float:
+    """The step of a line of a log; infinite for a line cut off by a kill."""
     try:
         return json.loads(line)["step"]
     except (ValueError, KeyError, TypeError):
-        return float("inf")  # a line cut off by a kill
+        return float("inf")
 
 
-def _replace_text(path: Path, text: str) -> None:
+def replace_text(path: Path, text: str) -> None:
+    """Replaces a file in one step."""
     partial = path.with_name(path.name + ".tmp")
     partial.write_text(text, encoding="utf-8")
     os.replace(partial, path)

@@ -65,6 +65,7 @@ class Trainer:
         self._images: Iterator[list[torch.Tensor]] | None = None
         set_seed(settings.seed)
         self.setup()
+        self.best = self._best_model()
         self.accelerator.register_for_checkpointing(self)
 
     # What a subclass says.
@@ -199,6 +200,8 @@ class Trainer:
             bar.set_postfix({name: f"{value:.4g}" for name, value in self._log().items()}, refresh=False)
         if last or self.step % settings.eval_steps == 0:
             self._write_samples()
+        if self.best and (last or self.step % settings.eval_metric_steps == 0):
+            self._measure()
         # Before the checkpoint: a kill between the two leaves a snapshot that the resumed run writes again.
         self.averages.store(self.step)
         stop = self._stop_asked()
@@ -225,6 +228,8 @@ class Trainer:
                 accelerator.print(f"No whole checkpoint in {self.checkpoints.folder} yet: starting at step 0.")
                 self.run.forget_metrics_after(0)
             self.run.start()
+        if self.best:
+            self.best.resume(self.step)
         self.run.write_facts(self.facts(), describe_session(accelerator), self.step)
         accelerator.wait_for_everyone()
         if settings.report_to != "none":
@@ -234,6 +239,20 @@ class Trainer:
                 init_kwargs={"wandb": {"dir": settings.output_dir, "name": self.run.path.name}},
             )
         return found is not None
+
+    def _best_model(self):  # imported where it is used: it brings the libraries of feature extractors with it
+        if self.settings.eval_metric_steps is None:
+            return None
+        from .best_model import BestModel
+
+        return BestModel(self.settings, self.accelerator, self.pipeline)
+
+    def _measure(self) -> None:
+        figures = self.best.measure()
+        if self.accelerator.is_main_process:
+            with torch.no_grad(), self._writing("the best model"):
+                self.best.write(self.step, figures, self.sample_grid)
+        self.accelerator.log(figures, step=self.step)
 
     def _record(self, metrics: dict[str, torch.Tensor], finite: bool) -> None:
         self.failures = 0 if finite else self.failures + 1
