@@ -146,13 +146,21 @@ def test_logits_of_a_custom_extractor_give_inception_score_and_label_accuracy(rg
 
 
 def test_a_teacher_alone_with_several_solvers(teacher_folder, tmp_path):
-    settings = quick(teacher=str(teacher_folder), teacher_steps=[2], solver=["euler", "heun"], num_samples=8)
-    settings.output = str(tmp_path / "e.json")
+    settings = quick(teacher=str(teacher_folder), teacher_steps=[2], num_samples=8, output=str(tmp_path / "e.json"))
+    settings.solver = ["euler", "heun", "sde_euler", "dopri5"]
+    settings.solver_kwargs = {"rtol": 1e-2, "atol": 1e-2}
     rows = evaluate(settings)["rows"]
-    assert [(row["generator"], row["network evaluations"]) for row in rows[:2]] == [
+    assert [(row["generator"], row["network evaluations"]) for row in rows[:3]] == [
         ("teacher, 2 steps, euler", 2),
         ("teacher, 2 steps, heun", 3),
+        ("teacher, 2 steps, sde_euler", 2),
     ]
+    assert rows[3]["generator"] == "teacher, dopri5"
+    assert rows[3]["network evaluations"] > 6
+    # Noise of the sampler belongs to the image, too.
+    sde = quick(teacher=str(teacher_folder), teacher_steps=[2], solver=["sde_euler"], num_samples=8, batch_size=3)
+    sde.output = str(tmp_path / "again.json")
+    assert evaluate(sde)["rows"][0]["Fréchet distance"] == pytest.approx(rows[2]["Fréchet distance"], rel=1e-3)
 
 
 def test_what_does_not_fit_is_refused(teacher_folder, student_folder, tmp_path):
@@ -174,6 +182,8 @@ def test_what_does_not_fit_is_refused(teacher_folder, student_folder, tmp_path):
         (dict(pipeline=folder, solver=["newton"]), "`solver` holds 'newton'"),
         (dict(pipeline=folder, metrics=["lpips"]), "`metrics` holds 'lpips'"),
         (dict(pipeline=folder, num_samples=3), "num_samples"),
+        (dict(pipeline=folder, guidance_interval=[0.5]), "guidance_interval"),
+        (dict(teacher=str(teacher_folder), guidance_scale=-1.0), "`teacher, 1 step` cannot be made: `guidance_scale`"),
         (dict(pipeline=folder, reference=str(tmp_path / "none.npz")), "Cannot read reference statistics"),
     ):
         with pytest.raises(InputError, match=words):

@@ -85,13 +85,15 @@ def test_a_teacher_is_measured_with_its_steps(tmp_path):
         evaluation=MeasurementConfig(num_samples=8, num_inference_steps=2),
     )
     TeacherTrainer(config).train()
-    assert [line["best"] for line in lines(tmp_path / "run", "evaluations.jsonl")][0] is True
+    assert lines(tmp_path / "run", "evaluations.jsonl")[0]["best"]
 
 
 def test_what_cannot_be_measured_is_refused_before_anything_is_written(teacher_folder, tmp_path):
     with pytest.raises(InputError, match="eval_metric_steps"):
         settings(teacher_folder, tmp_path / "run", eval_metric_steps=0)
+    unknown = settings(
+        teacher_folder, tmp_path / "run", eval_metric_steps=2, evaluation=MeasurementConfig(features="vgg")
+    )
     with pytest.raises(InputError, match="Unknown `features`"):
-        wrong = MeasurementConfig(features="vgg")
-        DistillationTrainer(settings(teacher_folder, tmp_path / "run", eval_metric_steps=2, evaluation=wrong))
+        DistillationTrainer(unknown)
     assert not (tmp_path / "run").exists()

@@ -45,7 +45,9 @@ class EvaluationConfig:
     images: str | None = setting(None, "Finished images: a folder, or an .npz of samples (arr_0, uint8, NHWC).")
     teacher_steps: list[int] = setting([1, 10, 50], "Steps of the teacher, one row each.")
     solver: list[str] = setting(["euler"], f"The teacher's solvers, rows of each: {', '.join(SOLVERS)}.")
+    solver_kwargs: dict = setting({}, "Settings of the solvers, e.g. {diffusion_form: linear} or {rtol: 1e-4}.")
     guidance_scale: float = setting(1.0, "The teacher's guidance; 1 is none.")
+    guidance_interval: list[float] = setting([0.0, 1.0], "Smallest and largest time with guidance.")
     data: DataConfig = field(default_factory=DataConfig)
     reference: str | None = setting(
         None, "Statistics (.npz with mu and sigma), published or cached, instead of `data`."
@@ -76,6 +78,8 @@ class EvaluationConfig:
             at_least(name, getattr(self, name), 0)
         if self.num_samples is not None:
             at_least("num_samples", self.num_samples, 4)  # precision and recall look at the third neighbour
+        if len(self.guidance_interval) != 2:
+            raise InputError(f"`guidance_interval` is two times, e.g. 0.1 0.8; got {self.guidance_interval}.")
         for steps in self.teacher_steps:
             at_least("teacher_steps", steps, 1)
         for name, choices in (("solver", SOLVERS), ("metrics", METRICS)):

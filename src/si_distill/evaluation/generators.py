@@ -19,6 +19,8 @@ Pipeline = InterpolantPipeline | OneStepInterpolantPipeline
 
 #: Seed of the permutation that spreads a part of the training labels over all classes.
 LABEL_SEED = 0
+#: The solver that `teacher_steps` says nothing about.
+ADAPTIVE_SOLVER = "dopri5"
 
 
 @dataclass
@@ -137,20 +139,35 @@ def build_generators(
         files: finished images, if there are any.
         labels: of the generated images; None for unconditional pipelines.
         count: number of generated images.
+
+    Raises:
+        InputError: when the teacher refuses a solver or guidance.
     """
-    rows = []
+    rows: list[Generator] = []
     for solver in settings.solver if pipelines.teacher else []:
-        for steps in settings.teacher_steps:
-            sampler = {"num_inference_steps": steps, "solver": solver, "guidance_scale": settings.guidance_scale}
-            suffix = f", {solver}" if len(settings.solver) > 1 else ""
+        # An adaptive solver chooses its own steps.
+        for steps in settings.teacher_steps if solver != ADAPTIVE_SOLVER else [None]:
+            sampler = {
+                "solver": solver,
+                "guidance_scale": settings.guidance_scale,
+                "guidance_interval": settings.guidance_interval,
+                **({} if steps is None else {"num_inference_steps": steps}),
+                **({"solver_kwargs": settings.solver_kwargs} if settings.solver_kwargs else {}),
+            }
+            words = ["teacher"] + ([f"{steps} step{'s' if steps > 1 else ''}"] if steps else [])
+            words += [solver] if len(settings.solver) > 1 or not steps else []
             rows.append(
                 Generator(
-                    f"teacher, {steps} step{'s' if steps > 1 else ''}{suffix}",
+                    ", ".join(words),
                     "teacher",
                     _source(pipelines.teacher, sampler, settings, labels, count),
                     {"pipeline": settings.teacher, **sampler, **_facts(settings.teacher, pipelines.teacher)},
                 )
             )
+            try:
+                rows[-1].source.read([0])  # what the sampler refuses is said now, not after the rows before it
+            except ValueError as error:
+                raise InputError(f"The row `{rows[-1].name}` cannot be made: {error}") from error
     if pipelines.student:
         run = {"pipeline": settings.pipeline, **_facts(settings.pipeline, pipelines.student)}
         source = _source(pipelines.student, {}, settings, labels, count)
