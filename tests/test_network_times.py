@@ -4,6 +4,7 @@ import pytest
 import torch
 from helpers import tiny_sit
 from interpolant_families import double
+from trainer_builders import distillation
 
 from si_distill import InterpolantPipeline, OneStepInterpolantPipeline, StochasticInterpolantScheduler, get_interpolant
 from si_distill.errors import InputError
@@ -71,6 +72,20 @@ def test_settings_say_which_times_a_network_cannot_be_given():
         StochasticInterpolantScheduler(timestep_type="steps")
     with pytest.raises(ValueError, match="not finite at all of the times"):
         StochasticInterpolantScheduler(timestep_type="log_sigma")
+
+
+def test_students_and_terms_start_where_the_network_can_be_told_the_time(tmp_path):
+    teacher = tmp_path / "teacher"
+    network = StochasticInterpolantScheduler(timestep_type="log_sigma", init_time=0.98)
+    InterpolantPipeline(tiny_sit(num_classes=10), network).save_pretrained(teacher)
+    with pytest.raises(InputError, match=r"`init_time` is 1.0: .*not finite at all of the times"):
+        distillation(teacher, tmp_path / "run", "--init_time", 1.0)
+    own = ["--adversarial.kind", "encoder", "--adversarial.t_min", 0.0, "--adversarial.t_max", 1.0]
+    with pytest.raises(InputError, match=r"Adversarial times: .*not finite at all of the times"):
+        distillation(teacher, tmp_path / "run", *own)
+    trainer = distillation(teacher, tmp_path / "run")
+    assert trainer.init_time == pytest.approx(2.5 / 3.5)  # β/α = 2.5 on `linear`
+    assert trainer.iteration()[1]
 
 
 def scheduler(timestep_type="discrete", **config):

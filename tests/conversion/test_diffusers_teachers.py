@@ -130,6 +130,19 @@ def test_folders_of_every_layout_open(tmp_path):
         assert opened.scheduler.config.timestep_type == "discrete"
 
 
+def test_old_folders_that_call_a_dit_a_transformer_open(tmp_path):
+    """A class that diffusers has renamed."""
+    save_dit_pipeline(tmp_path)
+    edit(tmp_path / "model_index.json", transformer=["diffusers", "Transformer2DModel"])
+    edit(tmp_path / "transformer" / "config.json", _class_name="Transformer2DModel", norm_type="ada_norm_zero")
+    for source in (tmp_path, tmp_path / "transformer"):
+        teacher = convert_diffusers(str(source))
+        assert type(teacher.transformer).__name__ == "DiTTransformer2DModel"
+        assert teacher.network.null_class == 1000
+        teacher.save_pretrained(tmp_path / "ours")
+        assert type(InterpolantPipeline.from_pretrained(tmp_path / "ours").transformer) is type(teacher.transformer)
+
+
 def digits_teacher(tmp_path, kind):
     return {
         "dit": lambda: save_folders(tmp_path, tiny_dit(in_channels=1, out_channels=2, num_embeds_ada_norm=10)),

@@ -140,8 +140,6 @@ class TrainingConfig:
     def build_time_sampler(self, interpolant: Interpolant, timestep_type: str) -> TimeSampler:
         """The law of the training times, of a network that is given `timestep_type` for them."""
         try:
-            ends = torch.tensor([self.t_min, self.t_max], dtype=torch.float64)
-            interpolant.network_time(ends, timestep_type)  # exists at both ends
             return TimeSampler(
                 self.time_sampler, self.t_min, self.t_max, self.time_mean, self.time_std, interpolant, timestep_type
             )
@@ -236,6 +234,15 @@ class AdversarialConfig:
             )
         except ValueError as error:
             raise InputError(str(error)) from None
+
+    def build_time_sampler(self, interpolant: Interpolant, timestep_type: str) -> TimeSampler | None:
+        """The law of this term's own times, or None when it has the losses'."""
+        if self.t_min is None:
+            return None
+        try:
+            return TimeSampler("uniform", self.t_min, self.t_max, interpolant=interpolant, timestep_type=timestep_type)
+        except ValueError as error:
+            raise InputError(f"Adversarial times: {error}") from None
 
 
 @dataclass

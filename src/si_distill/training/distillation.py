@@ -27,7 +27,6 @@ from .ema import Averages
 from .health import HealthMonitor
 from .networks import TrainedNetwork
 from .run_facts import describe_data, describe_network, describe_teacher
-from .times import TimeSampler
 from .trainer import Trainer
 
 
@@ -122,9 +121,7 @@ class DistillationTrainer(Trainer):
             "critic": settings.build_time_sampler(self.interpolant, self.timestep_type),
             "generator": settings.build_generator_time_sampler(self.interpolant, self.timestep_type),
         }
-        low, high = settings.adversarial.t_min, settings.adversarial.t_max
-        on_steps = dict(interpolant=self.interpolant, timestep_type=self.timestep_type)
-        self.adversarial_times = None if low is None else TimeSampler("uniform", low, high, **on_steps)
+        self.adversarial_times = settings.adversarial.build_time_sampler(self.interpolant, self.timestep_type)
         self.health = HealthMonitor()
 
     def _field(self, network: Callable[..., tuple[torch.Tensor, ...]], guidance_scale: float = 1.0) -> Field:

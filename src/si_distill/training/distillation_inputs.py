@@ -76,6 +76,10 @@ def starting_student(settings: DistillConfig, teacher: InterpolantPipeline) -> t
             f"`init_time` is {init_time}, where the teacher's {prediction_type} prediction says nothing about the sample "
             "(α = 0): leave it out, or set it below 1."
         )
+    try:
+        interpolant.network_time(torch.tensor(init_time), timestep_type)
+    except ValueError as error:
+        raise InputError(f"`init_time` is {init_time}: {error}") from None
     return network, init_time
 
 

@@ -32,7 +32,8 @@ class TimeSampler:
             half of one.
 
     Raises:
-        ValueError: for an unknown law, one without its interpolant, or an interval of times that is empty.
+        ValueError: for an unknown law, one without its interpolant, an interval of times that is empty, or times that the
+            network cannot be given.
     """
 
     name: str = "uniform"
@@ -46,10 +47,8 @@ class TimeSampler:
     def __post_init__(self) -> None:
         if self.name not in TIME_SAMPLERS:
             raise ValueError(f"Unknown law of times {self.name!r}. Choose one of: {', '.join(TIME_SAMPLERS)}.")
-        if self.timestep_type != "time":
-            if self.interpolant is None:
-                raise ValueError(f"timestep_type={self.timestep_type!r} needs the interpolant.")
-            self.interpolant.check_timestep_type(self.timestep_type)
+        if self.timestep_type != "time" and self.interpolant is None:
+            raise ValueError(f"timestep_type={self.timestep_type!r} needs the interpolant.")
         if self.name in ("lognormal", "karras"):
             if self.interpolant is None:
                 raise ValueError(f"The law of times {self.name!r} is one of noise levels and needs the interpolant.")
@@ -59,6 +58,9 @@ class TimeSampler:
                     f"The law of times {self.name!r} has nothing between t_min={self.t_min} and t_max={self.t_max} on the "
                     f"interpolant {self.interpolant.name!r}: widen them, or choose another mean."
                 )
+        if self.timestep_type != "time":
+            ends = self._continuous(torch.tensor([0.0, 1.0], dtype=torch.float64))
+            self.interpolant.network_time(ends, self.timestep_type)  # the network can be told both
 
     def __call__(self, u: torch.Tensor) -> torch.Tensor:
         """u (B,) in [0, 1) to times (B,) in the dtype of u; computed in float64."""
