@@ -131,8 +131,10 @@ def test_folders_of_every_layout_open(tmp_path):
 
 
 def test_old_folders_that_call_a_dit_a_transformer_open(tmp_path):
-    """A class that diffusers has renamed."""
-    save_dit_pipeline(tmp_path)
+    """A class that diffusers has renamed, and weights from before safetensors."""
+    network = save_dit_pipeline(tmp_path).transformer
+    (tmp_path / "transformer" / "diffusion_pytorch_model.safetensors").unlink()
+    network.save_pretrained(tmp_path / "transformer", safe_serialization=False)
     edit(tmp_path / "model_index.json", transformer=["diffusers", "Transformer2DModel"])
     edit(tmp_path / "transformer" / "config.json", _class_name="Transformer2DModel", norm_type="ada_norm_zero")
     for source in (tmp_path, tmp_path / "transformer"):

@@ -19,8 +19,8 @@ from ..schedulers.scheduling_stochastic_interpolant import StochasticInterpolant
 
 #: Diffusers' pipelines that can be teachers, and the component that is the network.
 PIPELINES = {"DiTPipeline": "transformer", "DDPMPipeline": "unet", "DDIMPipeline": "unet"}
-#: Diffusers' networks that can be teachers, each in a folder of its own beside that of a scheduler. The last is how old
-#: folders name a DiT, as the published ones do; diffusers opens it as the first.
+#: Diffusers' networks that can be teachers, each in a folder of its own beside that of a scheduler. The last is how
+#: old folders name a DiT; diffusers opens it as the first.
 NETWORKS = ("DiTTransformer2DModel", "UNet2DModel", "Transformer2DModel")
 #: What these networks predict, in diffusers' words and in ours.
 PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
