@@ -136,7 +136,8 @@ def check_tensors(found: StateDict, layout: Layout, network: torch.nn.Module, wh
     shapes = {name: tuple(tensor.shape) for name, tensor in found.items()}
     ours, expected = network.state_dict(), {}
     for name, parts in layout.items():
-        expected[name] = (sum(ours[part].shape[0] for part in parts), *ours[parts[0]].shape[1:])
+        first = tuple(ours[parts[0]].shape)
+        expected[name] = (sum(ours[part].shape[0] for part in parts), *first[1:]) if len(parts) > 1 else first
     missing = [f"{name} {shape}" for name, shape in expected.items() if name not in shapes]
     left_over = [f"{name} {shape}" for name, shape in shapes.items() if name not in expected]
     wrong = [

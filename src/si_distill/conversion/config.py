@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from ..errors import InputError
 from ..settings import at_least, setting
 
-KINDS = ("auto", "sit", "repa", "torchcfm", "realuid", "diffusers")
+KINDS = ("auto", "sit", "repa", "torchcfm", "realuid", "diffusers", "edm", "sid")
 
 #: Settings that only some kinds have a use for.
 _SPECIFIC = {
@@ -17,6 +17,7 @@ _SPECIFIC = {
     "num_classes": ("sit", "repa"),
     "sample_size": ("sit", "repa", "torchcfm", "realuid"),
     "num_attention_heads": ("sit", "repa", "torchcfm", "realuid"),
+    "init_sigma": ("sid",),
 }
 
 
@@ -45,6 +46,9 @@ class ConvertConfig:
     )
     num_attention_heads: int | None = setting(
         None, "Heads of an attention layer; needed for a network that is of none of the published sizes."
+    )
+    init_sigma: float | None = setting(
+        None, "SiD and SiDA: the noise level of the student's input; 2.5 when not given."
     )
 
     def __post_init__(self) -> None:

@@ -8,6 +8,7 @@ from .checkpoints import choose_weights, read_checkpoint
 from .config import ConvertConfig
 from .converted import Converted
 from .diffusers_teachers import convert_diffusers, saved_class
+from .edm import convert_edm
 from .output import check_output, load_id2label, load_vae, write_pipeline
 from .sit import convert_sit, is_sit
 from .torchcfm import convert_torchcfm, is_torchcfm
@@ -37,6 +38,8 @@ def convert_checkpoint(settings: ConvertConfig) -> None:
 def _convert(settings: ConvertConfig) -> Converted:
     if settings.kind == "diffusers" or (settings.kind == "auto" and not _is_file(settings.source)):
         return _convert_diffusers(settings)
+    if settings.kind in ("edm", "sid") or (settings.kind == "auto" and settings.source.endswith(".pkl")):
+        return convert_edm(settings)
     content = read_checkpoint(Path(settings.source))
     _, weights = choose_weights(content, settings.which, settings.ema_decay)
     kind = settings.kind
@@ -45,7 +48,8 @@ def _convert(settings: ConvertConfig) -> Converted:
     if kind == "auto":
         raise InputError(
             f"{settings.source} is of no known kind: its tensors are named {', '.join(list(weights)[:3])}, …. Known are SiT "
-            "and REPA (x_embedder.proj.weight, …), and torchcfm and RealUID (input_blocks.0.0.weight, …)."
+            "and REPA (x_embedder.proj.weight, …), torchcfm and RealUID (input_blocks.0.0.weight, …), and "
+            ".pkl files of EDM, EDM2, SiD and SiDA."
         )
     settings.check_kind(kind)
     return convert_sit(content, settings) if kind in ("sit", "repa") else convert_torchcfm(content, settings)

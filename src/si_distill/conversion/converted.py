@@ -1,9 +1,11 @@
 """What every converter gives: a network of ours, its scheduler, and what a person wants to know about them."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from diffusers.models.modeling_utils import ModelMixin
 
+from ..pipelines import InterpolantPipeline, OneStepInterpolantPipeline
 from ..schedulers.scheduling_stochastic_interpolant import StochasticInterpolantScheduler
 
 
@@ -22,6 +24,8 @@ class Converted:
         ignored: tensors of the file that the network has no use for.
         changes: what was folded into the weights.
         vae: the autoencoder that came along.
+        vae_config: what an autoencoder's config has to say about the network's latents.
+        vae_pixel_min: the darkest pixel of the images that the autoencoder was used with.
         id2label: the names of classes that came along.
     """
 
@@ -34,4 +38,13 @@ class Converted:
     ignored: list[str] = field(default_factory=list)
     changes: str = "none"
     vae: ModelMixin | None = None
+    vae_config: dict[str, Any] = field(default_factory=dict)
+    vae_pixel_min: float = -1.0
     id2label: dict[int, str] | None = None
+
+    def pipeline(self) -> InterpolantPipeline | OneStepInterpolantPipeline:
+        """All of it as a pipeline."""
+        if self.vae is not None:
+            self.vae.register_to_config(**self.vae_config)
+        cls = OneStepInterpolantPipeline if self.student else InterpolantPipeline
+        return cls(self.transformer, self.scheduler, self.vae, self.id2label, self.vae_pixel_min)

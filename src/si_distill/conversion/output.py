@@ -11,7 +11,7 @@ from diffusers import AutoModel
 from diffusers.models.modeling_utils import ModelMixin
 
 from ..errors import InputError
-from ..pipelines import InterpolantPipeline, OneStepInterpolantPipeline, view_network
+from ..pipelines import view_network
 from ..settings import read_yaml
 from ..velocity import Field
 from .converted import Converted
@@ -97,11 +97,12 @@ def write_pipeline(converted: Converted, folder: Path) -> float:
     Raises:
         InputError: when the network's output is not finite, or differs after loading.
     """
-    cls = OneStepInterpolantPipeline if converted.student else InterpolantPipeline
-    pipeline = cls(converted.transformer, converted.scheduler, vae=converted.vae, id2label=converted.id2label)
+    pipeline = converted.pipeline()
     with _temporary_folder(folder) as temporary:
         pipeline.save_pretrained(temporary)
-        before, after = (_first_sample(network, converted) for network in (pipeline, cls.from_pretrained(temporary)))
+        before, after = (
+            _first_sample(network, converted) for network in (pipeline, type(pipeline).from_pretrained(temporary))
+        )
         if not before.isfinite().all():
             raise InputError("The converted network's output is not finite: the checkpoint's weights are damaged.")
         if not torch.equal(before, after):
