@@ -84,7 +84,8 @@ def describe(converted: Converted, folder: Path, rms: float) -> str:
     null = " and a null class for guidance" if network.null_class is not None else ""
     vae = type(converted.vae).__name__ if converted.vae else "none: the network's images are pixels in [-1, 1]"
     if converted.vae is None and channels > 3:
-        vae = "none, but the network works on latents: add --vae, e.g. stabilityai/sd-vae-ft-ema, to decode them"
+        name = "sd-vae-ft-mse" if converted.vae_config else "sd-vae-ft-ema"
+        vae = f"none, but the network works on latents: add --vae, e.g. stabilityai/{name}, to decode them"
     ignored = sorted({name.split(".")[0] for name in converted.ignored})
     lines = {
         "found": converted.kind

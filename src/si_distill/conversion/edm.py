@@ -64,7 +64,7 @@ def convert_edm(settings: ConvertConfig) -> Converted:
         },
         prediction_type="edm",
         timestep_type="log_sigma",
-        solver="euler" if student else "heun",
+        solver="euler" if student else "edm_heun",
     )
     if student:
         sigma = INIT_SIGMA if settings.init_sigma is None else settings.init_sigma
