@@ -8,7 +8,7 @@ import torch
 from gaussian_networks import gaussian_teacher
 from gaussian_oracle import Gaussian
 from helpers import tiny_sit
-from interpolant_families import every_family
+from interpolant_families import FAMILIES
 
 from si_distill import InterpolantPipeline, StochasticInterpolantScheduler, get_interpolant
 from si_distill.errors import InputError
@@ -41,8 +41,13 @@ def exact(flow, x):
     return (-0.5 * y**2 - 0.5 * math.log(2 * math.pi) + torch.log(cos * s1 / s0)).sum(-1)
 
 
-@every_family
-@pytest.mark.parametrize("kind", PREDICTIONS)
+@pytest.mark.parametrize(
+    ("name", "config", "kind"),
+    [
+        *((name, {}, kind) for name in INTERPOLANTS for kind in PREDICTIONS),
+        *((*f, "velocity") for f in FAMILIES.values()),
+    ],
+)
 def test_of_gaussian_data_is_the_closed_form(name, config, kind):
     f = flow(get_interpolant(name, **config), kind)
     result = log_density(f, NODES, None, 1e-8, 1e-8)
@@ -114,6 +119,7 @@ class TestBitsPerDimension:
             (dict(images=torch.zeros(2, 1, 8, 8)), "torch.float32: pass uint8"),
             (dict(labels=[0]), "1 labels for 2 images"),
             (dict(labels=None), "has 3 classes"),
+            (dict(labels=[0, 3]), "from 0 to 3, and the network has 3 classes"),
             (dict(probes=0), "at least 1, or None"),
         ],
     )

@@ -183,6 +183,7 @@ def test_what_does_not_fit_is_refused(teacher_folder, student_folder, tmp_path):
         (dict(pipeline=folder, metrics=["lpips"]), "`metrics` holds 'lpips'"),
         (dict(pipeline=folder, num_samples=3), "num_samples"),
         (dict(pipeline=folder, guidance_interval=[0.5]), "guidance_interval"),
+        (dict(teacher=str(teacher_folder), solver=["sde_euler"]), "`teacher, 1 step` cannot be made: .* 2 for an SDE"),
         (dict(teacher=str(teacher_folder), guidance_scale=-1.0), "`teacher, 1 step` cannot be made: `guidance_scale`"),
         (dict(pipeline=folder, reference=str(tmp_path / "none.npz")), "Cannot read reference statistics"),
     ):

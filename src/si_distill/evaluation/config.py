@@ -44,7 +44,7 @@ class EvaluationConfig:
     teacher: str | None = setting(None, "The teacher, alone or to compare with: a pipeline folder or a Hub id.")
     images: str | None = setting(None, "Finished images: a folder, or an .npz of samples (arr_0, uint8, NHWC).")
     teacher_steps: list[int] = setting([1, 10, 50], "Steps of the teacher, one row each.")
-    solver: list[str] = setting(["euler"], f"The teacher's solvers, rows of each: {', '.join(SOLVERS)}.")
+    solver: list[str] = setting([], f"Solvers, rows of each; by default the teacher's own: {', '.join(SOLVERS)}.")
     solver_kwargs: dict = setting({}, "Settings of the solvers, e.g. {diffusion_form: linear} or {rtol: 1e-4}.")
     guidance_scale: float = setting(1.0, "The teacher's guidance; 1 is none.")
     guidance_interval: list[float] = setting([0.0, 1.0], "Smallest and largest time with guidance.")

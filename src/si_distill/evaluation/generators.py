@@ -144,7 +144,7 @@ def build_generators(
         InputError: when the teacher refuses a solver or guidance.
     """
     rows: list[Generator] = []
-    for solver in settings.solver if pipelines.teacher else []:
+    for solver in (settings.solver or [pipelines.teacher.scheduler.solver]) if pipelines.teacher else []:
         # An adaptive solver chooses its own steps.
         for steps in settings.teacher_steps if solver != ADAPTIVE_SOLVER else [None]:
             sampler = {

@@ -197,6 +197,10 @@ def _check(pipeline, images, labels, probes) -> None:
         )
     if labels is not None and len(labels) != len(images):
         raise InputError(f"There are {len(labels)} labels for {len(images)} images; pass one for each.")
+    if labels and not 0 <= min(labels) <= max(labels) < network.num_classes:
+        raise InputError(
+            f"The labels run from {min(labels)} to {max(labels)}, and the network has {network.num_classes} classes."
+        )
     if labels is None and network.num_classes:
         raise InputError(f"The network has {network.num_classes} classes: pass `labels`, one for each image.")
     if probes is not None and probes < 1:

@@ -1,0 +1,92 @@
+"""`training/likelihood.py`: settings, and what it writes."""
+
+import json
+import math
+import os
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..data import load_images
+from ..data.config import DataConfig
+from ..errors import InputError
+from ..loading import load_pipeline
+from ..pipelines import InterpolantPipeline
+from ..settings import at_least, setting, settings_to_dict
+from .likelihood import bits_per_dimension
+
+
+@dataclass
+class LikelihoodConfig:
+    """Whose likelihood of which images."""
+
+    teacher: str | None = setting(None, "The teacher: a pipeline folder or a Hub id.")
+    data: DataConfig = field(default_factory=DataConfig)
+    num_samples: int | None = setting(None, "The first images of the data; by default all.")
+    probes: int = setting(1, "Hutchinson's probes for each image; 0 computes the exact trace (small images).")
+    rtol: float = setting(1e-5, "Relative tolerance of the solver.")
+    atol: float = setting(1e-5, "Absolute tolerance of the solver.")
+    batch_size: int = setting(256, "Images at once.")
+    seed: int = setting(0, "Dequantisation and probes of image i are drawn from (seed, i).")
+    output: str | None = setting(None, "JSON file; by default likelihood.json in a local teacher folder.")
+
+    def __post_init__(self) -> None:
+        if not self.teacher:
+            raise InputError("`teacher` is not set: give its folder or Hub id, e.g. --teacher runs/teacher.")
+        for name in ("rtol", "atol"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value > 0):
+                raise InputError(f"`{name}` must be a positive number, got {value}.")
+        for name, least in (("probes", 0), ("batch_size", 1), ("seed", 0)):
+            at_least(name, getattr(self, name), least)
+        if self.num_samples is not None:
+            at_least("num_samples", self.num_samples, 1)
+
+
+def measure_likelihood(settings: LikelihoodConfig) -> dict[str, Any]:
+    """Measures, and writes the result beside the teacher.
+
+    Returns:
+        The contents of the file.
+
+    Raises:
+        InputError: when the teacher or the data cannot be loaded, or do not fit each other.
+    """
+    output = Path(settings.output) if settings.output else Path(settings.teacher) / "likelihood.json"
+    if not output.parent.is_dir():
+        raise InputError(f"`output` {output} is in no folder that exists; set `output` to a file.")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    teacher = load_pipeline(InterpolantPipeline, "teacher", settings.teacher).to(device)
+    data = load_images(settings.data)
+    count = min(settings.num_samples or len(data), len(data))
+    result = bits_per_dimension(
+        teacher,
+        torch.stack([data.read(i) for i in range(count)]),
+        list(data.labels[:count]) if teacher.network.num_classes else None,
+        seed=settings.seed,
+        probes=settings.probes or None,
+        batch_size=settings.batch_size,
+        rtol=settings.rtol,
+        atol=settings.atol,
+    )
+    contents = {
+        "bits per dimension": result.mean,
+        "standard error": result.standard_error,
+        "network evaluations": result.evaluations,
+        "images": count,
+        "bound": "upper bound by uniform dequantisation of 256 levels; value k is (k + u - 1/2) / 127.5 - 1",
+        "teacher": settings.teacher,
+        "data": {"name": data.name, **settings_to_dict(settings.data)},
+        "settings": {name: getattr(settings, name) for name in ("probes", "rtol", "atol", "seed", "batch_size")},
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
+        "torch": torch.__version__,
+        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
+        "output": str(output),
+    }
+    partial = output.with_suffix(".tmp")
+    partial.write_text(json.dumps(contents, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(partial, output)
+    return contents

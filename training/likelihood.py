@@ -1,0 +1,30 @@
+#!/usr/bin/env python
+"""Bits per dimension of real images under a teacher, by the probability-flow ODE; prints the result and writes it as JSON.
+
+    python training/likelihood.py --teacher runs/digits-teacher
+    python training/likelihood.py --teacher runs/cifar10-teacher --data.name parquet --data.data_files 'test-*.parquet' \
+        --num_samples 1000 --output runs/cifar10-teacher/likelihood-test.json
+
+All settings: `python training/likelihood.py --help`; docs/sampling.md says what is measured.
+"""
+
+from si_distill.settings import parse_settings, script_main
+
+
+def main(argv: list[str]) -> None:
+    from si_distill.evaluation.likelihood_report import LikelihoodConfig
+
+    settings = parse_settings(LikelihoodConfig, argv, __doc__)
+
+    from si_distill.evaluation.likelihood_report import measure_likelihood
+
+    result = measure_likelihood(settings)
+    print(
+        f"{result['bits per dimension']:.4f} ± {result['standard error']:.4f} bits per dimension, "
+        f"{result['network evaluations']:.0f} network evaluations for each of {result['images']} images of "
+        f"{result['data']['name']} (written to {result['output']})"
+    )
+
+
+if __name__ == "__main__":
+    script_main(main)
