@@ -117,7 +117,8 @@ def _first_sample(pipeline: Any, converted: Converted) -> torch.Tensor:
     view, scheduler = view_network(pipeline.transformer.eval()), converted.scheduler
     config, interpolant = scheduler.config, scheduler.interpolant
     field = Field(view.network, interpolant, config.prediction_type, timestep_type=config.timestep_type)
-    init_time = config.init_time if converted.student else interpolant.default_init_time(config.prediction_type)
+    default = interpolant.default_init_time(config.prediction_type, config.timestep_type)
+    init_time = config.init_time if converted.student else default
     noise = torch.randn(2, *view.sample_shape, generator=torch.Generator().manual_seed(0))
     return field.one_step(noise, init_time, torch.zeros(2, dtype=torch.long))
 
