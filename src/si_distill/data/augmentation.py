@@ -1,6 +1,6 @@
 """Augmentation that does not leak: a network that is told what was done to an image can be asked for none of it.
 
-Karras et al. 2022, "EDM", appendix F.2 and table 6, after Karras et al. 2020, "Training Generative Adversarial Networks
+Karras et al. 2022, "EDM", appendix F.2, after Karras et al. 2020, "Training Generative Adversarial Networks
 with Limited Data" (ADA): flips and geometry, with nine labels. Teachers of EDM are trained with it, critics of SiD and SiDA
 too; what is generated has labels of zero.
 """
@@ -15,7 +15,7 @@ import torch.nn.functional as F
 AUGMENT_LABELS = 9
 #: Standard normal numbers that decide about one sample; the first nine serve as uniform ones.
 AUGMENT_NUMBERS = 13
-#: Standard deviations: log2 of the scale and of the anisotropy, translation in widths of the image (EDM, table 6).
+#: Standard deviations: log2 of the scale and of the anisotropy, translation in widths of the image (EDM).
 LOG2_SCALE_STD, LOG2_ANISOTROPY_STD, TRANSLATION_STD = 0.2, 0.2, 0.125
 
 
