@@ -7,7 +7,7 @@ RUNS ?= runs
 LAUNCH := $(BIN)/accelerate launch --quiet --num_processes 1 --num_machines 1 --mixed_precision no \
 	--dynamo_backend no --num_cpu_threads_per_process $(shell nproc)
 
-.PHONY: demo test test-slow lint format clean
+.PHONY: demo test test-slow space space-test lint format clean
 
 .venv/.installed: setup.py pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -29,10 +29,22 @@ lint: .venv/.installed
 	$(BIN)/ruff format --check .
 
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not space" -n 2
 
 test-slow: .venv/.installed
 	$(BIN)/python -m pytest -m slow
+
+.venv/.space: .venv/.installed
+	$(BIN)/python -m pip install --disable-pip-version-check -e ".[demo,dev,space,space-test]"
+	touch $@
+
+# The Space on this machine, with the demo's student: http://127.0.0.1:7860
+space: .venv/.space
+	$(BIN)/python pipelines/space/app.py --student $(RUNS)/digits-student --teacher $(RUNS)/digits-teacher
+
+# In a real headless Chromium: Debian's (apt-get install chromium), or the one named by CHROMIUM.
+space-test: .venv/.space
+	$(BIN)/python -m pytest tests/space -m space
 
 format: .venv/.installed
 	$(BIN)/ruff check --fix .

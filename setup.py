@@ -41,7 +41,8 @@ setup(
     ],
     extras_require={
         "demo": ["scikit-learn>=1.4"],
-        "space": ["gradio>=5.0"],
+        "space": ["gradio>=6.0"],
+        "space-test": ["playwright>=1.50"],
         "dev": ["scikit-learn>=1.4", "pytest>=8.0", "pytest-xdist>=3.5", "ruff>=0.9"],
     },
 )

@@ -11,6 +11,7 @@ import pytest
 import torch
 from helpers import tiny_sit
 from hub_double import READ_TOKEN, TOKEN, Hub
+from huggingface_hub import ModelCard, SpaceCardData
 from PIL import Image, ImageChops
 
 from si_distill import InterpolantPipeline, OneStepInterpolantPipeline
@@ -48,7 +49,7 @@ def in_process(
     settings = dict(HF_ENDPOINT=hub.url, HF_HOME=str(tmp_path / "hf-home"), HF_HUB_DISABLE_XET="1", OMP_NUM_THREADS="1")
     settings |= {"HF_HUB_DISABLE_IMPLICIT_TOKEN": "0"} | ({"HF_TOKEN": token} if token else {}) | environment
     if package:
-        settings["PYTHONPATH"] = str(ROOT / "src")
+        settings.setdefault("PYTHONPATH", str(ROOT / "src"))
     else:
         hidden = tmp_path / "hidden" / "si_distill"
         hidden.mkdir(parents=True, exist_ok=True)
@@ -86,7 +87,7 @@ print(pipe.push_to_hub("user/pushed", private=True, license="mit", variant="bf16
 """
 
 
-def test_publish_load_push_and_update(hub, student, tmp_path):
+def test_publish_load_push_and_update(hub, student, teacher_folder, tmp_path):
     (student / "evaluation.json").write_text('{"rows": []}')
     done = publish(hub, tmp_path, student, "--private", "--license", "mit", "--variant", "bf16")
     assert done.returncode == 0, done.stderr
@@ -115,7 +116,7 @@ def test_publish_load_push_and_update(hub, student, tmp_path):
     (student / "evaluation.json").unlink()
     scheduler = OneStepInterpolantPipeline.from_pretrained(student).scheduler
     OneStepInterpolantPipeline(tiny_sit(seed=2, num_classes=10), scheduler).save_pretrained(student)
-    done = publish(hub, tmp_path, student)
+    done = publish(hub, tmp_path, student, "--space", "--teacher-repo-id", "user/teacher")
     assert done.returncode == 0, done.stderr
     assert len(hub.commits("user/student")) == 4
     second = hub.files("user/student")
@@ -124,6 +125,43 @@ def test_publish_load_push_and_update(hub, student, tmp_path):
     assert second["notes.txt"] == b"the owner's"
     assert second[WEIGHTS] == (student / WEIGHTS).read_bytes() != first[WEIGHTS]
 
+    # The Space shows that very revision with the package that lies in it, and never fetches the repository's code.
+    files = [path for path in teacher_folder.rglob("*") if path.is_file()]
+    hub.add("user/teacher", {path.relative_to(teacher_folder).as_posix(): path.read_bytes() for path in files})
+    space = tmp_path / "space"
+    for name, data in hub.files("user/student", "space").items():
+        (space / name).parent.mkdir(parents=True, exist_ok=True)
+        (space / name).write_bytes(data)
+    assert {"app.py", "requirements.txt", "README.md", "si_distill/__init__.py"} <= hub.files(
+        "user/student", "space"
+    ).keys()
+    data = SpaceCardData(**ModelCard.load(space / "README.md").data.to_dict())
+    assert (data.sdk, data.app_file, data.models) == ("gradio", "app.py", ["user/student", "user/teacher"])
+    hub.add("user/student", {"README.md": b"a later main that nobody looked at"})
+    shutil.rmtree(tmp_path / "hf-home")
+    done = in_process(hub, tmp_path, "-c", VISITOR, space, token=None, PYTHONPATH=str(space))
+    assert done.returncode == 0, done.stderr
+    pipeline = OneStepInterpolantPipeline.from_pretrained(student)
+    expected = pipeline([3], generator=torch.Generator().manual_seed(5)).images[0]
+    assert ImageChops.difference(Image.open(tmp_path / "visitor.png"), expected).getbbox() is None
+    assert not list((tmp_path / "hf-home").rglob("*.py"))
+
+
+VISITOR = """
+import sys
+from pathlib import Path
+import si_distill
+from students import Students, configured, sample_rows
+space = Path(sys.argv[1])
+assert Path(si_distill.__file__).parent == space / "si_distill"
+(choice,) = configured(space / "space.json")
+assert (choice.student, choice.teacher, len(choice.revision)) == ("user/student", "user/teacher", 40)
+students = Students()
+results = list(students.sample(*students.prepare(choice, compare=True), [3], 1, 5, 4))
+assert [result.evaluations for result in results] == [1, 4]
+pipe = si_distill.OneStepInterpolantPipeline.from_pretrained(students.folder(choice))
+sample_rows(pipe, [3], 1, 5)[0][0].save("visitor.png")
+"""
 
 #: Calls the script once for each [token, argument, …] of the standard input, and prints what `script_main` would see.
 CALLS = """
