@@ -16,6 +16,11 @@ def main(argv: list[str]) -> None:
 
     settings = parse_settings(DistillConfig, argv, __doc__)
 
+    if settings.dry_run:
+        from si_distill.training.dry_run import print_dry_run
+
+        return print_dry_run(settings)
+
     from si_distill.training.distillation import DistillationTrainer
 
     DistillationTrainer(settings).train()

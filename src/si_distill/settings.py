@@ -7,7 +7,7 @@ import re
 import sys
 import types
 import typing
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -29,6 +29,8 @@ def setting(default: Any, help: str, choices: tuple[str, ...] | None = None) -> 
 def parse_settings(cls: type[T], argv: list[str], description: str = "") -> T:
     """Reads `--config FILE` (several are laid one over the other) and then `--key value` or `--section.key value`.
 
+    A file may begin with `include: [FILE, …]`, paths relative to its own: it is laid over these.
+
     Overriding a setting that has a companion `…_kwargs` (objective, interpolant) drops the earlier companion: its values
     belong to the other choice.
 
@@ -42,9 +44,9 @@ def parse_settings(cls: type[T], argv: list[str], description: str = "") -> T:
     values: dict[str, Any] = {}
     overrides = _split_arguments(argv)
     for path in [value for key, value in overrides if key == "config"]:
-        layer = read_yaml(path)
-        _forget_companions(values, layer)
-        values = _merge(values, layer)
+        for layer in _layers(Path(path), ()):
+            _forget_companions(values, layer)
+            values = _merge(values, layer)
     overrides = [(key, value) for key, value in overrides if key != "config"]
     _forget_companions(values, (key for key, _ in overrides))
     for key, value in overrides:
@@ -81,6 +83,20 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise InputError(f"The config file {path} must hold `key: value` lines, but it holds {type(values).__name__}.")
     return values
+
+
+def _layers(path: Path, open_files: tuple[Path, ...]) -> Iterator[dict[str, Any]]:
+    """The mappings of a file and of all that it includes, in the order in which they are laid over each other."""
+    values = read_yaml(path)
+    included = values.pop("include", [])
+    if not isinstance(included, list) or not all(isinstance(name, str) for name in included):
+        raise InputError(f"`include` in {path} must be a list of files, got {included!r}.")
+    chain = (*open_files, path.resolve())
+    for name in included:
+        if (path.parent / name).resolve() in chain:
+            raise InputError(f"The config file {path} includes {name}, which includes it: break the circle.")
+        yield from _layers(path.parent / name, chain)
+    yield values
 
 
 def settings_from_dict(cls: type[T], values: dict[str, Any], prefix: str = "") -> T:

@@ -76,12 +76,13 @@ class TrainingConfig:
     push_to_hub: bool = setting(False, "Publish the finished pipeline on the Hub.")
     hub_model_id: str | None = setting(None, "Where: `user/name`.")
     hub_private_repo: bool = setting(False, "Whether a new repository there is private.")
+    dry_run: bool = setting(False, "Say what the run would need and do: no weights, no images, nothing written.")
 
     #: What may change when a run is resumed; everything else decides the trajectory.
     RESUMABLE = frozenset(
         "output_dir max_steps logging_steps eval_steps save_steps save_total_limit report_to resume_from_checkpoint "
         "overwrite_output_dir dataloader_num_workers ema_snapshot_steps eval_metric_steps metric_for_best_model evaluation "
-        "push_to_hub hub_model_id hub_private_repo".split()
+        "push_to_hub hub_model_id hub_private_repo dry_run".split()
     )
 
     def __post_init__(self) -> None:
@@ -160,7 +161,9 @@ class TeacherConfig(TrainingConfig):
         "What the network is given for t: t, a step of `ddpm` (discrete), or ln(β/α)/4 (log_sigma).",
         TIMESTEP_TYPES,
     )
-    model: dict = setting({}, "Arguments of SiTTransformer2DModel, or `preset: SiT-S/2` and changes to it.")
+    model: dict = setting(
+        {}, "The network: `class` (SiTTransformer2DModel when not given), `preset` (e.g. SiT-S/2), and its arguments."
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -250,6 +253,11 @@ class DistillConfig(TrainingConfig):
     """Settings of `training/train_distill.py`."""
 
     teacher: str = setting("", "The teacher: a pipeline folder or a Hub id.")
+    teacher_model: dict = setting(
+        {},
+        "The teacher, for --dry_run without its folder: `class` and arguments as in `model` and `scheduler` with its "
+        "settings, or `training` with the file that trains it.",
+    )
     objective: str = setting("sid", "A preset of the family, see docs/objectives.md.")
     objective_kwargs: dict = setting({}, "Coefficients, `space` and `weight`, e.g. {alpha: 1.2}.")
     adversarial: AdversarialConfig = field(default_factory=AdversarialConfig)

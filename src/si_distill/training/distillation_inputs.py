@@ -23,6 +23,12 @@ def load_teacher(settings: DistillConfig) -> InterpolantPipeline:
         InputError: when it cannot be loaded, or lacks the null class that the settings need.
     """
     teacher = load_pipeline(InterpolantPipeline, "teacher", settings.teacher)
+    check_guidance(settings, teacher)
+    return teacher
+
+
+def check_guidance(settings: DistillConfig, teacher: InterpolantPipeline) -> None:
+    """Refuses guidance of, or label dropout beside, a teacher without a null class."""
     guided = settings.guidance_scale != 1 or settings.critic_guidance_scale != 1
     if teacher.network.null_class is None and (guided or settings.critic_class_dropout_prob > 0):
         raise InputError(
@@ -30,7 +36,6 @@ def load_teacher(settings: DistillConfig) -> InterpolantPipeline:
             f"critic_class_dropout_prob={settings.critic_class_dropout_prob} need a null class, but the teacher was "
             "trained without label dropout, or without labels, and has no null class. Leave them at 1, 1 and 0."
         )
-    return teacher
 
 
 def fitting_objective(settings: DistillConfig, interpolant: Interpolant) -> DistillationObjective:

@@ -1,21 +1,20 @@
 """Training of a multi-step teacher: regression of the interpolant's velocity, sample or noise."""
 
-import inspect
 from typing import Any
 
 import torch
+from diffusers.models.modeling_utils import ModelMixin
 from PIL import Image
 
 from ..data import load_images
-from ..data.augmentation import AUGMENT_LABELS
 from ..errors import InputError
-from ..models import SiTTransformer2DModel
 from ..pipelines import InterpolantPipeline
 from ..schedulers.scheduling_stochastic_interpolant import StochasticInterpolantScheduler
 from ..visualization import image_grid
 from .config import TeacherConfig
 from .ema import Averages
 from .loss_weights import regression_weight
+from .network_settings import build_network, with_augmentation
 from .networks import TrainedNetwork
 from .run_facts import describe_data, describe_network
 from .trainer import Trainer
@@ -43,13 +42,8 @@ class TeacherTrainer(Trainer):
         )
         self.averages.prepare(self.accelerator)
 
-    def _build_network(self) -> SiTTransformer2DModel:
+    def _build_network(self) -> ModelMixin:
         arguments = dict(self.settings.model)
-        preset = arguments.pop("preset", None)
-        known = [name for name in inspect.signature(SiTTransformer2DModel.__init__).parameters if name != "self"]
-        unknown = sorted(set(arguments) - set(known))
-        if unknown:
-            raise InputError(f"Unknown setting `model.{unknown[0]}`. Known: preset, {', '.join(known)}.")
         for name, value in (
             ("sample_size", self.data.size),
             ("in_channels", self.data.channels),
@@ -58,18 +52,7 @@ class TeacherTrainer(Trainer):
             unconditional = name == "num_classes" and arguments.get(name) == 0  # on labelled images too
             if arguments.setdefault(name, value) != value and not unconditional:
                 raise InputError(f"`model.{name}` is {arguments[name]}, but the data set has {value}.")
-        augment_dim = AUGMENT_LABELS if self.settings.augment_prob else 0
-        if arguments.setdefault("augment_dim", augment_dim) != augment_dim:
-            raise InputError(
-                f"`model.augment_dim` is {arguments['augment_dim']}, but augment_prob={self.settings.augment_prob} gives "
-                f"{augment_dim} labels: leave it out."
-            )
-        try:
-            return (
-                SiTTransformer2DModel.from_preset(preset, **arguments) if preset else SiTTransformer2DModel(**arguments)
-            )
-        except (TypeError, ValueError) as error:
-            raise InputError(f"Cannot build the network from `model`: {error}") from error
+        return build_network(with_augmentation(arguments, self.settings), "model")
 
     def iteration(self) -> tuple[dict[str, torch.Tensor], bool]:
         settings, trained = self.settings, self.trained

@@ -1,0 +1,228 @@
+"""`--dry_run`: what a run would build, need and write, from settings and shapes alone.
+
+Networks are built on torch's meta device, which knows shapes and no numbers; nothing is loaded but configs, and nothing is
+written.
+"""
+
+import importlib
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..adversarial import CriticNetwork
+from ..errors import InputError
+from ..interpolants import Interpolant
+from ..pipelines import InterpolantPipeline, view_network
+from ..schedulers.scheduling_stochastic_interpolant import StochasticInterpolantScheduler
+from ..settings import parse_settings
+from .config import DistillConfig, TeacherConfig, TrainingConfig
+from .distillation_inputs import check_guidance, fitting_objective, starting_critic, starting_student
+from .memory import (
+    average_count,
+    checkpoint_bytes,
+    distillation_activations,
+    parameter_count,
+    teacher_activations,
+    training_memory,
+)
+from .network_settings import CLASSES, FOREIGN_CLASSES, build_network, with_augmentation
+from .run_folder import RunFolder
+
+Lines = dict[str, str]
+
+
+def dry_run(settings: TrainingConfig) -> str:
+    """The report of a run of `settings`, as text.
+
+    Raises:
+        InputError: for everything in the settings that the run itself would refuse before it reads images or weights.
+    """
+    RunFolder(settings, writes=False).check()
+    lines = _distillation(settings) if isinstance(settings, DistillConfig) else _teacher_training(settings)
+    width = max(map(len, lines)) + 1
+    return "\n".join(f"{name + ':':<{width}} {text}" for name, text in lines.items())
+
+
+def print_dry_run(settings: TrainingConfig) -> None:
+    """Prints the report, once per run."""
+    text = dry_run(settings)
+    if int(os.environ.get("RANK", "0")) == 0:
+        print(f"{text}\nDry run: nothing was loaded, trained or written.", flush=True)
+
+
+def _teacher_training(settings: TeacherConfig) -> Lines:
+    interpolant = settings.build_interpolant()
+    network = _trained_network(settings)
+    parts = training_memory([network], [], network, average_count(settings), teacher_activations(network, settings))
+    return {
+        "network": _network(network),
+        "path": _path(interpolant, settings.prediction_type, settings.timestep_type),
+        **_batch(settings),
+        "data": _data(settings),
+        **_memory(parts),
+        **_files(settings, parts, network),
+    }
+
+
+def _trained_network(settings: TeacherConfig) -> nn.Module:
+    """The network of a teacher's training, on the meta device; the data set is not opened."""
+    arguments = {"sample_size": settings.data.image_size, **settings.model}
+    if settings.data.name == "digits":
+        arguments = {"in_channels": 1, "num_classes": 10, **arguments}
+    missing = [name for name in ("in_channels", "num_classes") if name not in arguments]
+    if missing:
+        raise InputError(
+            "A dry run does not open the data set, which says how many channels and classes there are: set "
+            f"{' and '.join(f'`model.{name}`' for name in missing)}."
+        )
+    with torch.device("meta"):
+        return build_network(with_augmentation(arguments, settings), "model")
+
+
+def _distillation(settings: DistillConfig) -> Lines:
+    teacher, source = _described_teacher(settings)
+    check_guidance(settings, teacher)
+    config, interpolant = teacher.scheduler.config, teacher.scheduler.interpolant
+    settings.check_times(interpolant)
+    settings.build_time_sampler(interpolant, config.timestep_type)
+    settings.build_generator_time_sampler(interpolant, config.timestep_type)
+    objective, term = fitting_objective(settings, interpolant), settings.adversarial.build()
+    student, init_time = starting_student(replace(settings, student=None), teacher)
+    network = teacher.transformer.requires_grad_(False)
+    with torch.device("meta"):
+        critic = CriticNetwork(starting_critic(settings, teacher, objective), None if term is None else term.kind)
+    frozen = [network] if teacher.vae is None else [network, teacher.vae]
+    activations = distillation_activations(network, objective, term is not None, settings)
+    parts = training_memory([critic, student], frozen, student, average_count(settings), activations)
+    view = teacher.network
+    c = interpolant.coefficients(torch.tensor(init_time, dtype=torch.float64))
+    real = objective.uses_real_data or term is not None
+    latent = "; as latents of the teacher's autoencoder" if real and view.sample_shape[0] > 3 else ""
+    return {
+        "teacher": f"{settings.teacher} ({source})",
+        "network": _network(network),
+        "path": _path(interpolant, config.prediction_type, config.timestep_type),
+        "student": f"one evaluation at t = {init_time:.4g} (β/α = {float(c.beta / c.alpha):.4g}), "
+        + (f"from {settings.student} (not opened)" if settings.student else "from the teacher's weights"),
+        "critic": "the teacher's weights"
+        + ("" if term is None else f", adversarial term {term.kind!r}")
+        + f"; {parameter_count([critic]):,} parameters",
+        "objective": f"{objective.name}, critic {objective.critic}, generator {objective.generator}, {objective.space} "
+        f"space, weight {objective.weight}",
+        **_batch(settings),
+        "updates": f"{settings.critic_steps} of the critic and {settings.generator_steps} of the generator in an iteration",
+        "data": (_data(settings) + latent)
+        if real
+        else "no images: neither the objective nor an adversarial term uses any",
+        **_memory(parts),
+        **_files(settings, parts, student),
+    }
+
+
+def _described_teacher(settings: DistillConfig) -> tuple[InterpolantPipeline, str]:
+    """The teacher on the meta device, and where its shape is from: the configs of its folder, or `teacher_model`."""
+    if settings.teacher_model and not (Path(settings.teacher) / InterpolantPipeline.config_name).is_file():
+        return _from_description(settings.teacher_model), "not here; as `teacher_model` describes it"
+    try:
+        index = InterpolantPipeline.load_config(settings.teacher)
+        parts = {name: _on_meta(settings.teacher, name, index.get(name)) for name in ("transformer", "vae")}
+        scheduler = StochasticInterpolantScheduler.from_pretrained(settings.teacher, subfolder="scheduler")
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"Cannot read the configs of the teacher {settings.teacher!r}: {error} A dry run without the teacher's folder "
+            "needs `teacher_model`, its class and arguments."
+        ) from error
+    return InterpolantPipeline(parts["transformer"], scheduler, vae=parts["vae"]), "its configs were read"
+
+
+def _from_description(described: dict[str, Any]) -> InterpolantPipeline:
+    """The pipeline that `teacher_model` describes: a network and its scheduler, or the settings that train the teacher."""
+    if "training" in described:
+        if len(described) > 1:
+            raise InputError("`teacher_model.training` names the settings of the teacher; nothing can stand beside it.")
+        training = parse_settings(TeacherConfig, ["--config", str(described["training"])])
+        scheduler = {name: getattr(training, name) for name in ("interpolant", "prediction_type", "timestep_type")}
+        network = _trained_network(training)
+        return InterpolantPipeline(
+            network, _scheduler({**scheduler, "interpolant_kwargs": training.interpolant_kwargs})
+        )
+    arguments = dict(described)
+    scheduler = arguments.pop("scheduler", {})
+    if not isinstance(scheduler, dict):
+        raise InputError(f"`teacher_model.scheduler` must be settings of the scheduler, got {scheduler!r}.")
+    with torch.device("meta"):
+        network = build_network(arguments, "teacher_model", CLASSES | FOREIGN_CLASSES)
+    return InterpolantPipeline(network, _scheduler(scheduler))
+
+
+def _scheduler(arguments: dict[str, Any]) -> StochasticInterpolantScheduler:
+    try:
+        return StochasticInterpolantScheduler(**arguments)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"Cannot build the scheduler from `teacher_model.scheduler`: {error}") from error
+
+
+def _on_meta(folder: str, name: str, entry: list[str] | None) -> nn.Module | None:
+    """A component of a pipeline folder, by the class that its index names."""
+    if entry is None or entry[0] is None:
+        return None
+    cls = getattr(importlib.import_module(entry[0]), entry[1])
+    with torch.device("meta"):
+        return cls.from_config(cls.load_config(folder, subfolder=name))
+
+
+def _network(network: nn.Module) -> str:
+    view = view_network(network)
+    size = " × ".join(map(str, view.sample_shape))
+    kind = f"{view.num_classes} classes" if view.num_classes else "unconditional"
+    return f"{type(network).__name__}, {parameter_count([network]):,} parameters, {size}, {kind}"
+
+
+def _path(interpolant: Interpolant, prediction_type: str, timestep_type: str) -> str:
+    return f"{interpolant.name}, prediction {prediction_type}, timesteps {timestep_type}"
+
+
+def _batch(settings: TrainingConfig) -> Lines:
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    size, micro = settings.per_device_train_batch_size, settings.gradient_accumulation_steps
+    images = size * micro * processes
+    return {
+        "batch": f"{size} per device × {micro} micro-batches × {processes} processes = {images:,} images per update",
+        "run": f"{settings.max_steps:,} iterations × {images:,} = {settings.max_steps * images:,} images",
+    }
+
+
+def _data(settings: TrainingConfig) -> str:
+    data = settings.data
+    files = f" ({data.data_files})" if data.data_files else ""
+    limit = f", the first {data.max_train_samples:,}" if data.max_train_samples else ""
+    return f"{data.name}{files}, split {data.split}, {data.image_size} × {data.image_size} pixels{limit}"
+
+
+def _memory(parts: dict[str, int]) -> Lines:
+    each = ", ".join(f"{name} {_size(size)}" for name, size in parts.items() if size)
+    return {"memory": f"about {_size(sum(parts.values()))} per device, without libraries' workspaces", "of this": each}
+
+
+def _files(settings: TrainingConfig, parts: dict[str, int], pipeline_network: nn.Module) -> Lines:
+    checkpoint = checkpoint_bytes(parts)
+    pipeline = parameter_count([pipeline_network]) * 4
+    kept = min(settings.save_total_limit, -(-settings.max_steps // settings.save_steps))
+    return {
+        "writes": f"{settings.output_dir}/: config.yaml, metrics.jsonl every {settings.logging_steps:,} iterations, "
+        f"samples/ every {settings.eval_steps:,}, checkpoints/ every {settings.save_steps:,} ({_size(checkpoint)} each, "
+        f"{kept} kept and one more while saving), the pipeline ({_size(pipeline)})"
+    }
+
+
+def _size(count: int) -> str:
+    """Bytes in binary units."""
+    for unit in ("B", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:.3g} {unit}" if unit != "B" else f"{count} B"
+        count /= 1024
+    return f"{count:.3g} GiB" if count < 1000 else f"{count:.0f} GiB"

@@ -1,0 +1,65 @@
+"""A network as settings describe it: its class, a published size, its arguments."""
+
+import inspect
+from typing import Any
+
+from diffusers import DiTTransformer2DModel, UNet2DModel
+from diffusers.models.modeling_utils import ModelMixin
+
+from .. import models
+from ..data.augmentation import AUGMENT_LABELS
+from ..errors import InputError
+from .config import TeacherConfig
+
+#: The network of teachers that do not name another.
+DEFAULT_CLASS = "SiTTransformer2DModel"
+#: Networks of this package, which a teacher can be trained with.
+CLASSES = {name: getattr(models, name) for name in models.__all__ if inspect.isclass(getattr(models, name))}
+#: Networks of diffusers, which converted teachers may be of.
+FOREIGN_CLASSES = {cls.__name__: cls for cls in (DiTTransformer2DModel, UNet2DModel)}
+
+
+def build_network(
+    described: dict[str, Any], section: str, classes: dict[str, type[ModelMixin]] = CLASSES
+) -> ModelMixin:
+    """The network, randomly initialised on torch's present default device.
+
+    Args:
+        described: `class`, one of `classes` (SiT when not given), `preset`, a name that the class's `from_preset` knows,
+            and arguments of the class.
+        section: name of the setting, for errors.
+        classes: by name.
+
+    Raises:
+        InputError: for an unknown class, preset or argument, or sizes that do not fit.
+    """
+    arguments = dict(described)
+    name, preset = arguments.pop("class", DEFAULT_CLASS), arguments.pop("preset", None)
+    if name not in classes:
+        raise InputError(f"`{section}.class` is {name!r}; choose one of: {', '.join(classes)}.")
+    cls = classes[name]
+    known = [argument for argument in inspect.signature(cls.__init__).parameters if argument != "self"]
+    unknown = sorted(set(arguments) - set(known))
+    if unknown:
+        raise InputError(f"Unknown setting `{section}.{unknown[0]}`. Known: class, preset, {', '.join(known)}.")
+    if preset is not None and not hasattr(cls, "from_preset"):
+        raise InputError(f"`{section}.preset` is {preset!r}, but {name} has no named sizes: give its arguments.")
+    try:
+        return cls(**arguments) if preset is None else cls.from_preset(preset, **arguments)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"Cannot build the network from `{section}`: {error}") from error
+
+
+def with_augmentation(arguments: dict[str, Any], settings: TeacherConfig) -> dict[str, Any]:
+    """The arguments of `model` with the labels of the augmentation that the teacher is trained with.
+
+    Raises:
+        InputError: when `model` asks for other labels.
+    """
+    augment_dim = AUGMENT_LABELS if settings.augment_prob else 0
+    if arguments.get("augment_dim", augment_dim) != augment_dim:
+        raise InputError(
+            f"`model.augment_dim` is {arguments['augment_dim']}, but augment_prob={settings.augment_prob} gives "
+            f"{augment_dim} labels: leave it out."
+        )
+    return {**arguments, "augment_dim": augment_dim} if augment_dim else arguments

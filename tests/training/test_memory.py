@@ -1,0 +1,113 @@
+"""The memory estimate against counts done another way."""
+
+import pytest
+import torch
+from helpers import tiny_sit
+from torch import nn
+
+from si_distill.models import EDM2UNet2DModel, EDMUNet2DModel, SiTTransformer2DModel
+from si_distill.objectives import get_objective
+from si_distill.pipelines import view_network
+from si_distill.training.config import AdversarialConfig, DistillConfig
+from si_distill.training.memory import (
+    average_count,
+    checkpoint_bytes,
+    distillation_activations,
+    graph_bytes,
+    parameter_count,
+    teacher_activations,
+    training_memory,
+)
+
+#: Attention is counted as a fused kernel keeps it; the order of EDM's channels keeps the CPU from its own.
+NETWORKS = {
+    "sit": (SiTTransformer2DModel, dict(sample_size=8, num_layers=2, in_channels=3, num_classes=4)),
+    "edm": (EDMUNet2DModel, dict(sample_size=16, num_blocks=1, model_channels=32, attn_resolutions=[])),
+    "edm2": (
+        EDM2UNet2DModel,
+        dict(sample_size=16, num_blocks=1, model_channels=64, num_classes=4, attn_resolutions=[]),
+    ),
+}
+
+
+def on_meta(cls, arguments) -> nn.Module:
+    with torch.device("meta"):
+        return cls(**arguments)
+
+
+def settings(**values) -> DistillConfig:
+    return DistillConfig(output_dir="run", teacher="teacher", **{"per_device_train_batch_size": 4, **values})
+
+
+def forward_bytes(network: nn.Module, batch: int, through: bool = False) -> int:
+    view, device = view_network(network), next(network.parameters()).device
+    network.requires_grad_(not through)
+    x = torch.zeros(batch, *view.sample_shape, device=device, requires_grad=through)
+    t, labels = torch.zeros(batch, device=device), torch.zeros(batch, dtype=torch.long, device=device)
+    return graph_bytes(network, lambda: view(x, t, labels))
+
+
+def test_graph_of_two_layers_is_their_inputs():
+    network = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
+    x = torch.zeros(5, 8)
+    # The first layer keeps x; ReLU's output is kept once, for itself and for the second layer.
+    assert graph_bytes(network, lambda: network(x)) == 4 * 5 * (8 + 16)
+    assert graph_bytes(network.requires_grad_(False), lambda: network(x)) == 0
+
+
+@pytest.mark.parametrize("kind", NETWORKS)
+@pytest.mark.parametrize("through", [False, True], ids=["learning", "passing"])
+def test_the_meta_device_keeps_what_a_real_forward_keeps(kind, through):
+    cls, arguments = NETWORKS[kind]
+    real = cls(**arguments).requires_grad_(not through)
+    kept: dict[int, torch.Tensor] = {}
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda t: kept.setdefault(t.untyped_storage().data_ptr(), t), lambda t: t
+    ):
+        x = torch.zeros(2, *view_network(real).sample_shape, requires_grad=through)
+        view_network(real)(x, torch.zeros(2), torch.zeros(2, dtype=torch.long))
+    for tensor in (*real.parameters(), *real.buffers()):
+        kept.pop(tensor.untyped_storage().data_ptr(), None)
+    expected = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+    assert forward_bytes(on_meta(cls, arguments), 2, through) == pytest.approx(expected, rel=0.02)
+
+
+@pytest.mark.parametrize("kind", NETWORKS)
+def test_activations_of_any_batch_follow_from_two(kind):
+    network = on_meta(*NETWORKS[kind])
+    expected = forward_bytes(network, 7)
+    assert teacher_activations(network, settings(per_device_train_batch_size=7)) == pytest.approx(expected, rel=1e-3)
+    assert all(not parameter.requires_grad for parameter in network.requires_grad_(False).parameters())
+
+
+def test_parts_are_parameters_times_what_each_needs():
+    trained, frozen = [on_meta(*NETWORKS["sit"]) for _ in range(2)], on_meta(*NETWORKS["edm"])
+    count = sum(p.numel() for p in trained[0].parameters())
+    other = sum(p.numel() for p in frozen.parameters())
+    assert (parameter_count(trained), parameter_count([frozen])) == (2 * count, other)
+    parts = training_memory(trained, [frozen], trained[0], 3, activations=1000)
+    assert list(parts.values()) == [8 * count, 8 * count, 16 * count, 12 * count, 4 * other, 1000]
+    assert checkpoint_bytes(parts) == 4 * (2 * count + 4 * count + 3 * count)
+    halves = training_memory(trained, [frozen], trained[0], 3, activations=1000, shards=2)
+    assert list(halves.values()) == [4 * count, 4 * count, 8 * count, 6 * count, 2 * other, 1000]
+    assert average_count(settings(ema_extra=[0.9, 0.99], ema_power_sigmas=[0.05])) == 4
+
+
+def test_peak_of_a_distillation_is_the_larger_of_its_two_updates():
+    network = tiny_sit(num_classes=3)
+    learning, passing = forward_bytes(network, 4), forward_bytes(network, 4, through=True)
+    gap, detached, real = (get_objective(name) for name in ("gap", "cross_term_detached", "realuid"))
+
+    def peak(objective, judged=False, **values):
+        return distillation_activations(network, objective, judged, settings(**values))
+
+    assert peak(gap) == learning + max(learning, 2 * passing)
+    assert peak(detached) == 2 * learning
+    assert peak(real) == learning + max(2 * learning, 2 * passing)
+    assert peak(detached, gradient_accumulation_steps=2) == learning
+    assert peak(gap, guidance_scale=2.0) == learning + max(learning, 3 * passing)
+    # An adversarial term with times of its own: four views in the critic, two in the generator's loss.
+    own = AdversarialConfig(kind="head", t_min=0.0, t_max=1.0)
+    assert peak(detached, judged=True, adversarial=own) == learning + max(3 * learning, 2 * passing)
+    copies = 2 * parameter_count([network])
+    assert peak(detached, mixed_precision="bf16") == 2 * (learning // 2 + copies)
