@@ -117,6 +117,24 @@ def _tensors(weights: Any, what: str) -> StateDict:
     return dict(weights)
 
 
+def find_tensor(weights: StateDict, name: str, ndim: int, what: str) -> torch.Tensor:
+    """A tensor whose shape tells the structure of the network.
+
+    Args:
+        weights: the checkpoint's tensors.
+        name: of the tensor.
+        ndim: number of its axes.
+        what: what the checkpoint was taken for, for the error.
+
+    Raises:
+        InputError: when it is missing or has other axes.
+    """
+    if name not in weights or weights[name].ndim != ndim:
+        found = f"is {tuple(weights[name].shape)}" if name in weights else "is missing"
+        raise InputError(f"The checkpoint was taken for {what}, but its tensor {name} with {ndim} axes {found}.")
+    return weights[name]
+
+
 #: A checkpoint's name of each tensor → ours; a fused tensor is several of ours, one after the other along the first axis.
 Layout = Mapping[str, tuple[str, ...]]
 

@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import re
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from ..errors import InputError
 from ..interpolants import get_interpolant
 from ..models.transformer_sit import SIT_PRESETS, SiTTransformer2DModel
 from ..schedulers.scheduling_stochastic_interpolant import StochasticInterpolantScheduler
-from .checkpoints import StateDict, check_tensors, choose_weights
+from .checkpoints import StateDict, check_tensors, choose_weights, find_tensor
 from .config import ConvertConfig
 from .converted import Converted
 from .folding import reverse_time
@@ -93,12 +94,12 @@ def convert_sit(content: dict[str, Any], settings: ConvertConfig) -> Converted:
 
 def _renumbered(weights: StateDict) -> StateDict:
     """REPA's first checkpoints count the blocks after the projectors anew, as `decoder_blocks`."""
-    encoder = {int(name.split(".")[1]) for name in weights if name.startswith("blocks.")}
+    encoder = {name.split(".")[1] for name in weights if name.startswith("blocks.")}
     renamed = {}
     for name, tensor in weights.items():
-        if name.startswith("decoder_blocks."):
-            _, number, rest = name.split(".", 2)
-            name = f"blocks.{int(number) + len(encoder)}.{rest}"
+        block = re.match(r"decoder_blocks\.(\d+)\.", name)
+        if block:
+            name = f"blocks.{int(block[1]) + len(encoder)}.{name[block.end() :]}"
         renamed[name] = tensor
     return renamed
 
@@ -128,9 +129,9 @@ def _build(
     weights: StateDict, positions: torch.Tensor | None, settings: ConvertConfig, saved: dict[str, Any]
 ) -> SiTTransformer2DModel:
     """The network that the tensors describe, on the meta device, with all their names and shapes checked."""
-    patches = _tensor(weights, "x_embedder.proj.weight", 4)
-    table = _tensor(weights, "y_embedder.embedding_table.weight", 2)
-    output = _tensor(weights, "final_layer.linear.weight", 2)
+    patches = find_tensor(weights, "x_embedder.proj.weight", 4, "a SiT")
+    table = find_tensor(weights, "y_embedder.embedding_table.weight", 2, "a SiT")
+    output = find_tensor(weights, "final_layer.linear.weight", 2, "a SiT")
     dim, channels, patch = patches.shape[:3]
     depth = len({name.split(".")[1] for name in weights if name.startswith("blocks.")})
     num_classes = settings.num_classes or saved.get("num_classes") or table.shape[0] - 1
@@ -152,7 +153,7 @@ def _build(
         num_layers=depth,
         num_attention_heads=heads,
         attention_head_dim=dim // heads,
-        mlp_ratio=_tensor(weights, "blocks.0.mlp.fc1.weight", 2).shape[0] / dim,
+        mlp_ratio=find_tensor(weights, "blocks.0.mlp.fc1.weight", 2, "a SiT").shape[0] / dim,
         num_classes=num_classes,
         class_dropout_prob=0.1 if table.shape[0] > num_classes else 0.0,
         learn_sigma=output.shape[0] == 2 * channels * patch**2,
@@ -164,13 +165,6 @@ def _build(
         raise InputError(f"The checkpoint's network cannot be built: {error}") from error
     check_tensors(weights, _layout(network), network, f"a SiT of {depth} blocks, width {dim} and patches of {patch}")
     return network
-
-
-def _tensor(weights: StateDict, name: str, ndim: int) -> torch.Tensor:
-    if name not in weights or weights[name].ndim != ndim:
-        found = f"is {tuple(weights[name].shape)}" if name in weights else "is missing"
-        raise InputError(f"The checkpoint was taken for a SiT, but its tensor {name} with {ndim} axes {found}.")
-    return weights[name]
 
 
 def _heads_of_preset(preset: str, depth: int, patches: torch.Tensor) -> int:

@@ -12,7 +12,7 @@ from diffusers import UNet2DModel
 
 from ..errors import InputError
 from ..schedulers.scheduling_stochastic_interpolant import StochasticInterpolantScheduler
-from .checkpoints import SEVERAL, STUDENTS, StateDict, check_tensors, choose_weights
+from .checkpoints import SEVERAL, STUDENTS, StateDict, check_tensors, choose_weights, find_tensor
 from .config import ConvertConfig
 from .converted import Converted
 from .folding import reverse_time
@@ -114,12 +114,10 @@ def convert_torchcfm(content: dict[str, Any], settings: ConvertConfig) -> Conver
 
 
 def _structure(weights: StateDict) -> _Structure:
-    def shape(name: str) -> torch.Size:
-        if name not in weights:
-            raise InputError(f"The checkpoint was taken for torchcfm's UNet, but it has no tensor {name}.")
-        return weights[name].shape
+    def shape(name: str, ndim: int) -> torch.Size:
+        return find_tensor(weights, name, ndim, "torchcfm's UNet").shape
 
-    blocks = {int(name.split(".")[1]) for name in weights if name.startswith("input_blocks.")}
+    blocks = {name.split(".")[1] for name in weights if name.startswith("input_blocks.")}
     resampling = {name.split(".")[1] for name in weights if name.startswith("input_blocks.") and ".0.op." in name}
     # A residual block that changes the resolution looks like any other; only on the way up it comes second in its block.
     second = {
@@ -135,16 +133,16 @@ def _structure(weights: StateDict) -> _Structure:
         )
     layers = len(blocks) // levels - 1
     first = [1 + level * (layers + 1) for level in range(levels)]
-    widths = [shape(f"input_blocks.{n}.0.in_layers.2.weight")[0] for n in first]
+    widths = [shape(f"input_blocks.{n}.0.in_layers.2.weight", 4)[0] for n in first]
     if any(width % NORM_GROUPS for width in widths):
         raise InputError(f"The checkpoint's levels have the widths {widths}; its UNet has multiples of {NORM_GROUPS}.")
     return _Structure(
-        in_channels=shape("input_blocks.0.0.weight")[1],
+        in_channels=shape("input_blocks.0.0.weight", 4)[1],
         widths=widths,
         layers=layers,
         attention=[f"input_blocks.{n}.1.qkv.weight" in weights for n in first],
-        num_classes=shape("label_emb.weight")[0] if "label_emb.weight" in weights else 0,
-        scale_shift=shape("input_blocks.1.0.emb_layers.1.weight")[0] == 2 * widths[0],
+        num_classes=shape("label_emb.weight", 2)[0] if "label_emb.weight" in weights else 0,
+        scale_shift=shape("input_blocks.1.0.emb_layers.1.weight", 2)[0] == 2 * widths[0],
         resblock_updown=bool(second),
     )
 
