@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import runpy
 import sys
 import zipfile
@@ -140,6 +141,30 @@ class TestWriting:
         after = contents(out)
         changed = {name for name in before if before[name] != after[name]}
         assert changed == {"transformer/diffusion_pytorch_model.safetensors"}
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint.pt", "converted"]
+
+    def test_nowhere_else(self, tmp_path):
+        source = tmp_path / "sit.pt"
+        torch.save(sit_weights(), source)
+        with pytest.raises(InputError, match="is a file: give a folder"):
+            convert_source(source, source, *SIT)
+        with pytest.raises(InputError, match=r"`out` .* cannot be written"):
+            convert_source(source, source / "below" / "out", *SIT)
+        assert read_checkpoint(source).keys() == sit_weights().keys()
+
+    @pytest.mark.parametrize("limit", [1_000, 60_000], ids=["of configs", "of weights"])
+    def test_files_that_cannot_be_written_leave_the_old_folder_as_it_was(self, tmp_path, limit):
+        out = convert(tmp_path, sit_weights(seed=1), *SIT)
+        before = contents(out)
+        torch.save(sit_weights(seed=2), tmp_path / "checkpoint.pt")
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limits[1]))  # files stop growing there, as on a full disk
+        try:
+            with pytest.raises(InputError, match="cannot be written"):
+                convert_source(tmp_path / "checkpoint.pt", out, *SIT, "--overwrite")
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        assert contents(out) == before
         assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint.pt", "converted"]
 
     def test_damaged_weights_are_not_written(self, tmp_path):

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from diffusers import AutoModel
 from diffusers.models.modeling_utils import ModelMixin
+from safetensors import SafetensorError
 
 from ..errors import InputError
 from ..pipelines import view_network
@@ -95,19 +96,20 @@ def write_pipeline(converted: Converted, folder: Path) -> float:
         whose time or sign was mistaken gives about 2, twice the noise.
 
     Raises:
-        InputError: when the network's output is not finite, or differs after loading.
+        InputError: when the network's output is not finite, or differs after loading, or the folder cannot be written.
     """
     pipeline = converted.pipeline()
-    with _temporary_folder(folder) as temporary:
-        pipeline.save_pretrained(temporary)
-        before, after = (
-            _first_sample(network, converted) for network in (pipeline, type(pipeline).from_pretrained(temporary))
-        )
-        if not before.isfinite().all():
-            raise InputError("The converted network's output is not finite: the checkpoint's weights are damaged.")
-        if not torch.equal(before, after):
-            raise InputError(f"The network gives other images after it was saved to {temporary} and loaded.")
-        _replace(temporary, folder)
+    before = _first_sample(pipeline, converted)
+    if not before.isfinite().all():
+        raise InputError("The converted network's output is not finite: the checkpoint's weights are damaged.")
+    try:
+        with _temporary_folder(folder) as temporary:
+            pipeline.save_pretrained(temporary)
+            if not torch.equal(before, _first_sample(type(pipeline).from_pretrained(temporary), converted)):
+                raise InputError(f"The network gives other images after it was saved to {folder.parent} and loaded.")
+            _replace(temporary, folder)
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"`out` {folder} cannot be written: {error}.") from error
     return float(before.square().mean().sqrt())
 
 
@@ -139,4 +141,8 @@ def _replace(temporary: Path, folder: Path) -> None:
         return
     with _temporary_folder(folder) as old:
         folder.rename(old)
-        temporary.rename(folder)
+        try:
+            temporary.rename(folder)
+        except OSError:
+            old.rename(folder)
+            raise
