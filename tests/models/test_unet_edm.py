@@ -175,6 +175,18 @@ def test_unconditional():
     assert torch.equal(network(x, c_noise).sample, network(x, c_noise, labels).sample)
 
 
+def test_half_precision_keeps_the_frequencies(tmp_path):
+    network = tiny_edm("ncsnpp")
+    network.save_pretrained(tmp_path)
+    x, c_noise, labels, _ = inputs(network)
+    with torch.no_grad():
+        exact = network(x.float(), c_noise, labels).sample
+        for half in (EDMUNet2DModel.from_pretrained(tmp_path, dtype=torch.bfloat16), network.to(torch.bfloat16)):
+            assert (half.dtype, half.map_noise.freqs.dtype) == (torch.bfloat16, torch.float32)
+            sample = half(x.bfloat16(), c_noise, labels).sample
+            assert float((sample - exact).abs().max() / exact.abs().max()) < 0.03
+
+
 def test_save_and_load(tmp_path):
     network = tiny_edm("ncsnpp")
     network.save_pretrained(tmp_path)

@@ -167,6 +167,18 @@ def test_published_sizes():
         EDM2UNet2DModel.from_preset("EDM2-XXXL")
 
 
+def test_half_precision_keeps_the_frequencies(tmp_path):
+    network = tiny_edm2()
+    network.save_pretrained(tmp_path)
+    x, c_noise, labels = inputs()
+    with torch.no_grad():
+        exact = network(x.float(), c_noise, labels).sample
+        for half in (EDM2UNet2DModel.from_pretrained(tmp_path, dtype=torch.bfloat16), network.to(torch.bfloat16)):
+            assert (half.dtype, half.emb_fourier.freqs.dtype) == (torch.bfloat16, torch.float32)
+            sample = half(x.bfloat16(), c_noise, labels).sample
+            assert float((sample - exact).abs().max() / exact.abs().max()) < 0.03
+
+
 def test_save_and_load(tmp_path):
     network = tiny_edm2()
     network.save_pretrained(tmp_path)

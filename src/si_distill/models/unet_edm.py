@@ -23,29 +23,17 @@ from diffusers.models.unets.unet_2d import UNet2DOutput
 
 @dataclass(frozen=True)
 class Architecture:
-    """What tells the three networks apart (Karras et al. 2022, table 7); the defaults are those of Song et al.
+    """What tells the three networks apart (Karras et al. 2022, table 7); the defaults are those of Song et al."""
 
-    Args:
-        channel_mult_noise: width of the time features over the model's channels.
-        fourier: random Fourier features of the time, or sinusoids.
-        residual_encoder: a pyramid of the image runs along the encoder.
-        resample_filter: taps of the separable low-pass filter at a change of resolution.
-        adaptive: the embedding scales and shifts a normalised map, or is added before the normalisation.
-        project_resampled: a skip connection that changes the resolution has a 1 × 1 convolution too.
-        skip_scale: factor after each sum with a skip connection.
-        num_heads: heads of the self-attention, or None for heads of `attention_head_dim` channels.
-        eps: of the group normalisations.
-    """
-
-    channel_mult_noise: int = 1
-    fourier: bool = False
-    residual_encoder: bool = False
-    resample_filter: tuple[int, ...] = (1, 1)
-    adaptive: bool = False
-    project_resampled: bool = True
-    skip_scale: float = math.sqrt(0.5)
-    num_heads: int | None = 1
-    eps: float = 1e-6
+    channel_mult_noise: int = 1  # width of the time features over the model's channels
+    fourier: bool = False  # random Fourier features of the time, or sinusoids
+    residual_encoder: bool = False  # a pyramid of the image runs along the encoder
+    resample_filter: tuple[int, ...] = (1, 1)  # taps of the separable low-pass filter at a change of resolution
+    adaptive: bool = False  # the embedding scales and shifts a normalised map, or is added before the normalisation
+    project_resampled: bool = True  # a skip connection that changes the resolution has a 1 × 1 convolution too
+    skip_scale: float = math.sqrt(0.5)  # after each sum with a skip connection
+    num_heads: int | None = 1  # of the self-attention; None: heads of `attention_head_dim` channels
+    eps: float = 1e-6  # of the group normalisations
 
 
 ARCHITECTURES = {
@@ -75,8 +63,17 @@ class FourierFeatures(nn.Module):
         super().__init__()
         self.register_buffer("freqs", torch.randn(channels // 2) * scale)
 
+    def _apply(self, fn, recurse=True):
+        # Of a half-precision network too: phases of many turns, rounded to 8 bits, would be others.
+        freqs = self.freqs
+        super()._apply(fn, recurse)
+        if self.freqs.dtype.itemsize < freqs.dtype.itemsize:
+            self.freqs = freqs.to(self.freqs.device)
+        return self
+
     def forward(self, timestep: torch.Tensor) -> torch.Tensor:
-        phase = 2 * math.pi * timestep.to(torch.promote_types(timestep.dtype, torch.float32)).outer(self.freqs)
+        wide = timestep.to(torch.promote_types(timestep.dtype, torch.float32))
+        phase = wide.outer(2 * math.pi * self.freqs)
         return torch.cat([phase.sin(), phase.cos()], dim=1)
 
 
@@ -226,6 +223,7 @@ class EDMUNet2DModel(ModelMixin, ConfigMixin):
     _no_split_modules = ["EDMUNetBlock"]
     _repeated_blocks = ["EDMUNetBlock"]
     _skip_layerwise_casting_patterns = ["norm", "map_"]
+    _keep_in_fp32_modules = ["map_noise"]
 
     @register_to_config
     def __init__(
@@ -390,9 +388,7 @@ class EDMUNet2DModel(ModelMixin, ConfigMixin):
         if hidden_states.shape[1:] != shape:
             raise ValueError(f"This network takes images of shape (batch, *{shape}), got {tuple(hidden_states.shape)}.")
         if config.num_classes and class_labels is None:
-            raise ValueError(
-                f"This network has {config.num_classes} classes: pass `class_labels` of shape ({batch_size},)."
-            )
+            raise ValueError(f"This network has {config.num_classes} classes: pass `class_labels`, one for each image.")
         if augment_labels is not None and augment_labels.shape != (batch_size, config.augment_dim):
             raise ValueError(
                 f"`augment_labels` has shape {tuple(augment_labels.shape)}, but this network (augment_dim "
@@ -400,11 +396,10 @@ class EDMUNet2DModel(ModelMixin, ConfigMixin):
             )
         timestep = torch.as_tensor(timestep, device=hidden_states.device).expand(batch_size)
         one_hot = None
-        if config.num_classes:  # the null class has no component: all zeros
+        if config.num_classes:  # the null class is all zeros
             one_hot = F.one_hot(class_labels, config.num_classes + 1)[:, : config.num_classes].to(hidden_states.dtype)
-        if (
-            config.augment_dim
-        ):  # zeros go through the layer too: parameters without a gradient stop distributed training
+        if config.augment_dim:
+            # Zeros go through the layer too: a parameter without a gradient stops distributed training.
             zeros = hidden_states.new_zeros(batch_size, config.augment_dim)
             augment_labels = zeros if augment_labels is None else augment_labels.to(hidden_states.dtype)
         emb = self._embed(timestep, one_hot, augment_labels)
@@ -418,8 +413,7 @@ class EDMUNet2DModel(ModelMixin, ConfigMixin):
         for name, block in self.enc.items():
             if name.endswith("aux_residual"):
                 # NCSN++ (Song et al. 2021, appendix H): a pyramid of the image runs along and is added at each level.
-                x = image = (x + block(image)) * math.sqrt(0.5)
-                skips[-1] = x
+                skips[-1] = x = image = (x + block(image)) * math.sqrt(0.5)
                 continue
             x = run(block, x, emb) if isinstance(block, EDMUNetBlock) else block(x)
             skips.append(x)

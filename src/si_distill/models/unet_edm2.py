@@ -77,6 +77,14 @@ class MPFourier(nn.Module):
         self.register_buffer("freqs", 2 * math.pi * torch.randn(channels))
         self.register_buffer("phases", 2 * math.pi * torch.rand(channels))
 
+    def _apply(self, fn, recurse=True):
+        # Of a half-precision network too: phases of several turns, rounded to 8 bits, would be others.
+        freqs, phases = self.freqs, self.phases
+        super()._apply(fn, recurse)
+        if self.freqs.dtype.itemsize < freqs.dtype.itemsize:
+            self.freqs, self.phases = freqs.to(self.freqs.device), phases.to(self.freqs.device)
+        return self
+
     def forward(self, timestep: torch.Tensor) -> torch.Tensor:
         wide = torch.promote_types(timestep.dtype, torch.float32)
         return math.sqrt(2) * torch.cos(timestep.to(wide).outer(self.freqs.to(wide)) + self.phases.to(wide))
@@ -194,6 +202,7 @@ class EDM2UNet2DModel(ModelMixin, ConfigMixin):
     _no_split_modules = ["EDM2UNetBlock"]
     _repeated_blocks = ["EDM2UNetBlock"]
     _skip_layerwise_casting_patterns = ["emb_"]
+    _keep_in_fp32_modules = ["emb_fourier"]
 
     @register_to_config
     def __init__(
@@ -302,9 +311,7 @@ class EDM2UNet2DModel(ModelMixin, ConfigMixin):
         if hidden_states.shape[1:] != shape:
             raise ValueError(f"This network takes images of shape (batch, *{shape}), got {tuple(hidden_states.shape)}.")
         if config.num_classes and class_labels is None:
-            raise ValueError(
-                f"This network has {config.num_classes} classes: pass `class_labels` of shape ({batch_size},)."
-            )
+            raise ValueError(f"This network has {config.num_classes} classes: pass `class_labels`, one for each image.")
         timestep = torch.as_tensor(timestep, device=hidden_states.device).expand(batch_size)
         emb = self.emb_noise(self.emb_fourier(timestep).to(hidden_states.dtype))
         if config.num_classes:  # the null class has no component: all zeros
