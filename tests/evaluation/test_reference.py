@@ -1,5 +1,7 @@
 """Reference statistics: computed once, read from published files, refused when they do not fit."""
 
+import pickle
+
 import numpy as np
 import pytest
 import torch
@@ -46,7 +48,7 @@ def test_published_statistics_are_read_and_misfits_refused(tmp_path):
     extractor = load_extractor("pixels", None)
     published, adm = tmp_path / "published.npz", tmp_path / "adm.npz"
     np.savez(published, mu=np.zeros(16, np.float32), sigma=np.eye(16, dtype=np.float32))
-    reference = read_reference(published)
+    reference = read_reference(published, "pixels")
     assert (reference.count, reference.features, reference.name) == (None, None, "published.npz")
     assert reference.mean.dtype == reference.covariance.dtype == np.float64
     check_reference(reference, "published.npz", extractor, 1, 4, None)
@@ -54,7 +56,7 @@ def test_published_statistics_are_read_and_misfits_refused(tmp_path):
         check_reference(reference, "published.npz", extractor, 1, 8, None)
 
     np.savez(adm, arr_0=np.zeros((7, 8, 2, 1), np.uint8), mu=np.zeros(16), sigma=np.eye(16))
-    reference = read_reference(adm)
+    reference = read_reference(adm, "pixels")
     assert reference.count == 7
     with pytest.raises(InputError, match=r"8×8 pixels, but the evaluated ones are 4×4"):
         check_reference(reference, "adm.npz", extractor, 1, 4, None)
@@ -67,7 +69,7 @@ def test_published_statistics_are_read_and_misfits_refused(tmp_path):
     ):
         np.savez(tmp_path / "bad.npz", **values)
         with pytest.raises(InputError, match=words):
-            read_reference(tmp_path / "bad.npz")
+            read_reference(tmp_path / "bad.npz", "pixels")
 
 
 def test_our_own_statistics_know_their_features_and_data(tmp_path):
@@ -75,10 +77,23 @@ def test_our_own_statistics_know_their_features_and_data(tmp_path):
     source = DatasetSource(dataset(), {"split": "train"})
     data_reference(source, extractor, tmp_path, PartialState(), 64)
     (path,) = tmp_path.glob("*.npz")
-    reference = read_reference(path)
+    reference = read_reference(path, "pixels")
     check_reference(reference, str(path), extractor, 1, 4, source)
     with pytest.raises(InputError, match=r"other images than `data` \(split: 'train' there, 'test' now\)"):
         check_reference(reference, str(path), extractor, 1, 4, DatasetSource(dataset(), {"split": "test"}))
     extractor.weights = "abcd"
     with pytest.raises(InputError, match="made with weights None, but now weights is 'abcd'"):
         check_reference(reference, str(path), extractor, 1, 4, None)
+
+
+def test_edm2s_pickle_has_statistics_of_several_features(tmp_path):
+    path = tmp_path / "img512.pkl"
+    statistics = {"mu": np.arange(3.0), "sigma": np.eye(3)}
+    path.write_bytes(pickle.dumps({"fid": statistics, "fd_dinov2": {**statistics, "mu": np.zeros(3)}}))
+    assert read_reference(path, "inception-v3-compat").mean.tolist() == [0, 1, 2]
+    assert read_reference(path, "dinov2-vit-l-14").mean.tolist() == [0, 0, 0]
+    with pytest.raises(InputError, match="holds fid, fd_dinov2, but no statistics of pixels"):
+        read_reference(path, "pixels")
+    path.write_bytes(pickle.dumps(print))
+    with pytest.raises(InputError, match="cannot be read"):
+        read_reference(path, "inception-v3-compat")

@@ -12,8 +12,9 @@ import numpy as np
 import torch
 from accelerate import PartialState
 
+from ..conversion.pickles import load_plain_pickle
 from ..errors import InputError
-from .features import Extractor
+from .features import INCEPTION, Extractor
 from .metrics import Moments
 from .samples import DatasetSource
 from .shards import Shards
@@ -78,7 +79,7 @@ def data_reference(
             _write(path, shards, manifest)
             shutil.rmtree(shards.folder, ignore_errors=True)
     state.wait_for_everyone()
-    return read_reference(path)
+    return read_reference(path, extractor.name)
 
 
 def _write(path: Path, shards: Shards, manifest: dict[str, Any]) -> None:
@@ -100,26 +101,29 @@ def _write(path: Path, shards: Shards, manifest: dict[str, Any]) -> None:
     os.replace(partial, path)
 
 
-def read_reference(path: Path) -> Reference:
-    """Statistics from a file: ours, with a manifest, or published ones (EDM, ADM) with `mu` and `sigma`.
+#: Names that EDM2's file of statistics has for the features of ours.
+EDM2_NAMES = {INCEPTION: "fid", "dinov2-vit-l-14": "fd_dinov2"}
+
+
+def read_reference(path: Path, features: str) -> Reference:
+    """Statistics from a file: ours, with a manifest, or published ones: `.npz` (EDM, ADM) or `.pkl` (EDM2).
+
+    Args:
+        path: the file. Pickles are read without running anything in them.
+        features: name of the extractor; EDM2's files hold statistics of several.
 
     Raises:
         InputError: when the file holds no mean and covariance that fit each other.
     """
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            found = {name: file[name] for name in file.files if name != "arr_0"}
-            found |= {"shape": _shape_of_images(path)} if "arr_0" in file.files else {}
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        raise InputError(f"Cannot read reference statistics from {path}: {error}") from error
+    found = _read_pickle(path, features) if path.suffix == ".pkl" else _read_npz(path)
     if "mu" not in found or "sigma" not in found:
         raise InputError(
             f"{path} holds {', '.join(sorted(found)) or 'nothing'}; reference statistics are `mu` and `sigma`."
         )
-    mean, covariance = found["mu"].astype(np.float64), found["sigma"].astype(np.float64)
+    mean, covariance = (np.asarray(found[name], dtype=np.float64) for name in ("mu", "sigma"))
     if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
         raise InputError(
-            f"{path} holds mu of shape {mean.shape} and sigma of shape {covariance.shape}: (D,) and (D, D) are needed."
+            f"{path} holds mu of shape {mean.shape} and sigma of shape {covariance.shape}; (D,) and (D, D) are needed."
         )
     if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
         raise InputError(f"{path} holds values that are not finite.")
@@ -127,7 +131,7 @@ def read_reference(path: Path) -> Reference:
     if "shape" in found:  # ADM's reference batches carry their images
         manifest |= {"count": found["shape"][0], "resolution": found["shape"][1]}
     return Reference(
-        name=manifest.get("name", Path(path).name),
+        name=manifest.get("name", path.name),
         mean=mean,
         covariance=covariance,
         count=manifest.get("count"),
@@ -136,6 +140,25 @@ def read_reference(path: Path) -> Reference:
         indices=found.get("indices"),
         labels=found["labels"].tolist() if "labels" in found else None,
     )
+
+
+def _read_pickle(path: Path, features: str) -> dict[str, Any]:
+    found = load_plain_pickle(path)
+    wanted = EDM2_NAMES.get(features)
+    if not isinstance(found, dict) or not isinstance(found.get(wanted), dict):
+        names = ", ".join(map(str, found)) if isinstance(found, dict) else type(found).__name__
+        raise InputError(f"{path} holds {names}, but no statistics of {features}.")
+    return found[wanted]
+
+
+def _read_npz(path: Path) -> dict[str, Any]:
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            found = {name: file[name] for name in file.files if name != "arr_0"}
+            found |= {"shape": _shape_of_images(path)} if "arr_0" in file.files else {}
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        raise InputError(f"Cannot read reference statistics from {path}: {error}") from error
+    return found
 
 
 def _shape_of_images(path: Path) -> tuple[int, ...]:

@@ -12,7 +12,7 @@ import torch
 import torch_fidelity
 from accelerate import Accelerator, PartialState
 
-from ..data import ImageDataset, load_images
+from ..data import DataConfig, ImageDataset, load_images
 from ..errors import InputError
 from ..hub.card import write_card
 from ..hub.facts import EVALUATION
@@ -54,7 +54,7 @@ def evaluate(settings: EvaluationConfig) -> dict[str, Any] | None:
     real = DatasetSource(data, settings_to_dict(settings.data)) if data else None
     cache = Path(settings.cache_dir).expanduser()
     if settings.reference:
-        reference = read_reference(Path(settings.reference))
+        reference = read_reference(Path(settings.reference), extractor.name)
         channels, size = _channels(data, pipelines), _size(pipelines, files)
         check_reference(reference, settings.reference, extractor, channels, size, real)
     else:
@@ -63,9 +63,9 @@ def evaluate(settings: EvaluationConfig) -> dict[str, Any] | None:
     count = _count(settings, reference, data, pipelines)
     training_labels = list(data.labels) if settings.class_balance == "data" and data else None
     labels = balanced_labels(count, pipelines.num_classes, training_labels) if pipelines.num_classes else None
-    classifier = (
-        DigitsClassifier(*data.read_all()) if data and data.name == "sklearn-digits" and data.class_names else None
-    )
+    is_digits = data is not None and data.name == "sklearn-digits" and data.class_names
+    # Trained on all of them, also when the reference is a part.
+    classifier = DigitsClassifier(*load_images(DataConfig()).read_all()) if is_digits else None
 
     generators = build_generators(settings, pipelines, files, labels, count)
     work = output.with_name(f"{output.stem}_features")

@@ -60,7 +60,7 @@ class BestModel:
             check_images(now, data, "run's pipeline")
             real = DatasetSource(data, settings_to_dict(settings.data))
             if how.reference:
-                self.reference = read_reference(Path(how.reference))
+                self.reference = read_reference(Path(how.reference), self.extractor.name)
                 check_reference(self.reference, how.reference, self.extractor, data.channels, data.size, real)
             else:
                 cache = Path(how.cache_dir).expanduser()
