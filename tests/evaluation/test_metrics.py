@@ -92,10 +92,10 @@ def test_the_bootstrap_finds_the_spread_of_independent_draws():
 
 
 def test_an_interval_of_a_share_is_the_binomials():
-    low, high = share_interval(0.2, 900, 4000, 0)
+    low, high = share_interval(0.2, 900, 0)
     deviation = (0.2 * 0.8 / 900) ** 0.5
     assert (low, high) == pytest.approx((0.2 - 1.96 * deviation, 0.2 + 1.96 * deviation), abs=2 / 900)  # hits are whole
-    assert share_interval(1.0, 50, 100, 0) == (1.0, 1.0)
+    assert share_interval(1.0, 50, 0) == (1.0, 1.0)
 
 
 def test_kid_is_unbiased():

@@ -182,6 +182,7 @@ def test_what_does_not_fit_is_refused(teacher_folder, student_folder, tmp_path):
         (dict(pipeline=folder, solver=["newton"]), "`solver` holds 'newton'"),
         (dict(pipeline=folder, metrics=["lpips"]), "`metrics` holds 'lpips'"),
         (dict(pipeline=folder, num_samples=3), "num_samples"),
+        (dict(pipeline=folder, bootstrap_resamples=1), "0 or at least 2"),
         (dict(pipeline=folder, guidance_interval=[0.5]), "guidance_interval"),
         (dict(teacher=str(teacher_folder), solver=["sde_euler"]), "`teacher, 1 step` cannot be made: .* 2 for an SDE"),
         (dict(teacher=str(teacher_folder), guidance_scale=-1.0), "`teacher, 1 step` cannot be made: `guidance_scale`"),

@@ -11,6 +11,7 @@ from .generators import Generator
 from .metrics import (
     NEIGHBOUR,
     Moments,
+    default_resamples,
     frechet_from_moments,
     frechet_interval,
     inception_score,
@@ -61,6 +62,8 @@ class Judge:
     ):
         self.settings, self.reference, self.extractor, self.real = settings, reference, extractor, real
         self.class_names, self.device = class_names, device
+        chosen = settings.bootstrap_resamples
+        self.resamples = default_resamples(len(reference.mean)) if chosen is None else chosen
         #: Neighbours of the last row that was measured.
         self.neighbours: Neighbours | None = None
 
@@ -70,11 +73,9 @@ class Judge:
         features = made.features.to(self.device)
         figures, intervals = self._figures(features, self.reference.features)
         distance = figures["Fréchet distance"]
-        if distance is not None and s.bootstrap_resamples:
+        if distance is not None and self.resamples:
             reference = (self.reference.mean, self.reference.covariance)
-            intervals["Fréchet distance"] = frechet_interval(
-                features, *reference, distance, s.bootstrap_resamples, s.seed
-            )
+            intervals["Fréchet distance"] = frechet_interval(features, *reference, distance, self.resamples, s.seed)
         if "isc" in s.metrics and made.logits is not None:
             figures["inception score"], figures["inception score deviation"] = inception_score(made.logits)
         predicted = self._predicted(made)
@@ -144,8 +145,7 @@ class Judge:
         return figures, intervals
 
     def _share(self, name: str, share: float, count: int) -> dict[str, tuple[float, float]]:
-        resamples = self.settings.bootstrap_resamples
-        return {name: share_interval(share, count, resamples, self.settings.seed)} if resamples else {}
+        return {name: share_interval(share, count, self.settings.seed)} if self.resamples else {}
 
     def _predicted(self, made: Collected) -> np.ndarray | None:
         """The classes that the images show: by the classifier, or by logits of the data set's own classes."""

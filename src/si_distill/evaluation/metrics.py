@@ -6,11 +6,14 @@ from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_statistics_to_metric
 from torch_fidelity.metric_isc import KEY_METRIC_ISC_MEAN, KEY_METRIC_ISC_STD, isc_features_to_metric
 from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, KEY_METRIC_KID_STD, kid_features_to_metric
 from torch_fidelity.metric_prc import KEY_METRIC_PRECISION, KEY_METRIC_RECALL, prc_features_to_metric
+from tqdm.auto import trange
 
 from .features import PixelFeatures
 
-#: Share of an interval: its ends are the 2.5 % and 97.5 % quantiles.
-LEVEL = 0.95
+#: Ends of the 95 % intervals: quantiles, and standard deviations of a normal law.
+QUANTILES, DEVIATIONS = (0.025, 0.975), 1.96
+#: Resamples of a share; a draw costs nothing.
+SHARE_RESAMPLES = 10_000
 #: Size of KID's subsets, torch-fidelity's default; smaller sets of images are one subset each.
 KID_SUBSET = 1000
 #: Neighbour whose distance is the radius of a ball, torch-fidelity's default (Kynkäänniemi et al. 2019: 3).
@@ -84,6 +87,11 @@ def frechet_distance(images: torch.Tensor, reference: torch.Tensor) -> float:
     return frechet_from_moments(*moments)
 
 
+def default_resamples(width: int) -> int:
+    """Resamples of a Fréchet distance on so many features: each is a product and an eigenvalue problem of that size."""
+    return 200 if width <= 512 else 20
+
+
 def frechet_interval(
     features: torch.Tensor,
     real_mean: np.ndarray,
@@ -94,15 +102,15 @@ def frechet_interval(
 ) -> Interval:
     """Bootstrap over the generated samples: their features are drawn again with replacement, the reference stays.
 
-    A resample has fewer distinct samples, so its distance is larger on average, as it is for any smaller N. The quantiles
-    are therefore taken around the mean of the resamples and laid around `distance`: the interval says how much another
-    draw of the same number of samples would move the figure, not what it would be for infinitely many.
+    A resample has fewer distinct samples, so its distance is larger on average, as it is for any smaller N. Therefore only
+    their standard deviation is taken, and 1.96 of it laid around `distance`: the interval says how much another draw of the
+    same number of samples would move the figure, not what it would be for infinitely many.
 
     Args:
         features: (N, D), on the device that computes.
         real_mean, real_covariance: of the reference.
         distance: of the whole sample.
-        resamples: how many.
+        resamples: how many, at least 2.
         seed: of the draws.
     """
     count, width = features.shape
@@ -113,7 +121,7 @@ def frechet_interval(
     trace = float(values.sum())
     generator = np.random.default_rng(seed)
     found = []
-    for _ in range(resamples):
+    for _ in trange(resamples, desc="bootstrap", unit="resample", leave=False, delay=2):
         drawn = np.bincount(generator.integers(count, size=count), minlength=count)
         weights = torch.as_tensor(drawn, **kind)
         mean, squares = torch.zeros(width, **kind), torch.zeros(width, width, **kind)
@@ -124,14 +132,14 @@ def frechet_interval(
         covariance = (squares - count * torch.outer(mean, mean)) / (count - 1)
         cross = torch.linalg.eigvalsh(root.T @ covariance @ root).clamp(min=0).sqrt().sum()
         found.append(float(mean.square().sum() + covariance.trace() + trace - 2 * cross))
-    low, high = np.quantile(found, [(1 - LEVEL) / 2, (1 + LEVEL) / 2]) - np.mean(found)
-    return max(distance + low, 0.0), distance + high
+    reach = DEVIATIONS * float(np.std(found, ddof=1))
+    return max(distance - reach, 0.0), distance + reach
 
 
-def share_interval(share: float, count: int, resamples: int, seed: int) -> Interval:
+def share_interval(share: float, count: int, seed: int) -> Interval:
     """Bootstrap of a share of `count` samples (precision, recall, accuracy): a resample's number of hits is binomial."""
-    drawn = np.random.default_rng(seed).binomial(count, min(max(share, 0.0), 1.0), size=resamples) / count
-    low, high = np.quantile(drawn, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    drawn = np.random.default_rng(seed).binomial(count, min(max(share, 0.0), 1.0), size=SHARE_RESAMPLES) / count
+    low, high = np.quantile(drawn, QUANTILES)
     return float(low), float(high)
 
 

@@ -87,6 +87,7 @@ def evaluate(settings: EvaluationConfig) -> dict[str, Any] | None:
             made.write_npz(output.with_name(f"{output.stem}_{slug(generator.name)}.npz"))
     result = {
         **_how(settings, extractor, reference, data, state),
+        "intervals": f"95 %, bootstrap of generated images, {judge.resamples} resamples; recall: of real ones",
         "num_samples": count,
         "classifier": classifier.name if classifier else None,
         "seconds": time.perf_counter() - started,
@@ -160,7 +161,6 @@ def _how(
         },
         "class_balance": f"as in {data.name}" if balance == "data" and data else balance,
         "seed": settings.seed,
-        "intervals": f"95 %, {settings.bootstrap_resamples} bootstrap resamples of generated images; recall: of real ones",
         "kid": f"mean and standard deviation of {settings.kid_subsets} subsets of up to 1,000",
         "student": settings.pipeline,
         "teacher": settings.teacher,
