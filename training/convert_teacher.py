@@ -3,7 +3,7 @@
 
     python training/convert_teacher.py --source SiT-XL-2-256.pt --out runs/sit-xl-2 \
         --vae stabilityai/sd-vae-ft-ema --id2label imagenet
-    python training/convert_teacher.py --source cifar10_uncond_FM_400000.pt --ema_decay 0.9999 --out runs/cifar10-teacher
+    python training/convert_teacher.py --source cifar10_uncond_FM_380000.pt --ema_decay 0.9999 --out runs/cifar10-teacher
 
 The kind is recognised from the content. docs/teachers.md says what each kind is and where it comes from.
 """

@@ -93,7 +93,7 @@ def write_pipeline(converted: Converted, folder: Path) -> float:
 
     Returns:
         The root mean square of x̂0 from pure noise: near the data's own (0.3 to 1.2) for a trained network; a network
-        whose time or sign was mistaken gives about 2, twice the noise.
+        whose time or sign was mistaken gives 2 or more (measured in docs/teachers.md).
 
     Raises:
         InputError: when the network's output is not finite, or differs after loading, or the folder cannot be written.
