@@ -192,3 +192,18 @@ def test_realuid_curves_are_drawn(tmp_path):
     assert rows["α = 1, β = 1"] == rows["the teacher itself"]  # without data the student is its teacher
     for picture in ("realuid_loss_curves.png", "realuid_corrupted_teacher.png"):
         assert (tmp_path / picture).stat().st_size > 10_000
+
+
+def test_solver_errors_rank_the_solvers(monkeypatch, capsys):
+    import solver_errors
+
+    monkeypatch.setattr(solver_errors, "EVALUATIONS", (15, 31))
+    solver_errors.main()
+    lines = capsys.readouterr().out.splitlines()
+    solvers = [cell.strip(" `") for cell in lines[0].strip("|").split("|")][2:]
+    rows = [[float(cell) for cell in line.strip("|").split("|")[1:]] for line in lines[2:]]
+    assert len(rows) == 10
+    for few, many in zip(rows[::2], rows[1::2], strict=True):
+        assert all(b < a for a, b in zip(few[1:], many[1:], strict=True))  # errors fall with evaluations
+    edm = dict(zip(solvers, rows[-1][1:], strict=True))
+    assert edm["dpmpp_2m"] < edm["edm_heun"] < edm["ddim"] < edm["euler"]

@@ -34,9 +34,20 @@ def test_command_line_overrides_the_file_at_any_depth(tmp_path):
 def test_numbers_that_yaml_reads_as_text_are_numbers(tmp_path):
     file = tmp_path / "c.yaml"
     file.write_text("output_dir: a\nlearning_rate: 1e-4\nadam_beta1: 0\n")
-    settings = parse_settings(TeacherConfig, ["--config", str(file), "--adam_epsilon", "1e-6"])
+    arguments = [
+        "--adam_epsilon",
+        "1e-6",
+        "--interpolant",
+        "vp",
+        "--interpolant_kwargs",
+        "{b0: 2e-1}",
+        "--t_min",
+        "1e-3",
+    ]
+    settings = parse_settings(TeacherConfig, ["--config", str(file), *arguments])
     assert settings.learning_rate == 1e-4
     assert settings.adam_epsilon == 1e-6
+    assert settings.interpolant_kwargs == {"b0": 0.2}
     assert isinstance(settings.adam_beta1, float)  # an integer beta is another code path in Adam
 
 

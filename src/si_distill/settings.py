@@ -214,7 +214,8 @@ def _coerce(name: str, value: Any, hint: Any) -> Any:
     if kind is str and isinstance(value, (str, int, float)) and not isinstance(value, bool):
         return str(value)
     if kind is dict and isinstance(value, dict):
-        return value
+        number = re.compile(r"[-+]?\d+[eE][-+]?\d+")
+        return {k: float(v) if isinstance(v, str) and number.fullmatch(v) else v for k, v in value.items()}
     if kind in (int, float) and isinstance(value, (int, float, str)) and not isinstance(value, bool):
         try:
             number = float(value)

@@ -293,6 +293,7 @@ class TestContract:
             (dict(diffusion_form="SBDM2"), "`diffusion_form` is 'SBDM2'; choose one of: sigma, linear, sbdm"),
             (dict(diffusion_norm=-1.0), "`diffusion_norm` must be a positive number, got -1.0"),
             (dict(rtol=float("nan")), "`rtol` must be a positive number, got nan"),
+            (dict(rtol="1e-3"), "`rtol` must be a positive number, got '1e-3'"),
             (dict(atol=0.0), "`atol` must be a positive number, got 0.0"),
             (dict(last_step="mode"), "`last_step` is 'mode'; choose one of: mean, tweedie, euler, None"),
             (dict(solver="sde_euler", last_step_size=0.0), "`last_step_size` must lie between 0 and .*, got 0.0"),

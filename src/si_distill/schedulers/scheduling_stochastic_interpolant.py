@@ -115,8 +115,8 @@ class StochasticInterpolantScheduler(SchedulerMixin, ConfigMixin):
             if value not in choices:
                 raise ValueError(f"`{name}` is {value!r}; choose one of: {', '.join(map(str, choices))}.")
         for name, value in (("diffusion_norm", diffusion_norm), ("rtol", rtol), ("atol", atol)):
-            if not (math.isfinite(value) and value > 0):
-                raise ValueError(f"`{name}` must be a positive number, got {value}.")
+            if not (isinstance(value, (int, float)) and math.isfinite(value) and value > 0):
+                raise ValueError(f"`{name}` must be a positive number, got {value!r}.")
         if not 0 < init_time <= 1:
             raise ValueError(f"`init_time` must lie in (0, 1], got {init_time}.")
         self.interpolant = get_interpolant(interpolant, **(interpolant_kwargs or {}))
