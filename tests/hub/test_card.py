@@ -17,27 +17,36 @@ from si_distill.settings import settings_to_dict
 from si_distill.training.config import DistillConfig
 
 ROOT = Path(__file__).parent.parent.parent
+FIGURES = (
+    "KID",
+    "KID deviation",
+    "precision",
+    "recall",
+    "inception score",
+    "inception score deviation",
+    "label accuracy",
+)
+
+
+def row(kind: str, name: str, evaluations: int, distance: float) -> dict:
+    figures = {"network evaluations": evaluations, "Fréchet distance": distance, "images per second": 8166.2}
+    intervals = {"Fréchet distance": [distance - 0.01, distance + 0.01]}
+    return {"generator": name, **figures, **dict.fromkeys(FIGURES), "intervals": intervals, "made": {"kind": kind}}
+
+
 EVALUATION = {
     "evaluator": "torch-fidelity 0.4.0",
-    "features": "pixels (not Inception)",
+    "distance": "Fréchet distance",
+    "features": {"features": "si-distill-pixels", "weights": None, "version": "1"},
     "reference": {"name": "sklearn-digits", "split": "train", "images": 1797},
     "num_samples": 500,
+    "class_balance": "as in sklearn-digits",
     "seed": 0,
+    "intervals": "95 %",
+    "device": "cpu",
+    "date": "2026-11-21",
     "student": "/home/someone/runs/student",
-    "rows": [
-        {
-            "generator": "teacher, 50 steps",
-            "network evaluations": 50,
-            "Fréchet distance": 0.3351,
-            "images per second": 9,
-        },
-        {
-            "generator": "student, 1 step",
-            "network evaluations": 1,
-            "Fréchet distance": 0.3559,
-            "images per second": 8166.2,
-        },
-    ],
+    "rows": [row("teacher", "teacher, 50 steps", 50, 0.3351), row("student", "student, 1 step", 1, 0.3559)],
 }
 
 
@@ -92,9 +101,9 @@ def test_the_card_says_what_the_files_say(run):
     assert rows["Resumed"] == "1 times"
     assert rows["Average of the weights (EMA)"] == "decay 0.999"
     assert rows["Network evaluations"] == "1 per image, without guidance"
-    assert "| student, 1 step | 1 | 0.3559 | 8,166 |" in card.text
+    assert "| student, 1 step | 1 | 0.356 [0.346, 0.366] | 8,166 |" in card.text
     for words in (
-        "evaluator torch-fidelity 0.4.0", "features pixels (not Inception)", "num samples 500",
+        "torch-fidelity 0.4.0; features si-distill-pixels", "500 images per row", "reference sklearn-digits (1,797 images)",
         "accelerate launch --num_processes 8 training/train_distill.py --objective_kwargs '{alpha: 0.92}'",
         'OneStepInterpolantPipeline.from_pretrained("user/student", revision=revision)',
         'DiffusionPipeline.from_pretrained("user/student", trust_remote_code=True, revision=revision)',
@@ -124,8 +133,9 @@ def test_the_metadata_survives_the_hubs_own_classes(run):
         "train",
     )
     assert result.metric_args["num_samples"] == 500
-    inception = {**EVALUATION, "features": "InceptionV3 pool3"}
-    (run / "evaluation.json").write_text(json.dumps(inception))
+    assert result.metric_args["features"]["features"] == "si-distill-pixels"
+    assert result.metric_args["interval"] == pytest.approx([0.3459, 0.3659])
+    (run / "evaluation.json").write_text(json.dumps({**EVALUATION, "distance": "FID"}))
     assert ModelCard(str(render_card(read_facts(run)))).data.eval_results[0].metric_type == "fid"
 
 
@@ -178,6 +188,9 @@ def test_a_text_of_the_owners_is_never_replaced(run):
 def test_what_is_no_pipeline_or_damaged_is_named(run, tmp_path):
     with pytest.raises(InputError, match=r"no model_index.json"):
         write_card(tmp_path)
+    (run / "evaluation.json").write_text('{"rows": [{}], "student": "x"}')
+    with pytest.raises(InputError, match="written by another version"):
+        write_card(run)
     (run / "evaluation.json").write_text('{"rows": ')
     with pytest.raises(InputError, match=r"evaluation\.json.*Restore it"):
         write_card(run)

@@ -88,7 +88,7 @@ print(pipe.push_to_hub("user/pushed", private=True, license="mit", variant="bf16
 
 
 def test_publish_load_push_and_update(hub, student, teacher_folder, tmp_path):
-    (student / "evaluation.json").write_text('{"rows": []}')
+    (student / "evaluation.json").write_text("{}")
     done = publish(hub, tmp_path, student, "--private", "--license", "mit", "--variant", "bf16")
     assert done.returncode == 0, done.stderr
     assert len(hub.commits("user/student")) == 2  # the empty repository, and everything

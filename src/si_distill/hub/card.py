@@ -7,24 +7,31 @@ import jinja2
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..errors import InputError
+from ..evaluation.table import format_table
 from .card_tables import (
     MISSING,
-    evaluation_table,
     model_rows,
     objective_rows,
     teacher_rows,
     training_command,
     training_rows,
 )
-from .facts import CONFIG, STUDENT, TEACHER, ModelFacts, read_facts
+from .facts import CONFIG, EVALUATION, STUDENT, TEACHER, ModelFacts, read_facts, without_paths
 
 TEMPLATES = Path(__file__).parent / "model_cards"
 CARD, SAMPLES = "README.md", "samples.png"
 #: The line by which a card is known to be ours to replace; its owner takes it out to keep a text of their own.
 GENERATED = "<!-- Made by si_distill from the files of this folder. Remove this line to keep a text of your own. -->"
 
-#: Columns of evaluation.json that are about cost, not about quality.
-_COSTS = ("network evaluations", "images per second")
+#: Figures of evaluation.json that are results, with the Hub's identifiers; a Fréchet distance has two (see `eval_results`).
+_METRICS = {
+    "Fréchet distance": "frechet-distance",
+    "KID": "kid",
+    "precision": "precision",
+    "recall": "recall",
+    "inception score": "inception-score",
+    "label accuracy": "accuracy",
+}
 _INTERPOLANT_REFERENCES = {
     "linear": "lipman2023flow",
     "trigonometric": "albergo2023stochastic",
@@ -75,7 +82,6 @@ def render_card(
     teacher = teacher_repo_id or facts.teacher_repository
     name = (repo_id or facts.folder.resolve().name).split("/")[-1]
     source = repo_id or _local_source(facts)
-    header, cells, how = evaluation_table(facts.evaluation or {})
     picture = _picture(facts.folder)
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES),
@@ -108,9 +114,7 @@ def render_card(
         has_config=bool(facts.settings),
         config=CONFIG,
         script="train_distill.py" if facts.is_student else "train_teacher.py",
-        header=header,
-        cells=cells,
-        how=how,
+        results=_results(facts),
         license=license,
         references=_references(facts),
     )
@@ -143,43 +147,45 @@ def card_data(
 def eval_results(facts: ModelFacts) -> list[EvalResult]:
     """The rows of evaluation.json that are of this model, as entries of the Hub's model index."""
     evaluation = facts.evaluation or {}
-    reference = evaluation.get("reference")
-    reference = reference if isinstance(reference, dict) else {"name": reference or MISSING}
-    data = facts.recorded.get("data") or {}
-    features = str(evaluation.get("features", ""))
-    settings = {key: evaluation.get(key) for key in ("evaluator", "features", "num_samples", "seed")}
-    settings |= {"reference_images": reference.get("images")}
-    own = "student" if facts.is_student else "teacher"
+    reference, data = evaluation.get("reference") or {}, facts.recorded.get("data") or {}
+    how = {name: evaluation.get(name) for name in ("evaluator", "features", "num_samples", "class_balance", "seed")}
+    how |= {"reference_images": reference.get("images")}
     results = []
     for row in evaluation.get("rows") or ():
-        generator = str(row.get("generator", ""))
-        if not generator.startswith(own):
+        if (row.get("made") or {}).get("kind") != ("student" if facts.is_student else "teacher"):
             continue
-        for column, value in row.items():
-            if column in _COSTS or isinstance(value, bool) or not isinstance(value, (int, float)):
+        for figure, metric in _METRICS.items():
+            if row.get(figure) is None:
                 continue
+            if metric == "frechet-distance" and evaluation.get("distance") == "FID":  # on Inception's features alone
+                metric = "fid"
+            arguments = {**how, "interval": (row.get("intervals") or {}).get(figure)}
             results.append(
                 EvalResult(
                     task_type="unconditional-image-generation",
                     task_name="image generation",
-                    dataset_type=data["name"] if data.get("source") == "hub" else str(reference["name"]),
-                    dataset_name=str(reference["name"]),
+                    dataset_type=data["name"] if data.get("source") == "hub" else str(reference.get("name")),
+                    dataset_name=str(reference.get("name")),
                     dataset_split=reference.get("split"),
-                    metric_type=_metric_type(column, features),
-                    metric_name=f"{column} ({generator})",
-                    metric_value=value,
-                    metric_args={key: item for key, item in settings.items() if item is not None},
+                    metric_type=metric,
+                    metric_name=f"{figure} ({row['generator']})",
+                    metric_value=row[figure],
+                    metric_args={name: value for name, value in arguments.items() if value is not None},
                 )
             )
     return results
 
 
-def _metric_type(column: str, features: str) -> str:
-    """The Hub's identifier of a metric. A Fréchet distance on other features than Inception's is not called FID."""
-    lowered = features.lower()
-    if "chet" in column.lower():
-        return "fid" if "inception" in lowered and "not inception" not in lowered else "frechet-distance"
-    return "accuracy" if "accuracy" in column.lower() else re.sub(r"[^a-z0-9]+", "-", column.lower()).strip("-")
+def _results(facts: ModelFacts) -> str | None:
+    """The table of the evaluation with how it was measured, or None without one."""
+    if not facts.evaluation:
+        return None
+    try:
+        return format_table(without_paths(facts.evaluation))
+    except (KeyError, TypeError, AttributeError) as error:
+        raise InputError(
+            f"{facts.folder / EVALUATION} was written by another version (it lacks {error}): evaluate again, or remove it."
+        ) from error
 
 
 def _local_source(facts: ModelFacts) -> str:

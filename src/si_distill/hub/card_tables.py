@@ -116,27 +116,6 @@ def training_command(facts: ModelFacts) -> str | None:
     return f"accelerate launch --num_processes {sessions[0].get('processes', 1)} {shlex.join(without_paths(command))}"
 
 
-def evaluation_table(evaluation: dict[str, Any]) -> tuple[list[str], list[list[str]], list[Row]]:
-    """
-    An evaluation.json as header, rows of cells, and how it was measured.
-
-    Whatever columns the rows have are shown, so that a new metric needs nothing here.
-    """
-    results = [row for row in evaluation.get("rows") or () if isinstance(row, dict)]
-    header = [key for key in dict.fromkeys(key for row in results for key in row) if _is_cell(results, key)]
-    cells = [["" if row.get(key) is None else _number(row[key]) for key in header] for row in results]
-    how = [
-        (str(key).replace("_", " "), _settings(value) if isinstance(value, dict) else _number(value))
-        for key, value in without_paths(evaluation).items()
-        if key != "rows" and value is not None and not isinstance(value, list)
-    ]
-    return header, cells, how
-
-
-def _is_cell(results: list[dict[str, Any]], key: str) -> bool:
-    return not any(isinstance(row.get(key), (dict, list)) for row in results)
-
-
 def _space(facts: ModelFacts) -> str:
     size, channels = facts.network.get("sample_size"), facts.network.get("in_channels")
     if size is None or channels is None:

@@ -19,7 +19,7 @@ from .facts import CONFIG, EVALUATION, FACTS, METRICS
 from .staging import listing, stage_model
 
 #: Files outside the folders of components that a publication writes, and removes when it no longer has them.
-OWN_FILES = {CARD, SAMPLES, CONFIG, METRICS, FACTS, EVALUATION, "evaluation.png"}
+OWN_FILES = {CARD, SAMPLES, CONFIG, METRICS, FACTS, EVALUATION}
 
 
 @dataclass

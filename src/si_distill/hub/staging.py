@@ -133,10 +133,11 @@ def _sample_grid(pipeline: DiffusionPipeline, kind: str) -> Image.Image:
 
 
 def _take_results(run: Path, folder: Path) -> None:
-    """Copies what describes the run, without the paths of this machine."""
-    for name in (METRICS, "evaluation.png"):
-        if (run / name).is_file():
-            shutil.copyfile(run / name, folder / name)
+    """Copies what describes the run, without the paths of this machine. The evaluation's pictures stay: they show images of
+    the data set, whose licence nobody here knows.
+    """
+    if (run / METRICS).is_file():
+        shutil.copyfile(run / METRICS, folder / METRICS)
     for name in (FACTS, EVALUATION):
         if (run / name).is_file():
             values = without_paths(json.loads((run / name).read_text(encoding="utf-8")))
