@@ -161,7 +161,8 @@ def run_settings(arguments: list[str], updates: int) -> DistillConfig:
         raise InputError(
             f"`steps` {updates} is no multiple of the generator_steps {settings.generator_steps} of a run."
         )
-    return dataclasses.replace(settings, max_steps=updates // settings.generator_steps)
+    # `teacher_model` speaks of the teacher to dry runs alone.
+    return dataclasses.replace(settings, max_steps=updates // settings.generator_steps, teacher_model={})
 
 
 class Results:

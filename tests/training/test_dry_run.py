@@ -126,3 +126,11 @@ def test_a_folder_that_holds_another_run_is_refused(tmp_path):
     (tmp_path / "config.yaml").write_text(json.dumps({"output_dir": str(tmp_path), "teacher": "t"}))
     with pytest.raises(InputError, match="already holds a run"):
         dry_run(distillation(output_dir=str(tmp_path), teacher_model=SIT))
+
+
+def test_neither_a_dry_run_nor_a_description_of_the_teacher_makes_another_run(tmp_path):
+    (tmp_path / "config.yaml").write_text(json.dumps({"output_dir": str(tmp_path), "teacher": "nowhere"}))
+    again = dict(output_dir=str(tmp_path), resume_from_checkpoint="latest", dry_run=True, teacher_model=SIT)
+    assert "iterations" in dry_run(distillation(**again))
+    with pytest.raises(InputError, match="started with other settings"):
+        dry_run(distillation(**again, seed=5))

@@ -82,7 +82,7 @@ class TrainingConfig:
     RESUMABLE = frozenset(
         "output_dir max_steps logging_steps eval_steps save_steps save_total_limit report_to resume_from_checkpoint "
         "overwrite_output_dir dataloader_num_workers ema_snapshot_steps eval_metric_steps metric_for_best_model evaluation "
-        "push_to_hub hub_model_id hub_private_repo dry_run".split()
+        "push_to_hub hub_model_id hub_private_repo dry_run teacher_model".split()
     )
 
     def __post_init__(self) -> None:
