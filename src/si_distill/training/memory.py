@@ -9,10 +9,12 @@ Left out: the libraries' workspaces, the allocator's fragments, the communicatio
 """
 
 import functools
+import json
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
+from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
 
 from ..objectives import DistillationObjective
@@ -111,13 +113,13 @@ class _FusedAttentionMode(torch.overrides.TorchFunctionMode):
         )
 
 
-def teacher_activations(network: nn.Module, settings: TrainingConfig) -> int:
+def teacher_activations(network: ModelMixin, settings: TrainingConfig) -> int:
     """Bytes at the backward pass of one micro-batch of a teacher's training."""
     return _graph(network, settings, settings.per_device_train_batch_size)
 
 
 def distillation_activations(
-    network: nn.Module, objective: DistillationObjective, adversarial: bool, settings: DistillConfig
+    network: ModelMixin, objective: DistillationObjective, adversarial: bool, settings: DistillConfig
 ) -> int:
     """Bytes at the larger of the two peaks of one iteration.
 
@@ -148,31 +150,33 @@ def distillation_activations(
     return max(in_critic_update, in_generator_update)
 
 
-def _graph(network: nn.Module, settings: TrainingConfig, batch: int, frozen: bool = False) -> int:
+def _graph(network: ModelMixin, settings: TrainingConfig, batch: int, frozen: bool = False) -> int:
     """Bytes of a forward of `batch` samples; `frozen`: the gradient goes through the network into its input."""
-    constant, each = _graph_sizes(network, frozen)
+    described = json.dumps({k: v for k, v in network.config.items() if not k.startswith("_")}, sort_keys=True)
+    constant, each = _graph_sizes(type(network), described, frozen)
     size = constant + batch * each
     # bfloat16: activations take about half, and autocast keeps copies of the weights.
     return size // 2 + parameter_count([network]) * 2 if settings.mixed_precision == "bf16" else size
 
 
-@functools.lru_cache(maxsize=4)
-def _graph_sizes(network: nn.Module, frozen: bool) -> tuple[int, int]:
-    """`graph_bytes` of a forward: what does not depend on the batch (normalised weights), and what each sample adds."""
-    view, device = view_network(network), next(network.parameters()).device
-    learns = [parameter.requires_grad for parameter in network.parameters()]
+@functools.lru_cache(maxsize=32)
+def _graph_sizes(cls: type[ModelMixin], described: str, frozen: bool) -> tuple[int, int]:
+    """`graph_bytes` of a forward: what does not depend on the batch (normalised weights), and what each sample adds.
 
-    def size(batch: int) -> int:
-        x = torch.zeros(batch, *view.sample_shape, device=device, requires_grad=frozen)
-        t, labels = torch.zeros(batch, device=device), torch.zeros(batch, dtype=torch.long, device=device)
-        return graph_bytes(network, lambda: view(x, t, labels))
+    Args:
+        cls, described: the network's class and, as JSON, its config; a copy is built on the meta device.
+        frozen: see `_graph`.
+    """
+    with torch.device("meta"):
+        network = cls.from_config(json.loads(described)).requires_grad_(not frozen)
+        view = view_network(network)
 
-    try:
-        network.requires_grad_(not frozen)
+        def size(batch: int) -> int:
+            x = torch.zeros(batch, *view.sample_shape, requires_grad=frozen)
+            t, labels = torch.zeros(batch), torch.zeros(batch, dtype=torch.long)
+            return graph_bytes(network, lambda: view(x, t, labels))
+
         one, two = size(1), size(2)
-    finally:
-        for parameter, before in zip(network.parameters(), learns, strict=True):
-            parameter.requires_grad_(before)
     return 2 * one - two, two - one
 
 
