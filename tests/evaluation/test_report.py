@@ -125,6 +125,8 @@ def test_a_reference_file_stands_for_the_data_set(rgb, tmp_path):
     (row,) = evaluate(quick(**settings, reference=str(tmp_path / "published.npz")))["rows"]
     assert row["Fréchet distance"] == pytest.approx(first["rows"][0]["Fréchet distance"], rel=1e-12)
     assert row["KID"] is row["precision"] is row["nearest real distance"] is None
+    with pytest.raises(InputError, match="--class_balance uniform does without it"):
+        evaluate(quick(pipeline=rgb["pipeline"], reference=str(path)))  # `data` is the digits
     with pytest.raises(InputError, match="does not say how many images it has: set `num_samples`"):
         evaluate(quick(**{**settings, "num_samples": None}, reference=str(tmp_path / "published.npz")))
 

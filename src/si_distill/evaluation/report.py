@@ -49,7 +49,14 @@ def evaluate(settings: EvaluationConfig) -> dict[str, Any] | None:
         data = load_images(settings.data) if uses_data else None
     pipelines = Pipelines.load(settings, state.device)
     files = FileSource(settings.images, _channels(data, pipelines)) if settings.images else None
-    _check_fits(pipelines, files, data)
+    try:
+        _check_fits(pipelines, files, data)
+    except InputError as error:
+        if settings.reference is None:
+            raise
+        raise InputError(
+            f"{error} (`data` gives the balance of classes here; --class_balance uniform does without it.)"
+        ) from None
 
     real = DatasetSource(data, settings_to_dict(settings.data)) if data else None
     cache = Path(settings.cache_dir).expanduser()
