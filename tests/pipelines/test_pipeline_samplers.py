@@ -1,5 +1,7 @@
 """Samplers of the teacher's pipeline: counts of evaluations, noise of each image, and the adaptive solver."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from gaussian_networks import gaussian_teacher
@@ -59,6 +61,21 @@ class TestEvaluations:
         pipe = OneStepInterpolantPipeline(tiny_sit(), StochasticInterpolantScheduler())
         assert pipe([0, 1]).num_network_evaluations == 1
         assert len(pipe([0], return_dict=False)) == 1
+
+
+def test_threads_share_a_pipeline():
+    pipe = make_teacher()
+    calls = [dict(num_inference_steps=steps, solver=solver) for steps in (3, 7) for solver in ("heun", "sde_euler")] * 3
+
+    def call(settings):
+        return pipe([0, 1], generator=seeded(0), output_type="latent", **settings)
+
+    alone = [call(settings) for settings in calls]
+    with ThreadPoolExecutor(4) as threads:
+        together = list(threads.map(call, calls))
+    for one, other in zip(alone, together, strict=True):
+        assert torch.equal(one.images, other.images)
+        assert one.num_network_evaluations == other.num_network_evaluations
 
 
 def test_only_the_first_channels_are_guided_on_request():
