@@ -1,6 +1,7 @@
 """The model card: what it says is in the files, what is in no file is said to be missing, and the Hub can read it."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -185,6 +186,17 @@ def test_a_text_of_the_owners_is_never_replaced(run):
     assert (run / "README.md").read_text() == own
 
 
+def test_the_code_of_the_card_runs(run, monkeypatch):
+    monkeypatch.chdir(run.parent)
+    card = render_card(read_facts(run)).text.replace("runs/digits-student", "digits-student")
+    blocks = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    for block in blocks:
+        found = {}
+        exec(block, found)
+        assert len(found["images"]) == 2
+    assert len(blocks) == 2
+
+
 def test_what_is_no_pipeline_or_damaged_is_named(run, tmp_path):
     with pytest.raises(InputError, match=r"no model_index.json"):
         write_card(tmp_path)
@@ -202,7 +214,8 @@ def test_paths_of_a_machine_become_names():
 
 def test_templates_and_examples_are_where_they_are_looked_for():
     assert TEMPLATES.resolve() == ROOT / "model_cards"
-    for example in (ROOT / "model_cards" / "examples").glob("*.md"):
-        card = ModelCard.load(example)
-        assert card.data.library_name == "diffusers"
-        assert card.data.eval_results or card.data.pipeline_tag
+    student, teacher = (
+        ModelCard.load(ROOT / "model_cards" / "examples" / f"digits-{k}.md") for k in ("student", "teacher")
+    )
+    assert {result.metric_type for result in student.data.eval_results} >= {"frechet-distance", "kid", "accuracy"}
+    assert (student.data.library_name, teacher.data.library_name) == ("diffusers", "diffusers")

@@ -1,5 +1,6 @@
 """The model card: `model_cards/` templates filled with what is known of a model (see `facts`)."""
 
+import json
 import re
 from pathlib import Path
 
@@ -210,7 +211,7 @@ def _call_arguments(facts: ModelFacts) -> str:
     else:
         first = (facts.id2label or {}).get("0")
         names = [0 if first is None else first.split(",")[0].strip(), min(7, (classes or 1) - 1)]
-        arguments = f"class_labels={names!r}"
+        arguments = f"class_labels={json.dumps(names, ensure_ascii=False)}"
     return arguments if facts.is_student else f"{arguments}, num_inference_steps=50"
 
 
