@@ -9,6 +9,7 @@ import torch
 from diffusers import AutoencoderKL, DiffusionPipeline
 from edm_pickles import Persistent, edm2_preconditioning, edm_preconditioning, write
 from helpers import tiny_edm, tiny_edm2
+from test_trainers import distillation
 
 from si_distill import InterpolantPipeline, OneStepInterpolantPipeline, get_interpolant
 from si_distill.conversion.config import ConvertConfig
@@ -145,6 +146,24 @@ def test_latents_are_decoded_as_edm2_defines_them(with_encoder, tmp_path):
     # EDM2's autoencoder sees images in [0, 1].
     expected = vae.decode(raw).sample.clamp(0, 1)
     torch.testing.assert_close(pipe.postprocess(latents, "pt"), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_finished_student_goes_on(tmp_path):
+    """SiD²A: a student of SiD is where another distillation of the same teacher starts."""
+    folders = {}
+    for kind, seed in (("edm", 1), ("sid", 2)):
+        network = tiny_edm("ddpmpp", in_channels=1, augment_dim=9)
+        torch.manual_seed(seed)
+        torch.nn.init.normal_(network.out_conv.bias)
+        path = write(tmp_path / f"{kind}.pkl", {"ema": edm_preconditioning(network)})
+        folders[kind] = tmp_path / kind
+        argv = ["--source", path, "--kind", kind, "--out", folders[kind]]
+        convert_checkpoint(parse_settings(ConvertConfig, list(map(str, argv))))
+    arguments = ["--objective", "sid", "--student", folders["sid"], "--max_steps", 1, "--learning_rate", 1e-9]
+    distillation(folders["edm"], tmp_path / "run", *arguments).train()
+    start, end = (OneStepInterpolantPipeline.from_pretrained(f) for f in (folders["sid"], tmp_path / "run"))
+    torch.testing.assert_close(start.transformer.out_conv.bias, end.transformer.out_conv.bias)
+    assert start.scheduler.init_noise_sigma == end.scheduler.init_noise_sigma
 
 
 def test_checkpoints_that_cannot_be_converted(tmp_path):

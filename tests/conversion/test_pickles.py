@@ -152,7 +152,9 @@ def test_not_a_pickle(tmp_path):
     torch.save({"a": 1}, tmp_path / "zip.pkl")
     for name in ("cut", "empty", "text", "zip"):
         path = tmp_path / f"{name}.pkl"
-        with pytest.raises(InputError, match=rf"{name}\.pkl \({path.stat().st_size} bytes\) cannot be read"):
+        with pytest.raises(
+            InputError, match=rf"{name}\.pkl \({path.stat().st_size} bytes\) cannot be read as a pickle"
+        ):
             load_plain_pickle(path)
     with pytest.raises(InputError, match="There is no pickle file"):
         load_plain_pickle(tmp_path / "missing.pkl")

@@ -233,6 +233,6 @@ def load_plain_pickle(path: str | Path) -> Any:
     except Exception as error:  # a file that is no pickle, or a hostile one, fails in any of the ways that a parser can
         reason = str(error).strip().splitlines()[:1] or [type(error).__name__]
         raise InputError(
-            f"The pickle {path} ({path.stat().st_size} bytes) cannot be read: {reason[0].rstrip('.')}. If it should be "
-            "a checkpoint or statistics, compare its size with the original."
+            f"{path} ({path.stat().st_size} bytes) cannot be read as a pickle: {reason[0].rstrip('.')}. "
+            "If it was cut short, it is smaller than the original."
         ) from error
