@@ -97,7 +97,7 @@ def build(choices: list[Choice]) -> gr.Blocks:
         try:
             found = STUDENTS.classes(checked_choice(name, choices))
         except VisitorError as error:
-            raise gr.Error(str(error), duration=8) from error
+            raise gr.Error(str(error), duration=8, print_exception=False) from error
         return gr.update(choices=found, value=found[:4], visible=bool(found))
 
     def generate(name, names, count, seed, compare, steps):
@@ -115,7 +115,7 @@ def build(choices: list[Choice]) -> gr.Blocks:
                 return
             slow = next(results)
         except VisitorError as error:
-            raise gr.Error(str(error), duration=8) from error
+            raise gr.Error(str(error), duration=8, print_exception=False) from error
         ratio = slow.seconds / student.seconds
         verdict = (
             f"The teacher took **{ratio:,.1f} times** as long, for **{slow.evaluations:g} times** the evaluations. "
@@ -166,7 +166,7 @@ def build(choices: list[Choice]) -> gr.Blocks:
             "never run, and weights are safetensors only.",
             elem_id="note",
         )
-        name.change(change_student, name, labels, api_name="classes")
+        name.change(change_student, name, labels, api_name="classes", show_progress="hidden")
         gr.on(
             [button.click, seed.submit],
             generate,
@@ -208,7 +208,8 @@ def main() -> None:
             parser.error("give --student FOLDER: there is no space.json here, which a published Space has")
         app = build(choices)
     except VisitorError as error:
-        parser.exit(2, f"error: {error}\n")
+        here = "" if Path(arguments.student or "").is_dir() else " There is no folder of that name here either."
+        parser.exit(2, f"error: {error}{here}\n")
     # On the Hub the machine's own settings (GRADIO_SERVER_NAME …) say where to listen.
     app.launch(server_port=arguments.port, theme=theme(), css=CSS, ssr_mode=False, footer_links=[])
 

@@ -239,6 +239,4 @@ def _fetch(name: str, revision: str | None) -> Path:
             )
         return Path(snapshot_download(name, revision=info.sha, allow_patterns=FILES))
     except (HTTPError, OSError, HFValidationError) as error:
-        raise VisitorError(
-            f"{name} is no folder here, and cannot be read from the Hub: check the name, and that it is public."
-        ) from error
+        raise VisitorError(f"{name} cannot be read from the Hub: check the name, and that it is public.") from error
