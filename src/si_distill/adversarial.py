@@ -6,16 +6,13 @@ Two forms, with one loss: non-saturating binary cross-entropy on logits, BCE(l, 
   block, one per token: no new parameters. The loss is an average over the whole batch of a device.
 * `head` (DMD2, Yin et al. 2024; RealUID with GAN): a small network on the same tokens, with times of its own.
 
-The terms need only torch; the critic's network may be of any class that `NetworkView` knows.
+Only torch.
 """
 
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import nn
-
-from .pipelines.interpolant_pipeline_network import view_network
 
 KINDS = ("encoder", "head")
 
@@ -98,37 +95,3 @@ class AdversarialTerm:
 
     def _per_mean(self, weight: float, values: int) -> float:
         return weight / values if self.weights_of_sums else weight
-
-
-class CriticNetwork(nn.Module):
-    """A critic that gives its prediction and, in the same forward, logits of real against generated.
-
-    Args:
-        network: gives its prediction and hidden tokens (B, N, D) (see `NetworkView`).
-        kind: None (no logits), `encoder` or `head`.
-    """
-
-    def __init__(self, network: nn.Module, kind: str | None = None):
-        super().__init__()
-        self.network = network
-        self.kind = kind
-        width = 0 if kind is None else view_network(network).feature_width
-        # Two layers on each token, averaged: DMD2's head is a few convolutions on a UNet's bottleneck.
-        self.head = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, 1)) if kind == "head" else None
-
-    def forward(
-        self,
-        x_t: torch.Tensor,
-        t: torch.Tensor,
-        class_labels: torch.Tensor | None,
-        return_dict: bool = False,
-        augment_labels: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The prediction (B, …) and logits (B, N), or None without an adversarial term."""
-        view = view_network(self.network)
-        told = {} if augment_labels is None else {"augment_labels": augment_labels}
-        if self.kind is None:
-            return view(x_t, t, class_labels, **told)[0], None
-        prediction, features = view(x_t, t, class_labels, return_features=True, **told)
-        logits = features.float().mean(-1) if self.head is None else self.head(features).squeeze(-1).float()
-        return prediction, logits

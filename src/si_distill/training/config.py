@@ -273,6 +273,7 @@ class DistillConfig(TrainingConfig):
     critic_steps: int = setting(1, "Critic updates k per iteration.")
     generator_steps: int = setting(1, "Generator updates per iteration.")
     critic_learning_rate: float | None = setting(None, "The critic's learning rate; `learning_rate` when not given.")
+    critic_log_variance: bool = setting(False, "Whether the critic learns its loss's size u(σ) (SiDA on EDM2: true).")
     generator_start_images: int = setting(0, "Images that only the critic learns from at first (SiDA: 100,000).")
     guidance_scale: float = setting(1.0, "Classifier-free guidance of the teacher; 1 is none.")
     critic_guidance_scale: float = setting(1.0, "Guidance of the critic in the generator's loss; 1 is none.")

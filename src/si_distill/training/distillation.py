@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from ..adversarial import CriticNetwork
+from ..critic import CriticNetwork
 from ..data.augmentation import Augmentation
 from ..objectives import Fields, sid_weight
 from ..pipelines import OneStepInterpolantPipeline
@@ -16,6 +16,7 @@ from ..velocity import Field
 from ..visualization import image_grid
 from .config import DistillConfig
 from .distillation_inputs import (
+    check_log_variance,
     class_shares,
     fitting_objective,
     load_fitting_images,
@@ -93,6 +94,7 @@ class DistillationTrainer(Trainer):
         self.data = load_fitting_images(settings, teacher) if needs_images else None
         self.class_shares = class_shares(settings, teacher, self.data)
         critic = starting_critic(settings, teacher, self.objective)
+        check_log_variance(settings, self.objective, self.timestep_type)
 
         network = teacher.transformer.requires_grad_(False)
         student, self.init_time = starting_student(settings, teacher)
@@ -100,7 +102,7 @@ class DistillationTrainer(Trainer):
         kind = None if self.adversarial is None else self.adversarial.kind
         self.critic = TrainedNetwork(
             self.accelerator,
-            CriticNetwork(critic, kind),
+            CriticNetwork(critic, kind, settings.critic_log_variance),
             settings,
             settings.learning_rate if settings.critic_learning_rate is None else settings.critic_learning_rate,
             total_updates=settings.max_steps * settings.critic_steps,
@@ -239,7 +241,7 @@ class DistillationTrainer(Trainer):
         times = [times for _, times in views.values()]
         labels = [images.labels for images, _ in views.values()]
         with self.accelerator.autocast():
-            predictions, logits = self._field(self.critic.module).outputs(
+            predictions, logits, log_variance = self._field(self.critic.module).outputs(
                 torch.cat(x_t),
                 torch.cat(times),
                 torch.cat(labels),
@@ -262,9 +264,15 @@ class DistillationTrainer(Trainer):
         kappa = self.interpolant.coefficients(t).kappa
         edm_weight = self.interpolant.edm_weight(t) if objective.critic_weight == "edm" else None
         weight = objective.loss_weight(kappa, weight=objective.critic_weight, edm_weight=edm_weight)
+        parts = {}
+        if log_variance is not None:
+            log_variance = log_variance.chunk(len(views))[0]  # of the times `t`, which "fake" has
+            weight = weight * torch.exp(-log_variance)
+            parts["critic_log_variance"] = log_variance.mean()
         real = fields("real") if objective.uses_real_data else None
         loss = (weight * objective.critic_loss(*fields("fake"), real=real)).mean()
-        parts = {"critic_loss": loss}
+        loss = loss if log_variance is None else loss + log_variance.mean()
+        parts["critic_loss"] = loss
         if self.adversarial is not None:
             prefix = "" if own_t is None else "own "
             in_sample_space = weight if space == "sample" else weight * kappa**2  # where SiDA weighs its term
@@ -291,12 +299,12 @@ class DistillationTrainer(Trainer):
             with torch.set_grad_enabled(objective.needs_field_gradient or judged):
                 if judged and own_t is not None:
                     own_x_t = self.interpolant.interpolate(samples, x1, own_t)
-                    prediction, logits = critic.outputs(
+                    prediction, logits, log_variance = critic.outputs(
                         torch.cat([x_t, own_x_t]), torch.cat([t, own_t]), labels.repeat(2)
                     )
                     fake, logits = prediction.chunk(2)[0], logits.chunk(2)[1]
                 else:
-                    fake, logits = critic.outputs(x_t, t, labels)
+                    fake, logits, log_variance = critic.outputs(x_t, t, labels)
 
         def in_space(prediction: torch.Tensor, target: str) -> torch.Tensor:
             return self.interpolant.convert(prediction, x_t, t, self.prediction_type, target)
@@ -304,7 +312,9 @@ class DistillationTrainer(Trainer):
         kappa = self.interpolant.coefficients(t).kappa
         with torch.no_grad():
             x0_teacher = in_space(teacher, "sample")
-            weight = objective.loss_weight(kappa, samples, x0_teacher)
+            # SiDA on EDM2 divides all of the generator's terms by e^u.
+            certainty = torch.ones_like(t) if log_variance is None else torch.exp(-log_variance[: len(t)])
+            weight = certainty * objective.loss_weight(kappa, samples, x0_teacher)
             v_teacher, v_critic = in_space(teacher, "velocity"), in_space(fake, "velocity")
             velocity = self.interpolant.velocity(samples, x1, t)
             parts = {
@@ -320,7 +330,7 @@ class DistillationTrainer(Trainer):
         if judged:
             encoder = self.adversarial.kind == "encoder"
             adversarial = self.adversarial.generator_loss(
-                logits, sid_weight(samples, x0_teacher) if encoder else torch.ones_like(t), self.values
+                logits, certainty * sid_weight(samples, x0_teacher) if encoder else torch.ones_like(t), self.values
             )
             parts["generator_adversarial_loss"] = adversarial
             loss = loss + adversarial

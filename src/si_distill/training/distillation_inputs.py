@@ -131,6 +131,26 @@ def starting_critic(
     return critic
 
 
+def check_log_variance(settings: DistillConfig, objective: DistillationObjective, timestep_type: str) -> None:
+    """Refuses a critic with a log-variance where it means nothing.
+
+    Raises:
+        InputError: when the critic's loss is no plain square, or the network's times are no noise levels.
+    """
+    if not settings.critic_log_variance:
+        return
+    if objective.uses_real_data or objective.uses_teacher_in_critic:
+        raise InputError(
+            f"`critic_log_variance` is for a critic's loss that is a square, but the objective {settings.objective!r} has "
+            "terms of real data or of the teacher in it: set it to false, or choose e.g. sid."
+        )
+    if timestep_type != "log_sigma":
+        raise InputError(
+            f"`critic_log_variance` needs a teacher whose network is given ¼ ln σ, as EDM's and EDM2's are; this one has "
+            f"timestep_type={timestep_type!r}. Set it to false."
+        )
+
+
 def class_shares(
     settings: DistillConfig, teacher: InterpolantPipeline, data: ImageDataset | None
 ) -> torch.Tensor | None:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..adversarial import CriticNetwork
+from ..critic import CriticNetwork
 from ..errors import InputError
 from ..interpolants import Interpolant
 from ..pipelines import InterpolantPipeline, view_network
@@ -94,7 +94,11 @@ def _distillation(settings: DistillConfig) -> Lines:
     student, init_time = starting_student(replace(settings, student=None), teacher)
     network = teacher.transformer.requires_grad_(False)
     with torch.device("meta"):
-        critic = CriticNetwork(starting_critic(settings, teacher, objective), None if term is None else term.kind)
+        critic = CriticNetwork(
+            starting_critic(settings, teacher, objective),
+            None if term is None else term.kind,
+            settings.critic_log_variance,
+        )
     frozen = [network] if teacher.vae is None else [network, teacher.vae]
     activations = distillation_activations(network, objective, term is not None, settings)
     parts = training_memory([critic, student], frozen, student, average_count(settings), activations)
