@@ -25,12 +25,19 @@ def recipe(name, teacher, folder, *arguments):
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_every_recipe_plays(teacher_folder, tmp_path, name):
-    student = save_student(tmp_path / "student")
+    values = yaml.safe_load((ROOT / f"configs/recipes/{name}.yaml").read_text())
+    teacher, scheduler = teacher_folder, None
+    if values.get("critic_log_variance"):  # EDM2's: its network is given noise levels
+        scheduler = StochasticInterpolantScheduler(
+            interpolant="edm", prediction_type="edm", timestep_type="log_sigma", init_time=0.5
+        )
+        teacher = save_teacher(tmp_path / "teacher", scheduler=scheduler)
+    student = save_student(tmp_path / "student", scheduler=scheduler)
     trainer = recipe(
-        name, teacher_folder, tmp_path / "run", "--student", student, "--generator_start_images", 4,
+        name, teacher, tmp_path / "run", "--student", student, "--generator_start_images", 4,
         "--adversarial.start_images", 8,
     )  # fmt: skip
-    adversarial = yaml.safe_load((ROOT / f"configs/recipes/{name}.yaml").read_text()).get("adversarial")
+    adversarial = values.get("adversarial")
     before = [p.clone() for p in trainer.generator.parameters]
     seen = []
     for _ in range(3):
