@@ -182,7 +182,7 @@ class EDMUNetBlock(nn.Module):
     def _attention(self, x: torch.Tensor) -> torch.Tensor:
         # The published projections hold q, k and v of a channel side by side.
         qkv = self.qkv(x).unflatten(1, (self.num_heads, -1, 3)).flatten(4)
-        query, key, value = qkv.transpose(2, 4).unbind(3)
+        query, key, value = qkv.transpose(2, 4).contiguous().unbind(3)  # the layout that fused attention takes
         return F.scaled_dot_product_attention(query, key, value).transpose(2, 3).reshape(x.shape)
 
 

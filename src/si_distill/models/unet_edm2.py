@@ -174,7 +174,7 @@ class EDM2UNetBlock(nn.Module):
     def _attention(self, x: torch.Tensor) -> torch.Tensor:
         # Cosine attention. The published projections hold q, k and v of a channel side by side.
         qkv = self.attn_qkv(x).unflatten(1, (self.num_heads, -1, 3)).flatten(4)
-        query, key, value = normalize(qkv, dim=2).transpose(2, 4).unbind(3)
+        query, key, value = normalize(qkv, dim=2).transpose(2, 4).contiguous().unbind(3)  # what fused attention takes
         return F.scaled_dot_product_attention(query, key, value).transpose(2, 3).reshape(x.shape)
 
 
