@@ -13,8 +13,6 @@ import torch
 
 from si_distill.errors import InputError
 
-pytest.importorskip("matplotlib", reason="the benchmarks draw figures")
-
 ROOT = Path(__file__).parent.parent
 
 
