@@ -53,8 +53,10 @@ def report(settings: TrainingConfig) -> dict[str, str]:
 
 
 @pytest.fixture(autouse=True)
-def _here(monkeypatch):
-    monkeypatch.chdir(ROOT)  # `teacher_model.training` is a path as the scripts are given it
+def _here(monkeypatch, tmp_path):
+    # `teacher_model.training` is a path as the scripts are given it; runs that `make demo` left must not be seen.
+    (tmp_path / "configs").symlink_to(CONFIGS)
+    monkeypatch.chdir(tmp_path)
 
 
 @pytest.mark.parametrize("path", RUNS, ids=name)
