@@ -37,7 +37,7 @@ def test_digits_are_the_images_of_scikit_learn():
 
     data, raw = load_images(DataConfig()), load_digits()
     assert (len(data), data.channels, data.size, data.class_names[7]) == (1797, 1, 8, "7")
-    image, label = data[5]
+    image, label = data[5]["images"], data[5]["labels"]
     assert label == raw.target[5]
     # 17 grey levels in a uint8: half a level of 255 at most.
     np.testing.assert_allclose(image[0].numpy(), raw.images[5] / 8 - 1, atol=0.5 / 127.5)
@@ -47,7 +47,7 @@ def test_digits_are_the_images_of_scikit_learn():
 def test_columns_and_class_names_are_found_by_their_types(tmp_path):
     data = load_images(parquet(tmp_path, [encoded(random_image(n)) for n in range(3)], [0, 1, 0], extra=[5, 6, 7]))
     assert (len(data), data.channels, data.class_names) == (3, 3, ["cat", "dog"])
-    image, label = data[1]
+    image, label = data[1]["images"], data[1]["labels"]
     assert image.shape == (3, 4, 4)
     assert image.dtype == torch.float32
     assert -1 <= image.min() < image.max() <= 1
@@ -64,11 +64,11 @@ def test_images_are_cut_from_the_centre(tmp_path):
 def test_grey_images_have_one_channel_and_mixed_files_are_converted(tmp_path):
     grey = load_images(parquet(tmp_path, [encoded(random_image(0), "L")] * 2, [0, 1]))
     assert grey.channels == 1
-    assert grey[0][0].shape == (1, 4, 4)
+    assert grey[0]["images"].shape == (1, 4, 4)
     (tmp_path / "mixed").mkdir()
     colour = [encoded(random_image(0)), encoded(random_image(1), "L"), encoded(random_image(2), "RGBA")]
     mixed = load_images(parquet(tmp_path / "mixed", colour, [0, 1, 0]))
-    assert [mixed[n][0].shape[0] for n in range(3)] == [3, 3, 3]
+    assert [mixed[n]["images"].shape[0] for n in range(3)] == [3, 3, 3]
 
 
 def test_labels_without_names_are_numbers(tmp_path):
@@ -84,13 +84,13 @@ def test_images_without_labels_are_asked_for_by_name(tmp_path):
     labelled, config.label_column = load_images(config), "none"
     unlabelled = load_images(config)
     assert unlabelled.class_names == []
-    assert [unlabelled[n][1] for n in range(2)] == [0, 0]
-    assert torch.equal(unlabelled[1][0], labelled[1][0])
+    assert [unlabelled[n]["labels"] for n in range(2)] == [0, 0]
+    assert torch.equal(unlabelled[1]["images"], labelled[1]["images"])
 
 
 def test_a_corrupt_image_is_named_by_its_number(tmp_path):
     data = load_images(parquet(tmp_path, [encoded(random_image(0)), encoded(random_image(1))[:60]], [0, 1]))
-    assert data[0][1] == 0
+    assert data[0]["labels"] == 0
     with pytest.raises(InputError, match=r"Image number 1 of the data set cannot be read"):
         data[1]
 

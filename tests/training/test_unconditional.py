@@ -87,5 +87,5 @@ def test_guidance_of_an_unconditional_teacher_is_refused(teacher, tmp_path):
 def test_unlabelled_digits():
     data = load_images(DataConfig(label_column="none"))
     assert data.class_names == []
-    assert data[3][1] == 0
-    assert torch.equal(data[3][0], load_images(DataConfig())[3][0])
+    assert data[3]["labels"] == 0
+    assert torch.equal(data[3]["images"], load_images(DataConfig())[3]["images"])

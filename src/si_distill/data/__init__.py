@@ -1,5 +1,6 @@
+from .batches import TrainingData
 from .config import DataConfig
 from .sampler import GlobalBatchSampler
 from .sources import ImageDataset, load_images
 
-__all__ = ["DataConfig", "GlobalBatchSampler", "ImageDataset", "load_images"]
+__all__ = ["DataConfig", "GlobalBatchSampler", "ImageDataset", "TrainingData", "load_images"]

@@ -17,6 +17,7 @@ class DataConfig:
         None, "Column of the labels; found by its type when not given. `none`: no labels."
     )
     image_size: int = setting(8, "Height and width in pixels: centre crop and resize. `digits` is 8.")
+    random_flip: bool = setting(False, "Exchange left and right in half of the images that training reads.")
     max_train_samples: int | None = setting(None, "Use only the first that many images.")
 
     def __post_init__(self) -> None:

@@ -9,13 +9,14 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from ..errors import InputError
+from .batches import IndexedBatches
 from .config import DataConfig
 
 
 class ImageDataset(Dataset):
     """Square images in [-1, 1] with class labels.
 
-    `dataset[i]` is a float32 tensor (C, size, size) and an int label.
+    `dataset[i]` is a dict: `images`, a float32 tensor (C, size, size), and `labels`, an int.
 
     Args:
         read: gives the uint8 tensor (C, size, size) of image i.
@@ -45,8 +46,12 @@ class ImageDataset(Dataset):
     def __len__(self) -> int:
         return len(self.labels)
 
-    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
-        return self.read(index).float() / 127.5 - 1, self.labels[index]
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {"images": self.read(index).float() / 127.5 - 1, "labels": self.labels[index]}
+
+    def batches(self, batch_size: int, **position: int) -> IndexedBatches:
+        """Endless batches of one rank (see `TrainingData.batches`)."""
+        return IndexedBatches(self, batch_size, **position)
 
     def read_all(self) -> tuple[torch.Tensor, list[int]]:
         """All images (N, C, size, size), uint8, and their labels."""

@@ -186,7 +186,8 @@ class DistillationTrainer(Trainer):
 
     def _micro_batch(self, micro_batch: int) -> MicroBatch:
         indices = self.indices(micro_batch)
-        real, real_labels = (None, None) if self.data is None else self.next_images(self.data)
+        batch = {} if self.data is None else self.next_batch(self.data, micro_batch)
+        real, real_labels = batch.get("images"), batch.get("labels")
         if self.class_shares is not None:
             u = self.noise.uniform("labels", self.step, indices=indices)
             labels = torch.searchsorted(self.class_shares.to(u.device), u, right=True)

@@ -14,6 +14,7 @@ import torch
 STREAMS = (
     "teacher",
     "augmentation",
+    "flip",
     "labels",
     "generator_noise",
     "critic",

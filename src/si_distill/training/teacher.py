@@ -58,7 +58,8 @@ class TeacherTrainer(Trainer):
         settings, trained = self.settings, self.trained
         total = torch.zeros((), device=self.accelerator.device)
         for micro_batch in range(settings.gradient_accumulation_steps):
-            x0, labels = self.next_images(self.data)
+            batch = self.next_batch(self.data, micro_batch)
+            x0, labels = batch["images"], batch["labels"]
             indices = self.indices(micro_batch)
             if self.null_class is not None:
                 dropped = self.noise.uniform("labels", self.step, indices=indices) < self.class_dropout_prob

@@ -13,11 +13,11 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, set_seed
 from diffusers import DiffusionPipeline
 from PIL import Image
-from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from ..data import GlobalBatchSampler, ImageDataset
+from ..data import TrainingData
 from ..data.augmentation import AUGMENT_NUMBERS, Augmentation
+from ..data.batches import Batch, BatchIterator, flipped, on_device
 from ..errors import InputError, PublishError, TrainingInterrupted, TrainingStopped
 from ..hub.card import write_card
 from ..hub.publishing import check_ready, publish_pipeline
@@ -62,7 +62,7 @@ class Trainer:
         self._counts: dict[str, int] = {}
         self._saved_means: dict[str, float] = {}
         self._signal: int | None = None
-        self._images: Iterator[list[torch.Tensor]] | None = None
+        self._batches: BatchIterator | None = None
         set_seed(settings.seed)
         self.setup()
         self.best = self._best_model()
@@ -125,21 +125,25 @@ class Trainer:
         start = (micro_batch * self.accelerator.num_processes + self.accelerator.process_index) * size
         return range(start, start + size)
 
-    def next_images(self, data: ImageDataset) -> tuple[torch.Tensor, torch.Tensor]:
-        """This rank's next images (B, C, H, W) and labels (B,): a function of the step alone, resumed or not."""
-        settings = self.settings
-        if self._images is None:
-            sampler = GlobalBatchSampler(
-                len(data),
+    def next_batch(self, data: TrainingData, micro_batch: int) -> Batch:
+        """This rank's next batch on the device: `images` (B, C, H, W) in [-1, 1], `labels` (B,), and what else `data` gives.
+
+        The same whether the run was resumed or not.
+        """
+        settings, accelerator = self.settings, self.accelerator
+        if self._batches is None:
+            self._batches = data.batches(
                 settings.per_device_train_batch_size,
-                self.accelerator.process_index,
-                self.accelerator.num_processes,
-                settings.seed,
+                rank=accelerator.process_index,
+                world_size=accelerator.num_processes,
+                seed=settings.seed,
                 start=self.step * settings.gradient_accumulation_steps,
+                num_workers=settings.dataloader_num_workers,
             )
-            self._images = iter(DataLoader(data, batch_sampler=sampler, num_workers=settings.dataloader_num_workers))
-        images, labels = next(self._images)
-        return images.to(self.accelerator.device), labels.to(self.accelerator.device)
+        batch = on_device(next(self._batches), accelerator.device)
+        if settings.data.random_flip:
+            batch = flipped(batch, self.noise.uniform("flip", self.step, indices=self.indices(micro_batch)) < 0.5)
+        return batch
 
     def augmentation(self, indices: range, *sub_steps: int) -> Augmentation | None:
         """The transformation of each of these places in the global batch, or None without augmentation."""
