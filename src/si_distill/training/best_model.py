@@ -79,7 +79,7 @@ class BestModel:
         """Takes up the measurements of a run that goes on after `step`."""
         if self.accelerator.is_main_process:
             old = self.folder.with_name(f".{BEST}.old")
-            if old.exists() and not self.folder.exists():  # killed between the two renames of `_keep`
+            if old.exists() and not self.folder.exists():  # killed between the two renames of `_replace`
                 os.rename(old, self.folder)
             if self.log.exists():
                 lines = self.log.read_text(encoding="utf-8").splitlines()
@@ -116,19 +116,17 @@ class BestModel:
                 figures["kid"] = kernel_distance(features.cpu().float(), real, self.settings.evaluation.kid_subsets)[0]
         return figures
 
-    def write(self, step: int, figures: dict[str, float], picture: Callable[[], Image.Image]) -> None:
-        """Notes the figures after `step` iterations, and keeps the pipeline if it is the best so far; main process only.
+    def improves(self, figures: dict[str, float]) -> bool:
+        """Whether figures from `measure` are the best so far; False where there are none."""
+        return bool(figures) and figures[self.settings.metric_for_best_model] < self.best
 
-        Args:
-            step: iterations done.
-            figures: from `measure`.
-            picture: makes the sample grid that is kept with the best pipeline.
-        """
-        value = figures[self.settings.metric_for_best_model]
-        better = value < self.best
-        if better:
-            self.best = value
-            self._keep({"step": step, **figures, "how": self.how}, picture())
+    def keep(self, step: int, figures: dict[str, float], pipeline: Pipeline, picture: Image.Image) -> None:
+        """Puts the pipeline in `best/` with its figures and a sample grid; main process only."""
+        self.best = figures[self.settings.metric_for_best_model]
+        self._replace({"step": step, **figures, "how": self.how}, pipeline, picture)
+
+    def note(self, step: int, figures: dict[str, float], better: bool) -> None:
+        """Adds a line to `evaluations.jsonl`; main process only."""
         with open(self.log, "a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, **figures, "best": better}) + "\n")
 
@@ -151,12 +149,12 @@ class BestModel:
             found.append(accelerator.gather(features.to(accelerator.device)))
         return torch.cat(found)[: self.count]
 
-    def _keep(self, result: dict[str, Any], picture: Image.Image) -> None:
+    def _replace(self, result: dict[str, Any], pipeline: Pipeline, picture: Image.Image) -> None:
         """Replaces `best/`; a kill at any moment leaves the earlier or the new one."""
         staging, old = (self.folder.with_name(f".{BEST}.{suffix}") for suffix in ("tmp", "old"))
         for leftover in (staging, old):
             shutil.rmtree(leftover, ignore_errors=True)
-        self.pipeline().save_pretrained(staging)
+        pipeline.save_pretrained(staging)
         picture.save(staging / "samples.png")
         (staging / EVALUATION).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
         if self.folder.exists():

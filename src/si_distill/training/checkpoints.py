@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 from accelerate import Accelerator
 from accelerate.utils import gather_object
@@ -29,15 +30,21 @@ class Checkpoints:
         accelerator: its models, optimizers and registered objects are what a checkpoint holds.
         folder: the `checkpoints/` folder.
         keep: how many to keep.
+        workers: processes of each rank that read data; with the number of ranks, what a rank's own state belongs to.
     """
 
-    def __init__(self, accelerator: Accelerator, folder: Path, keep: int):
+    def __init__(self, accelerator: Accelerator, folder: Path, keep: int, workers: int = 0):
         self.accelerator = accelerator
         self.folder = folder
         self.keep = keep
+        self.workers = workers
 
-    def save(self, step: int) -> None:
+    def save(self, step: int, rank_state: dict[str, Any] | None = None) -> None:
         """Saves a checkpoint of this step; collective.
+
+        Args:
+            step: iterations done.
+            rank_state: what this rank alone needs to go on, such as the place in its stream of images; plain data (JSON).
 
         Raises:
             TrainingStopped: on every rank, when any rank could not write. Earlier checkpoints are untouched.
@@ -47,7 +54,7 @@ class Checkpoints:
         main = self.accelerator.is_main_process
         stages = (
             lambda: self._clear(partial) if main else None,
-            lambda: self.accelerator.save_state(str(partial)),
+            lambda: self._write(partial, rank_state or {}),
             lambda: self._seal(partial, final, step) if main else None,
         )
         for stage in stages:
@@ -69,6 +76,13 @@ class Checkpoints:
                 )
                 raise TrainingStopped(f"Could not save the checkpoint of step {step}: {errors[0]}. {kept}")
 
+    def _write(self, partial: Path, rank_state: dict[str, Any]) -> None:
+        self.accelerator.save_state(str(partial))
+        self._rank_file(partial).write_text(json.dumps(rank_state), encoding="utf-8")
+
+    def _rank_file(self, path: Path) -> Path:
+        return path / f"rank_{self.accelerator.process_index}.json"
+
     def _clear(self, partial: Path) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         for leftover in self.folder.glob("*.tmp"):
@@ -80,7 +94,12 @@ class Checkpoints:
         for path in sorted(p for p in partial.rglob("*") if p.is_file()):
             _fsync(path)
             files[str(path.relative_to(partial))] = path.stat().st_size
-        manifest = {"step": step, "world_size": self.accelerator.num_processes, "files": files}
+        manifest = {
+            "step": step,
+            "world_size": self.accelerator.num_processes,
+            "workers": self.workers,
+            "files": files,
+        }
         (partial / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
         _fsync(partial / MANIFEST)
         _fsync(partial)
@@ -138,6 +157,14 @@ class Checkpoints:
             self.accelerator.load_state(str(path))
         except (RuntimeError, KeyError, ValueError, SafetensorError) as error:
             raise InputError(f"The checkpoint {path} does not fit this run: {error}") from error
+
+    def rank_state(self, path: Path) -> dict[str, Any] | None:
+        """What this rank gave to `save`; None when the ranks or their workers were others, so that it belongs to nobody."""
+        manifest = _manifest(path)
+        if (manifest["world_size"], manifest.get("workers")) != (self.accelerator.num_processes, self.workers):
+            return None
+        file = self._rank_file(path)
+        return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
 
 
 def _manifest(path: Path) -> dict:

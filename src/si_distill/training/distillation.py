@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from PIL import Image
+from torch import nn
 
 from ..critic import CriticNetwork
 from ..data.augmentation import Augmentation
@@ -342,12 +343,12 @@ class DistillationTrainer(Trainer):
     def learning_rates(self) -> dict[str, float]:
         return {"learning_rate": self.generator.learning_rate, "critic_learning_rate": self.critic.learning_rate}
 
-    def pipeline(self) -> OneStepInterpolantPipeline:
+    def pipeline(self, network: nn.Module | None = None) -> OneStepInterpolantPipeline:
         teacher = self.teacher_pipeline
         scheduler = type(teacher.scheduler).from_config(
             teacher.scheduler.config, solver="euler", init_time=self.init_time
         )
-        network = self.accelerator.unwrap_model(self.averages.network, keep_fp32_wrapper=False)
+        network = self.averages.network if network is None else network
         config = teacher.config
         return OneStepInterpolantPipeline(
             network, scheduler, vae=teacher.vae, id2label=config.id2label, vae_pixel_min=config.vae_pixel_min

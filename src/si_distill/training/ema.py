@@ -113,8 +113,12 @@ class Averages:
 
     @property
     def network(self) -> nn.Module:
-        """The average that the pipeline gets."""
-        return self.main.network
+        """The average that the pipeline gets, without wrappers."""
+        return self.accelerator.unwrap_model(self.main.network, keep_fp32_wrapper=False)
+
+    def whole_network(self) -> nn.Module | None:
+        """The same with all of its weights in one place, to be saved: on rank 0, elsewhere nothing. Collective."""
+        return self.network if self.accelerator.is_main_process else None
 
     def update(self, network: nn.Module, updates: int) -> None:
         """After the network's update number `updates`, counted from 0, also one that was thrown away.

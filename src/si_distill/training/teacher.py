@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from diffusers.models.modeling_utils import ModelMixin
 from PIL import Image
+from torch import nn
 
 from ..data import load_images
 from ..errors import InputError
@@ -89,7 +90,7 @@ class TeacherTrainer(Trainer):
     def learning_rates(self) -> dict[str, float]:
         return {"learning_rate": self.trained.learning_rate}
 
-    def pipeline(self) -> InterpolantPipeline:
+    def pipeline(self, network: nn.Module | None = None) -> InterpolantPipeline:
         scheduler = StochasticInterpolantScheduler(
             interpolant=self.settings.interpolant,
             interpolant_kwargs=self.interpolant.config,
@@ -97,7 +98,7 @@ class TeacherTrainer(Trainer):
             init_time=self.interpolant.start_time(self.settings.prediction_type, self.settings.timestep_type),
             timestep_type=self.settings.timestep_type,
         )
-        network = self.accelerator.unwrap_model(self.averages.network, keep_fp32_wrapper=False)
+        network = self.averages.network if network is None else network
         return InterpolantPipeline(network, scheduler, id2label=dict(enumerate(self.class_names)) or None)
 
     def sample_grid(self) -> Image.Image:

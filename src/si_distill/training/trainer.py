@@ -1,31 +1,29 @@
 """The loop that every training shares: run folder, resume, progress, metrics, samples, checkpoints, signals."""
 
-import contextlib
 import math
 import os
 import signal
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, set_seed
+from accelerate.utils import set_seed
 from diffusers import DiffusionPipeline
 from PIL import Image
+from torch import nn
 from tqdm.auto import tqdm
 
 from ..data import TrainingData
 from ..data.augmentation import AUGMENT_NUMBERS, Augmentation
 from ..data.batches import Batch, BatchIterator, flipped, on_device
-from ..errors import InputError, PublishError, TrainingInterrupted, TrainingStopped
-from ..hub.card import write_card
-from ..hub.publishing import check_ready, publish_pipeline
-from ..launching import check_processes
+from ..errors import TrainingInterrupted, TrainingStopped
+from ..hub.publishing import check_ready
 from ..settings import settings_to_dict
-from .checkpoints import WRITE_ERRORS, Checkpoints
+from .acceleration import build_accelerator
+from .checkpoints import Checkpoints
 from .config import TrainingConfig
 from .ema import Averages
+from .outputs import Outputs
 from .run_facts import describe_session
 from .run_folder import CHECKPOINTS, RunFolder
 from .sample_noise import SampleNoise, sample_seed
@@ -53,9 +51,14 @@ class Trainer:
         self.run.check()
         if settings.push_to_hub and self.run.writes:
             check_ready(settings.hub_model_id)
-        self.accelerator = _build_accelerator(settings)
+        self.accelerator = build_accelerator(settings)
         self.noise = SampleNoise(settings.seed, self.accelerator.device)
-        self.checkpoints = Checkpoints(self.accelerator, self.run.path / CHECKPOINTS, settings.save_total_limit)
+        self.checkpoints = Checkpoints(
+            self.accelerator,
+            self.run.path / CHECKPOINTS,
+            settings.save_total_limit,
+            settings.dataloader_num_workers,
+        )
         self.step = 0
         self.failures = 0
         self._totals: dict[str, torch.Tensor | float] = {}
@@ -65,7 +68,7 @@ class Trainer:
         self._batches: BatchIterator | None = None
         set_seed(settings.seed)
         self.setup()
-        self.best = self._best_model()
+        self.outputs = Outputs(settings, self.accelerator, self.run, self.averages, self.pipeline, self.sample_grid)
         self.accelerator.register_for_checkpointing(self)
 
     # What a subclass says.
@@ -90,12 +93,12 @@ class Trainer:
         """The present learning rates, for the log."""
         raise NotImplementedError
 
-    def pipeline(self) -> DiffusionPipeline:
-        """The pipeline that the run folder becomes."""
+    def pipeline(self, network: nn.Module | None = None) -> DiffusionPipeline:
+        """The pipeline that the run folder becomes, around `network`, or around the average in training."""
         raise NotImplementedError
 
     def sample_grid(self) -> Image.Image:
-        """A picture from fixed noise and labels."""
+        """A picture from fixed noise and labels; collective."""
         raise NotImplementedError
 
     def facts(self) -> dict[str, Any]:
@@ -175,7 +178,7 @@ class Trainer:
         )
         try:
             if not resumed:
-                self._write_samples()
+                self.outputs.samples(self.step)
             self._busy, self._clock_step = 0.0, self.step
             while self.step < settings.max_steps:
                 self._one_iteration(bar)
@@ -187,7 +190,7 @@ class Trainer:
         accelerator.end_training()
         accelerator.print(f"Finished {settings.max_steps} iterations: the pipeline is in {self.run.path}.")
         if settings.push_to_hub and accelerator.is_main_process:
-            self._publish()
+            self.outputs.publish()
 
     def _one_iteration(self, bar: tqdm) -> None:
         settings = self.settings
@@ -203,9 +206,9 @@ class Trainer:
         if last or self.step % settings.logging_steps == 0:
             bar.set_postfix({name: f"{value:.4g}" for name, value in self._log().items()}, refresh=False)
         if last or self.step % settings.eval_steps == 0:
-            self._write_samples()
-        if self.best and (last or self.step % settings.eval_metric_steps == 0):
-            self._measure()
+            self.outputs.samples(self.step)
+        if self.outputs.best and (last or self.step % settings.eval_metric_steps == 0):
+            self.accelerator.log(self.outputs.measure(self.step), step=self.step)
         # Before the checkpoint: a kill between the two leaves a snapshot that the resumed run writes again.
         self.averages.store(self.step)
         stop = self._stop_asked()
@@ -232,8 +235,8 @@ class Trainer:
                 accelerator.print(f"No whole checkpoint in {self.checkpoints.folder} yet: starting at step 0.")
                 self.run.forget_metrics_after(0)
             self.run.start()
-        if self.best:
-            self.best.resume(self.step)
+        if self.outputs.best:
+            self.outputs.best.resume(self.step)
         self.run.write_facts(self.facts(), describe_session(accelerator), self.step)
         accelerator.wait_for_everyone()
         if settings.report_to != "none":
@@ -243,20 +246,6 @@ class Trainer:
                 init_kwargs={"wandb": {"dir": settings.output_dir, "name": self.run.path.name}},
             )
         return found is not None
-
-    def _best_model(self):  # imported where it is used: it brings the libraries of feature extractors with it
-        if self.settings.eval_metric_steps is None:
-            return None
-        from .best_model import BestModel
-
-        return BestModel(self.settings, self.accelerator, self.pipeline)
-
-    def _measure(self) -> None:
-        figures = self.best.measure()
-        if self.accelerator.is_main_process:
-            with torch.no_grad(), self._writing("the best model"):
-                self.best.write(self.step, figures, self.sample_grid)
-        self.accelerator.log(figures, step=self.step)
 
     def _record(self, metrics: dict[str, torch.Tensor], finite: bool) -> None:
         self.failures = 0 if finite else self.failures + 1
@@ -291,50 +280,16 @@ class Trainer:
         line = {"step": self.step, "images": self.step * self.global_batch_size}
         line |= dict.fromkeys(self.losses)  # null in lines in which a network did not learn
         line |= {name: value if math.isfinite(value) else None for name, value in values.items()}
-        with self._writing("metrics"):
-            self.run.append_metrics(line)
+        self.outputs.write("metrics", self.step, lambda: self.run.append_metrics(line))
         self.accelerator.log({"images": line["images"], **values}, step=self.step)
         for warning in self.watch(means):
             self.accelerator.print(f"Step {self.step}, warning: {warning}")
         return {name: means[name] for name in self.losses if name in means}
 
-    def _write_samples(self) -> None:
-        if self.accelerator.is_main_process:
-            with torch.no_grad(), self._writing("samples"):
-                self.sample_grid().save(self.run.sample_path(self.step))
-
     def _save(self) -> None:
         self._saved_means = self._means()  # collective, so not inside `state_dict`
         self.checkpoints.save(self.step)
-        if self.accelerator.is_main_process:
-            with self._writing("the pipeline"):
-                self.run.write_pipeline(self.pipeline())
-                try:
-                    write_card(self.run.path)
-                except InputError as error:  # a damaged file of the folder's owner is no reason to stop
-                    self.accelerator.print(f"The model card is not renewed: {error}")
-
-    def _publish(self) -> None:
-        settings = self.settings
-        try:
-            pipeline = type(self.pipeline()).from_pretrained(self.run.path)
-            published = publish_pipeline(pipeline, settings.hub_model_id, settings.hub_private_repo or None)
-        except (InputError, PublishError) as error:
-            raise PublishError(
-                f"{error} The training is finished and {self.run.path} is whole; publish it later with: python "
-                f"pipelines/publish.py --pipeline {self.run.path} --repo-id {settings.hub_model_id}"
-            ) from error
-        print(f"Published: {published.url} at {published.commit}.")
-
-    @contextlib.contextmanager
-    def _writing(self, what: str) -> Iterator[None]:
-        try:
-            yield
-        except WRITE_ERRORS as error:
-            raise TrainingStopped(
-                f"Could not write {what} to {self.run.path} at step {self.step}: {error}. Whole checkpoints stay; make room "
-                "and resume with --resume_from_checkpoint latest."
-            ) from error
+        self.outputs.pipeline(self.step)
 
     def _on_signal(self, number: int, frame: Any) -> None:
         if self._signal is None:
@@ -346,20 +301,6 @@ class Trainer:
         if self._signal is not None:
             self.accelerator.set_trigger()
         return self.accelerator.check_trigger()
-
-
-def _build_accelerator(settings: TrainingConfig) -> Accelerator:
-    try:
-        accelerator = Accelerator(
-            mixed_precision=settings.mixed_precision,
-            log_with=None if settings.report_to == "none" else settings.report_to,
-            project_dir=settings.output_dir,
-            kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
-        )
-    except ValueError as error:
-        raise InputError(f"Accelerate refuses the settings: {error}") from error
-    check_processes(accelerator.num_processes)
-    return accelerator
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

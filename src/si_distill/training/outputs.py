@@ -1,0 +1,131 @@
+"""What a run writes beside its checkpoints: sample grids, the pipeline with its card, the best one, and the Hub.
+
+Everything that samples or writes is collective: all ranks call it, because a sharded network needs all of them, and rank 0
+writes.
+"""
+
+from collections.abc import Callable
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+from diffusers import DiffusionPipeline
+from PIL import Image
+from torch import nn
+
+from ..errors import InputError, PublishError, TrainingStopped
+from ..hub.card import write_card
+from ..hub.publishing import publish_pipeline
+from .checkpoints import WRITE_ERRORS
+from .config import TrainingConfig
+from .ema import Averages
+from .run_folder import RunFolder
+
+
+class Outputs:
+    """Writes what a run shows and gives.
+
+    Args:
+        settings: of the run.
+        accelerator: of the run.
+        run: its folder.
+        averages: the networks that the pipeline gets.
+        pipeline: the run's pipeline around a network, or around the average in training when none is given.
+        sample_grid: a picture from fixed noise and labels.
+    """
+
+    def __init__(
+        self,
+        settings: TrainingConfig,
+        accelerator: Accelerator,
+        run: RunFolder,
+        averages: Averages,
+        pipeline: Callable[[nn.Module | None], DiffusionPipeline],
+        sample_grid: Callable[[], Image.Image],
+    ):
+        self.settings, self.accelerator, self.run = settings, accelerator, run
+        self.averages = averages
+        self._pipeline, self._sample_grid = pipeline, sample_grid
+        self.best = None
+        if settings.eval_metric_steps is not None:
+            from .best_model import BestModel  # brings the libraries of feature extractors with it
+
+            self.best = BestModel(settings, accelerator, pipeline)
+
+    def samples(self, step: int) -> None:
+        """samples/step_N.png; collective."""
+        picture = self._picture()
+        self.write("samples", step, lambda: picture.save(self.run.sample_path(step)))
+
+    def pipeline(self, step: int) -> None:
+        """The pipeline at the top of the run folder, with its card; collective."""
+        pipeline = self._whole_pipeline()
+
+        def write() -> None:
+            self.run.write_pipeline(pipeline)
+            try:
+                write_card(self.run.path)
+            except InputError as error:  # a damaged file of the folder's owner is no reason to stop
+                print(f"The model card is not renewed: {error}")
+
+        self.write("the pipeline", step, write)
+
+    def measure(self, step: int) -> dict[str, float]:
+        """Figures of the pipeline as it is now, on the main process; keeps it if it is the best so far. Collective."""
+        figures = self.best.measure()
+        (better,) = broadcast_object_list([self.best.improves(figures)])  # what the main process says
+        pipeline, picture = (self._whole_pipeline(), self._picture()) if better else (None, None)
+
+        def write() -> None:
+            if better:
+                self.best.keep(step, figures, pipeline, picture)
+            self.best.note(step, figures, better)
+
+        self.write("the best model", step, write)
+        return figures
+
+    def publish(self) -> None:
+        """Puts the finished pipeline on the Hub; rank 0 alone.
+
+        Raises:
+            PublishError: when the Hub refuses; the run folder is whole.
+        """
+        settings = self.settings
+        try:
+            pipeline = type(self._pipeline(None)).from_pretrained(self.run.path)
+            published = publish_pipeline(pipeline, settings.hub_model_id, settings.hub_private_repo or None)
+        except (InputError, PublishError) as error:
+            raise PublishError(
+                f"{error} The training is finished and {self.run.path} is whole; publish it later with: python "
+                f"pipelines/publish.py --pipeline {self.run.path} --repo-id {settings.hub_model_id}"
+            ) from error
+        print(f"Published: {published.url} at {published.commit}.")
+
+    def write(self, what: str, step: int, action: Callable[[], None]) -> None:
+        """Does `action` on rank 0; collective.
+
+        Raises:
+            TrainingStopped: on every rank, when the disk is full or the folder is lost: one that failed alone would leave
+                the others waiting.
+        """
+        error = ""
+        if self.accelerator.is_main_process:
+            try:
+                action()
+            except WRITE_ERRORS as failure:
+                error = str(failure) or type(failure).__name__
+        (error,) = broadcast_object_list([error])
+        if error:
+            raise TrainingStopped(
+                f"Could not write {what} to {self.run.path} at step {step}: {error}. Whole checkpoints stay; make room "
+                "and resume with --resume_from_checkpoint latest."
+            )
+
+    @torch.no_grad()
+    def _picture(self) -> Image.Image:
+        return self._sample_grid()
+
+    def _whole_pipeline(self) -> DiffusionPipeline | None:
+        """On rank 0 the pipeline around a network that holds all of its weights; elsewhere nothing. Collective."""
+        network = self.averages.whole_network()
+        return None if network is None else self._pipeline(network)
