@@ -13,8 +13,8 @@ from torch_fidelity.feature_extractor_base import FeatureExtractorBase
 from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY, register_feature_extractor
 from torch_fidelity.utils import create_feature_extractor
 
+from .. import fingerprints
 from ..errors import InputError
-from . import fingerprints
 
 #: Name under which torch-fidelity knows the pixel features; no weights, so nothing to hash.
 PIXELS = "si-distill-pixels"

@@ -11,12 +11,12 @@ import numpy as np
 import torch
 from PIL import Image
 
+from .. import fingerprints
 from ..data import ImageDataset
 from ..errors import InputError
 from ..pipelines import InterpolantPipeline, OneStepInterpolantPipeline
 from ..training.sample_noise import SampleNoise, sample_seed
 from ..visualization import to_uint8
-from . import fingerprints
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 

@@ -20,8 +20,8 @@ from accelerate import PartialState
 from PIL import Image
 from tqdm.auto import tqdm
 
+from .. import fingerprints
 from ..errors import InputError
-from . import fingerprints
 from .features import Extractor
 from .samples import Source
 

@@ -1,5 +1,13 @@
+from .interpolant_latents import LatentScaling
 from .interpolant_pipeline_network import NetworkView, guided_outputs, view_network
 from .pipeline_interpolant import InterpolantPipeline
 from .pipeline_one_step_interpolant import OneStepInterpolantPipeline
 
-__all__ = ["InterpolantPipeline", "NetworkView", "OneStepInterpolantPipeline", "guided_outputs", "view_network"]
+__all__ = [
+    "InterpolantPipeline",
+    "LatentScaling",
+    "NetworkView",
+    "OneStepInterpolantPipeline",
+    "guided_outputs",
+    "view_network",
+]

@@ -1,6 +1,6 @@
 """What the one-step and the multi-step pipeline share: labels, noise, decoding.
 
-A copy of this file travels beside `pipeline.py` into every saved pipeline: it imports only torch, diffusers and a sibling.
+A copy of this file travels beside `pipeline.py` into every saved pipeline: it imports only torch, diffusers and siblings.
 """
 
 import difflib
@@ -16,6 +16,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
 
+from .interpolant_latents import LatentScaling
 from .interpolant_pipeline_network import NetworkView, guided_outputs, view_network
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
@@ -276,21 +277,12 @@ class InterpolantPipelineBase(DiffusionPipeline):
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """
         Images in [-1, 1], (B, channels, height, width), of the network's output: `latents` themselves without a VAE,
-        otherwise the VAE's decoding of `latents / scaling_factor · latents_std + latents_mean + shift_factor`, each from
-        the VAE's config and each by channel where it is a list.
+        otherwise what the VAE decodes, both scaled as [`LatentScaling`] says.
         """
         if self.vae is None:
             return latents
-
-        def setting(name: str, default: float) -> torch.Tensor:
-            value = self.vae.config.get(name)
-            return latents.new_tensor(default if value is None else value).view(-1, 1, 1)
-
-        latents = latents / setting("scaling_factor", 1.0) * setting("latents_std", 1.0)
-        latents = latents + setting("latents_mean", 0.0) + setting("shift_factor", 0.0)
-        images = self.vae.decode(latents.to(self.vae.dtype), return_dict=False)[0]
-        darkest = self.config.vae_pixel_min
-        return images if darkest == -1 else (images - darkest) * (2 / (1 - darkest)) - 1
+        scaling = LatentScaling.of(self.vae, self.config.vae_pixel_min)
+        return scaling.decode_pixels(self.vae.decode(scaling.decode(latents).to(self.vae.dtype), return_dict=False)[0])
 
     def postprocess(self, latents: torch.Tensor, output_type: str) -> Any:
         """The output that the user asked for; one channel becomes a PIL image of mode "L"."""

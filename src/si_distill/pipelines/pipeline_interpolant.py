@@ -12,9 +12,10 @@ import torch
 from diffusers import DiffusionPipeline
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
+from .interpolant_latents import LatentScaling  # noqa: F401 - a helper's import: what travels is what is named here
 from .interpolant_pipeline_base import ClassLabels, InterpolantPipelineBase, InterpolantPipelineOutput
 from .interpolant_pipeline_folder import SelfContainedFolderMixin
-from .interpolant_pipeline_network import NetworkView  # noqa: F401 - a helper's import: what travels is what is named here
+from .interpolant_pipeline_network import NetworkView  # noqa: F401 - likewise
 from .interpolant_probability_flow import ProbabilityFlow
 
 #: Settings of the scheduler that a call may override.

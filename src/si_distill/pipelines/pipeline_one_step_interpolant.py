@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline
 
+from .interpolant_latents import LatentScaling  # noqa: F401 - a helper's import: what travels is what is named here
 from .interpolant_pipeline_base import ClassLabels, InterpolantPipelineBase, InterpolantPipelineOutput
 from .interpolant_pipeline_folder import SelfContainedFolderMixin
-from .interpolant_pipeline_network import NetworkView  # noqa: F401 - a helper's import: what travels is what is named here
+from .interpolant_pipeline_network import NetworkView  # noqa: F401 - likewise
 
 
 class OneStepInterpolantPipeline(SelfContainedFolderMixin, InterpolantPipelineBase):
