@@ -31,7 +31,8 @@ def settings(teacher_folder, folder, **changes) -> DistillConfig:
 
 def lines(folder, name) -> list[dict]:
     found = [json.loads(line) for line in (folder / name).read_text().splitlines()]
-    return [{key: value for key, value in line.items() if key != "images_per_second"} for line in found]
+    clocks = ("images_per_second", "data_wait", "peak_memory_gb")
+    return [{key: value for key, value in line.items() if key not in clocks} for line in found]
 
 
 def weights(folder) -> dict[str, torch.Tensor]:

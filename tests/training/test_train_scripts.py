@@ -1,5 +1,6 @@
 """The real scripts in real processes: the whole road, two processes against one, kills, signals, a full disk."""
 
+import gzip
 import json
 import resource
 import signal
@@ -8,6 +9,7 @@ import sys
 import time
 
 import pytest
+import yaml
 from safetensors.torch import load_file
 from script_runs import DISTILL, ROOT, command, environment, metrics, run
 
@@ -47,16 +49,24 @@ def test_the_whole_road_teacher_student_picture_and_table(tmp_path):
     assert [step for (step,) in metrics(teacher)] == [3, 6]
     assert list((teacher / "wandb").glob("offline-run-*/*.wandb"))
     assert len(InterpolantPipeline.from_pretrained(teacher)([1, 2], num_inference_steps=2).images) == 2
-    run(
+    distilled = run(
         *command(
-            "train_distill.py", "--config", ROOT / "configs/digits/distill.yaml", "--output_dir", student,
-            "--teacher", teacher, "--max_steps", 4, "--logging_steps", 2, "--per_device_train_batch_size", 16,
+            "train_distill.py", "--config", ROOT / "configs/digits/distill.yaml", "--output_dir", student, "--profile",
+            "--teacher", teacher, "--max_steps", 6, "--logging_steps", 3, "--per_device_train_batch_size", 16,
         )
     )  # fmt: skip
-    assert sorted(p.name for p in (student / "samples").iterdir()) == ["step_00000000.png", "step_00000004.png"]
+    assert sorted(p.name for p in (student / "samples").iterdir()) == ["step_00000000.png", "step_00000006.png"]
     line = json.loads((student / "metrics.jsonl").read_text().splitlines()[-1])
     assert {"step", "images", "generator_loss", "critic_loss", "images_per_second"} <= line.keys()
-    assert line["images"] == 4 * 16
+    assert line["images"] == 6 * 16
+    assert 0 <= line["data_wait"] <= 1
+    assert 0.1 < line["peak_memory_gb"] < 16
+    assert "images to go=0.00" in distilled.stderr
+    with gzip.open(student / "profile" / "step_00000006.json.gz") as file:
+        recorded = [event["name"] for event in json.load(file)["traceEvents"]]
+    settings = yaml.safe_load((student / "config.yaml").read_text())
+    assert recorded.count("Optimizer.step#Adam.step") == 3 * (settings["critic_steps"] + 1)
+    assert (student / "profile" / "step_00000006.txt").read_text() in distilled.stdout
 
     made = run(
         sys.executable, ROOT / "pipelines/generate.py", "--pipeline", student, "--labels", 3, "7", "--out",

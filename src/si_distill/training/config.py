@@ -17,6 +17,7 @@ from ..objectives import DistillationObjective, get_objective
 from ..settings import at_least, positive, setting
 from .loss_weights import LOSS_WEIGHTS, regression_weight
 from .posthoc_ema import power_exponent
+from .profiling import RECORDED, WARM_UP
 from .times import TIME_SAMPLERS, TimeSampler
 
 
@@ -78,11 +79,15 @@ class TrainingConfig:
     hub_private_repo: bool = setting(False, "Whether a new repository there is private.")
     dry_run: bool = setting(False, "Say what the run would need and do: no weights, no images, nothing written.")
 
+    profile: bool = setting(
+        False, "Record the fourth to sixth iteration of this start: a trace and a table in profile/."
+    )
+
     #: What may change when a run is resumed; everything else decides the trajectory.
     RESUMABLE = frozenset(
         "output_dir max_steps logging_steps eval_steps save_steps save_total_limit report_to resume_from_checkpoint "
         "overwrite_output_dir dataloader_num_workers ema_snapshot_steps eval_metric_steps metric_for_best_model evaluation "
-        "push_to_hub hub_model_id hub_private_repo dry_run teacher_model".split()
+        "push_to_hub hub_model_id hub_private_repo dry_run profile teacher_model".split()
     )
 
     def __post_init__(self) -> None:
@@ -104,6 +109,11 @@ class TrainingConfig:
                 raise InputError(f"`{name}` must lie in [0, 1), got {getattr(self, name)}.")
         if not 0 <= self.augment_prob <= 1:
             raise InputError(f"`augment_prob` must lie in [0, 1], got {self.augment_prob}.")
+        if self.profile and self.max_steps < WARM_UP + RECORDED:
+            raise InputError(
+                f"`profile` records iterations {WARM_UP + 1} to {WARM_UP + RECORDED}, but `max_steps` is {self.max_steps}: "
+                f"set it to at least {WARM_UP + RECORDED}."
+            )
         self._check_averages()
         if not 0 <= self.t_min < self.t_max <= 1:
             raise InputError(f"Training times need 0 <= t_min < t_max <= 1, got [{self.t_min}, {self.t_max}].")

@@ -15,6 +15,7 @@ from ..settings import read_yaml, settings_from_dict, settings_to_dict
 from .config import TrainingConfig
 from .ema import EMA_WEIGHTS
 from .posthoc_ema import EMA_SNAPSHOTS
+from .profiling import PROFILE
 
 SAMPLES, CHECKPOINTS = "samples", "checkpoints"
 #: The best pipeline of the run by a metric, and the measurements.
@@ -81,7 +82,7 @@ class RunFolder:
             # Only what a run writes: the folder may hold files of its owner. The pipeline's files are replaced later.
             for name in (CONFIG, METRICS, FACTS, EVALUATION, EVALUATIONS, "model_index.json"):
                 (self.path / name).unlink(missing_ok=True)
-            for name in (SAMPLES, CHECKPOINTS, BEST, EMA_WEIGHTS, EMA_SNAPSHOTS):
+            for name in (SAMPLES, CHECKPOINTS, BEST, EMA_WEIGHTS, EMA_SNAPSHOTS, PROFILE):
                 shutil.rmtree(self.path / name, ignore_errors=True)
         self.path.mkdir(parents=True, exist_ok=True)
         self.write_config()

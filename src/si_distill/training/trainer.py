@@ -3,7 +3,6 @@
 import math
 import os
 import signal
-import time
 from typing import Any
 
 import torch
@@ -24,9 +23,11 @@ from .checkpoints import Checkpoints
 from .config import TrainingConfig
 from .ema import Averages
 from .outputs import Outputs
+from .profiling import IterationProfiler
 from .run_facts import describe_session
 from .run_folder import CHECKPOINTS, RunFolder
 from .sample_noise import SampleNoise, sample_seed
+from .throughput import Throughput
 
 #: Iterations in a row with an update that was thrown away (not finite) before training stops.
 MAX_FAILURES = 10
@@ -53,6 +54,8 @@ class Trainer:
             check_ready(settings.hub_model_id)
         self.accelerator = build_accelerator(settings)
         self.noise = SampleNoise(settings.seed, self.accelerator.device)
+        self.throughput = Throughput(self.accelerator)
+        self.profiler = IterationProfiler(self.accelerator, self.run.path, settings.profile)
         self.checkpoints = Checkpoints(
             self.accelerator,
             self.run.path / CHECKPOINTS,
@@ -143,7 +146,9 @@ class Trainer:
                 start=self.step * settings.gradient_accumulation_steps,
                 num_workers=settings.dataloader_num_workers,
             )
-        batch = on_device(next(self._batches), accelerator.device)
+        with self.throughput.waiting_for_data():
+            batch = next(self._batches)
+        batch = on_device(batch, accelerator.device)
         if settings.data.random_flip:
             batch = flipped(batch, self.noise.uniform("flip", self.step, indices=self.indices(micro_batch)) < 0.5)
         return batch
@@ -179,7 +184,6 @@ class Trainer:
         try:
             if not resumed:
                 self.outputs.samples(self.step)
-            self._busy, self._clock_step = 0.0, self.step
             while self.step < settings.max_steps:
                 self._one_iteration(bar)
         finally:
@@ -194,17 +198,18 @@ class Trainer:
 
     def _one_iteration(self, bar: tqdm) -> None:
         settings = self.settings
-        started = time.perf_counter()
         # Dropout is all that draws from the process's own generator; this makes it a function of the step and rank.
         torch.manual_seed(sample_seed(settings.seed, "dropout", self.step, self.accelerator.process_index))
-        metrics, finite = self.iteration()
-        self._busy += time.perf_counter() - started  # without saving and sampling
+        with self.throughput.iteration(), self.profiler.iteration(self.step + 1):
+            metrics, finite = self.iteration()
         self.step += 1
         self._record(metrics, finite)
         bar.update()
         last = self.step == settings.max_steps
         if last or self.step % settings.logging_steps == 0:
-            bar.set_postfix({name: f"{value:.4g}" for name, value in self._log().items()}, refresh=False)
+            to_go = (settings.max_steps - self.step) * self.global_batch_size
+            shown = {name: f"{value:.4g}" for name, value in self._log().items()}
+            bar.set_postfix({**shown, "images to go": tqdm.format_sizeof(to_go)}, refresh=False)
         if last or self.step % settings.eval_steps == 0:
             self.outputs.samples(self.step)
         if self.outputs.best and (last or self.step % settings.eval_metric_steps == 0):
@@ -274,9 +279,7 @@ class Trainer:
     def _log(self) -> dict[str, float]:
         means = self._means()
         self._totals, self._counts = {}, {}
-        rate = (self.step - self._clock_step) * self.global_batch_size / max(self._busy, 1e-9)
-        self._busy, self._clock_step = 0.0, self.step
-        values = {**means, **self.learning_rates(), "images_per_second": round(rate, 2)}
+        values = {**means, **self.learning_rates(), **self.throughput.line(self.global_batch_size)}
         line = {"step": self.step, "images": self.step * self.global_batch_size}
         line |= dict.fromkeys(self.losses)  # null in lines in which a network did not learn
         line |= {name: value if math.isfinite(value) else None for name, value in values.items()}
@@ -284,7 +287,7 @@ class Trainer:
         self.accelerator.log({"images": line["images"], **values}, step=self.step)
         for warning in self.watch(means):
             self.accelerator.print(f"Step {self.step}, warning: {warning}")
-        return {name: means[name] for name in self.losses if name in means}
+        return {name: values[name] for name in (*self.losses, "images_per_second") if name in values}
 
     def _save(self) -> None:
         self._saved_means = self._means()  # collective, so not inside `state_dict`
