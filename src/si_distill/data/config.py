@@ -2,7 +2,12 @@
 
 from dataclasses import dataclass
 
+from ..errors import InputError
 from ..settings import at_least, setting
+from .degradations import DEGRADATIONS, Degradation, get_degradation
+
+#: How images and references of two data sets meet in a batch.
+COUPLINGS = ("independent", "optimal_transport")
 
 
 @dataclass
@@ -19,8 +24,72 @@ class DataConfig:
     image_size: int = setting(8, "Height and width in pixels: centre crop and resize. `digits` is 8.")
     random_flip: bool = setting(False, "Exchange left and right in half of the images that training reads.")
     max_train_samples: int | None = setting(None, "Use only the first that many images.")
+    reference_column: str | None = setting(
+        None, "Column of each image's own reference (a pair); with `reference_name`, of that data set's images."
+    )
+    degradation: str | None = setting(
+        None, "The reference is the image itself, degraded after crop and flip.", tuple(DEGRADATIONS)
+    )
+    degradation_kwargs: dict = setting({}, "Settings of the degradation, e.g. {factor: 4} (docs/bridges.md).")
+    reference_name: str | None = setting(
+        None, "A second data set, of unpaired references: what `datasets.load_dataset` takes."
+    )
+    reference_files: str | None = setting(None, "Its files or glob, as `data_files`.")
+    reference_split: str = setting("train", "Its split.")
+    coupling: str = setting(
+        "independent",
+        "How unpaired images and references meet; `optimal_transport` pairs those of each process's batch with the least "
+        "squared distance.",
+        COUPLINGS,
+    )
 
     def __post_init__(self) -> None:
         at_least("data.image_size", self.image_size, 1)
         if self.max_train_samples is not None:
             at_least("data.max_train_samples", self.max_train_samples, 1)
+        self._check_references()
+
+    def _check_references(self) -> None:
+        if self.degradation and (self.reference_name or self.reference_column):
+            other = "reference_name" if self.reference_name else "reference_column"
+            raise InputError(
+                f"`data.degradation` and `data.{other}` are both set, and each says where references come from: leave one "
+                "out."
+            )
+        if self.degradation_kwargs and not self.degradation:
+            raise InputError(
+                "`data.degradation_kwargs` are set, but no `data.degradation`: name it, or leave them out."
+            )
+        if not self.reference_name:
+            for name, default in (("reference_files", None), ("reference_split", "train"), ("coupling", "independent")):
+                if getattr(self, name) != default:
+                    raise InputError(
+                        f"`data.{name}` is for unpaired references, but `data.reference_name` is not set: name the data "
+                        "set of the references, or leave it out."
+                    )
+        self.build_degradation()
+
+    @property
+    def has_references(self) -> bool:
+        """Whether images come with reference images."""
+        return self.is_paired or self.reference_name is not None
+
+    @property
+    def is_paired(self) -> bool:
+        """Whether each image has a reference of its own."""
+        return self.degradation is not None or (self.reference_column is not None and self.reference_name is None)
+
+    def build_degradation(self) -> Degradation | None:
+        """The degradation, or None.
+
+        Raises:
+            InputError: for settings that it does not have, or a size that it cannot be done at.
+        """
+        if self.degradation is None:
+            return None
+        try:
+            degradation = get_degradation(self.degradation, **self.degradation_kwargs)
+            degradation.check_size(self.image_size)
+        except (ValueError, TypeError) as error:
+            raise InputError(f"`data.degradation` {self.degradation}: {error}") from None
+        return degradation

@@ -15,6 +15,7 @@ STREAMS = (
     "teacher",
     "augmentation",
     "flip",
+    "degradation",
     "labels",
     "generator_noise",
     "critic",
@@ -80,6 +81,6 @@ class SampleNoise:
         """Integers in [0, high), (len(indices),)."""
         return self._draw(lambda g: torch.randint(high, (), generator=g), stream, counters, indices).to(self.device)
 
-    def uniform(self, stream: str, *counters: int, indices: Iterable[int]) -> torch.Tensor:
-        """Uniform numbers in [0, 1), (len(indices),)."""
-        return self._draw(lambda g: torch.rand((), generator=g), stream, counters, indices).to(self.device)
+    def uniform(self, stream: str, *counters: int, indices: Iterable[int], shape: tuple[int, ...] = ()) -> torch.Tensor:
+        """Uniform numbers in [0, 1), (len(indices), *shape)."""
+        return self._draw(lambda g: torch.rand(shape, generator=g), stream, counters, indices).to(self.device)

@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 from ..data import TrainingData
 from ..data.augmentation import AUGMENT_NUMBERS, Augmentation
 from ..data.batches import Batch, BatchIterator, flipped, on_device
+from ..data.references import reference_source
 from ..errors import TrainingInterrupted, TrainingStopped
 from ..hub.publishing import check_ready
 from ..settings import settings_to_dict
@@ -69,6 +70,7 @@ class Trainer:
         self._saved_means: dict[str, float] = {}
         self._signal: int | None = None
         self._batches: BatchIterator | None = None
+        self._references = reference_source(settings.data)
         set_seed(settings.seed)
         self.setup()
         self.outputs = Outputs(settings, self.accelerator, self.run, self.averages, self.pipeline, self.sample_grid)
@@ -148,9 +150,11 @@ class Trainer:
             )
         with self.throughput.waiting_for_data():
             batch = next(self._batches)
-        batch = on_device(batch, accelerator.device)
+        batch, indices = on_device(batch, accelerator.device), self.indices(micro_batch)
         if settings.data.random_flip:
-            batch = flipped(batch, self.noise.uniform("flip", self.step, indices=self.indices(micro_batch)) < 0.5)
+            batch = flipped(batch, self.noise.uniform("flip", self.step, indices=indices) < 0.5)
+        if self._references is not None:
+            batch = self._references(batch, self.noise, self.step, indices=indices)
         return batch
 
     def augmentation(self, indices: range, *sub_steps: int) -> Augmentation | None:

@@ -1,0 +1,139 @@
+"""Where a batch's reference images come from: the pair's own column, a degradation of the images, or a second data set."""
+
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import Any, Protocol
+
+import torch
+from scipy.optimize import linear_sum_assignment
+
+from ..errors import InputError
+from .batches import Batch, BatchIterator, TrainingData
+from .config import DataConfig
+from .degradations import Degradation
+
+
+class UniformNumbers(Protocol):
+    """Where random numbers come from: `SampleNoise` of the trainers."""
+
+    def uniform(
+        self, stream: str, *counters: int, indices: Iterable[int], shape: tuple[int, ...] = ()
+    ) -> torch.Tensor: ...
+
+
+class DegradedReferences:
+    """The degraded image itself: `reference` = D(`images`), after cropping and flipping.
+
+    The random numbers of a sample are those of (seed, counters, index), whatever the batch.
+    """
+
+    def __init__(self, degradation: Degradation):
+        self.degradation = degradation
+
+    def __call__(self, batch: Batch, noise: UniformNumbers, *counters: int, indices: Iterable[int]) -> Batch:
+        """The batch with `reference`, (B, C, H, W)."""
+        u, count = None, self.degradation.numbers
+        if count:
+            u = noise.uniform("degradation", *counters, indices=indices, shape=(count,))
+        return {**batch, "reference": self.degradation(batch["images"], u)}
+
+
+class TransportedReferences:
+    """Unpaired references, rearranged within the batch so that they lie near their images (minibatch optimal transport).
+
+    Pooladian et al. 2023, "Multisample Flow Matching", section 3.1; Tong et al. 2024, "Improving and Generalizing Flow-Based
+    Generative Models with Minibatch Optimal Transport", section 3.2: the coupling of the batch of THIS process and
+    micro-batch, so its size matters. Both marginals stay what they were.
+    """
+
+    def __call__(self, batch: Batch, noise: UniformNumbers, *counters: int, indices: Iterable[int]) -> Batch:
+        """The batch with its references in another order."""
+        nearest = optimal_assignment(batch["images"], batch["reference"])
+        return {**batch, "reference": batch["reference"][nearest]}
+
+
+def optimal_assignment(images: torch.Tensor, references: torch.Tensor) -> torch.Tensor:
+    """(B,) the number of the reference of each image in the pairing with the least Σ ‖image − reference‖², exactly.
+
+    Args:
+        images, references: (B, C, H, W).
+    """
+    cost = torch.cdist(images.flatten(1).double(), references.flatten(1).double()).square()
+    _, columns = linear_sum_assignment(cost.cpu().numpy())
+    return torch.as_tensor(columns, device=images.device)
+
+
+class UnpairedData:
+    """Images, and references that are another data set: their order is independent, so any pair is as likely as any other.
+
+    Args:
+        images: the data set of the images, which has labels.
+        references: the other; its labels are not read.
+
+    Raises:
+        InputError: when the two have images of different sizes or channels.
+    """
+
+    def __init__(self, images: TrainingData, references: TrainingData):
+        self.images, self.references = images, references
+        self.name, self.channels, self.size, self.class_names = (
+            images.name,
+            images.channels,
+            images.size,
+            images.class_names,
+        )
+        if images.channels != references.channels:
+            raise InputError(
+                f"The references ({references.name}) have {references.channels} channels and the images ({images.name}) "
+                f"{images.channels}: a bridge needs the same of both."
+            )
+
+    def batches(self, batch_size: int, seed: int = 0, **position: int) -> "UnpairedBatches":
+        """Endless batches of one rank (see `TrainingData.batches`)."""
+        # Another seed, or two data sets of the same length would be paired by their numbers.
+        return UnpairedBatches(
+            self.images.batches(batch_size, seed=seed, **position),
+            self.references.batches(batch_size, seed=seed + 1, **position),
+        )
+
+
+class UnpairedBatches:
+    """Batches of two data sets side by side; the state is that of both."""
+
+    def __init__(self, images: BatchIterator, references: BatchIterator):
+        self._parts = {"images": images, "references": references}
+
+    def __next__(self) -> Batch:
+        return {**next(self._parts["images"]), "reference": next(self._parts["references"])["images"]}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {name: part.state_dict() for name, part in self._parts.items()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for name, part in self._parts.items():
+            part.load_state_dict(state.get(name, {}))
+
+
+def reference_source(config: DataConfig) -> DegradedReferences | TransportedReferences | None:
+    """What the trainer does to a batch for its references; None where the batch comes with them, or needs none."""
+    degradation = config.build_degradation()
+    if degradation is not None:
+        return DegradedReferences(degradation)
+    return TransportedReferences() if config.coupling == "optimal_transport" else None
+
+
+def references_config(config: DataConfig) -> DataConfig:
+    """Settings of the second data set of unpaired references."""
+    return replace(
+        config,
+        name=config.reference_name,
+        data_files=config.reference_files,
+        split=config.reference_split,
+        image_column=config.reference_column,
+        label_column="none",
+        reference_name=None,
+        reference_files=None,
+        reference_column=None,
+        coupling="independent",
+        max_train_samples=None,
+    )
