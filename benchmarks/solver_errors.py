@@ -10,7 +10,7 @@ over 256 starting points of the distance of a number from the exact flow of its 
 import torch
 
 from si_distill import StochasticInterpolantScheduler
-from si_distill.interpolants import INTERPOLANTS
+from si_distill.interpolants import GAUSSIAN_INTERPOLANTS
 
 MEAN, STD = torch.tensor([[-0.5, 0.3, 1.0], [0.4, 1.0, 1.6]], dtype=torch.float64)
 SOLVERS = ("euler", "ddim", "dpmpp_2m", "heun", "edm_heun")
@@ -36,7 +36,7 @@ def largest_error(interpolant: str, solver: str, evaluations: int) -> float:
 def main() -> None:
     print("| path | evaluations |", " | ".join(f"`{solver}`" for solver in SOLVERS), "|")
     print("|" + "---|" * (2 + len(SOLVERS)))
-    for interpolant in INTERPOLANTS:
+    for interpolant in GAUSSIAN_INTERPOLANTS:
         for evaluations in EVALUATIONS:
             errors = (f"{largest_error(interpolant, solver, evaluations):.3f}" for solver in SOLVERS)
             print(f"| `{interpolant}` | {evaluations} |", " | ".join(errors), "|")

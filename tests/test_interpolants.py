@@ -7,7 +7,7 @@ import pytest
 import torch
 from interpolant_families import FAMILIES, PRESERVING, TIMES, double, every_family, exact_predictions, noise
 
-from si_distill.interpolants import INTERPOLANTS, PREDICTIONS, Interpolant, get_interpolant
+from si_distill.interpolants import GAUSSIAN_INTERPOLANTS, PREDICTIONS, Interpolant, get_interpolant
 
 
 @pytest.fixture
@@ -87,7 +87,7 @@ class TestCoefficients:
         assert not c.d_gamma.any()
 
     def test_singular_ends_are_where_a_derivative_is_infinite(self):
-        for name in INTERPOLANTS:
+        for name in GAUSSIAN_INTERPOLANTS:
             it = get_interpolant(name)
             c = it.coefficients(double(0, 1))
             infinite = ~(c.d_alpha.isfinite() & c.d_beta.isfinite())
@@ -257,7 +257,7 @@ class TestIdentity:
             get_interpolant("cosine")
 
     def test_config_is_plain_scalars_also_after_use(self):
-        for it in map(get_interpolant, INTERPOLANTS):
+        for it in map(get_interpolant, GAUSSIAN_INTERPOLANTS):
             it.coefficients(TIMES)
             assert all(type(value) in (int, float, str) for value in it.config.values())
 

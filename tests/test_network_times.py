@@ -8,7 +8,7 @@ from trainer_builders import distillation
 
 from si_distill import InterpolantPipeline, OneStepInterpolantPipeline, StochasticInterpolantScheduler, get_interpolant
 from si_distill.errors import InputError
-from si_distill.interpolants import INTERPOLANTS, TIMESTEP_TYPES
+from si_distill.interpolants import GAUSSIAN_INTERPOLANTS, TIMESTEP_TYPES
 from si_distill.training.config import TeacherConfig
 from si_distill.training.times import TIME_SAMPLERS, TimeSampler
 from si_distill.velocity import Field
@@ -19,7 +19,7 @@ DDPM = dict(num_train_timesteps=K, beta_start=0.01, beta_end=0.6)
 
 def test_time_is_t_itself():
     t = double(0.0, 0.3, 1.0)
-    for name in INTERPOLANTS:
+    for name in GAUSSIAN_INTERPOLANTS:
         assert get_interpolant(name).network_time(t, "time") is t
 
 
@@ -51,7 +51,7 @@ def test_log_sigma_is_refused_where_it_is_infinite(t):
         get_interpolant("linear").network_time(double(t), "log_sigma")
 
 
-@pytest.mark.parametrize("name", [name for name in INTERPOLANTS if name != "ddpm"])
+@pytest.mark.parametrize("name", [name for name in GAUSSIAN_INTERPOLANTS if name != "ddpm"])
 def test_only_ddpm_has_discrete_steps(name):
     with pytest.raises(
         ValueError, match=rf"'discrete' needs the steps of the interpolant 'ddpm', and '{name}' has none"

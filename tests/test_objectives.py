@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from si_distill.interpolants import INTERPOLANTS, Interpolant, get_interpolant
+from si_distill.interpolants import GAUSSIAN_INTERPOLANTS, Interpolant, get_interpolant
 from si_distill.objectives import PRESETS, SID_WEIGHT_FLOOR, DistillationObjective, get_objective, interpolant_gap
 
 TRIPLES = [(1, 1, 1), (0, 1, 0), (0.92, 0.94, 0.92), (1, 1, 2.4), (0.9, 1.1, 0.7), (-0.3, 0.2, 0.0)]
@@ -20,7 +20,7 @@ SETTINGS = {
     "dmd2": {},
 }
 
-every_interpolant = pytest.mark.parametrize("interpolant", INTERPOLANTS)
+every_interpolant = pytest.mark.parametrize("interpolant", GAUSSIAN_INTERPOLANTS)
 every_preset = pytest.mark.parametrize("preset", SETTINGS)
 
 

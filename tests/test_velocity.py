@@ -5,11 +5,11 @@ import torch
 from helpers import tiny_sit
 
 from si_distill import InterpolantPipeline, StochasticInterpolantScheduler, get_interpolant
-from si_distill.interpolants import INTERPOLANTS, PREDICTIONS
+from si_distill.interpolants import GAUSSIAN_INTERPOLANTS, PREDICTIONS
 from si_distill.velocity import Field
 
 
-@pytest.mark.parametrize("name", INTERPOLANTS)
+@pytest.mark.parametrize("name", GAUSSIAN_INTERPOLANTS)
 @pytest.mark.parametrize("prediction_type", PREDICTIONS)
 @pytest.mark.parametrize("guidance_scale", [1.0, 2.0])
 def test_fields_and_pipelines_scale_the_input_once(name, prediction_type, guidance_scale):

@@ -57,10 +57,12 @@ class CriticNetwork(nn.Module):
         class_labels: torch.Tensor | None,
         return_dict: bool = False,
         augment_labels: torch.Tensor | None = None,
+        condition: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         """The prediction (B, …), logits (B, N) or None without an adversarial term, and u (B,) or None."""
         view = view_network(self.network)
-        told = {} if augment_labels is None else {"augment_labels": augment_labels}
+        told = {"augment_labels": augment_labels} if augment_labels is not None else {}
+        told |= {"condition": condition} if condition is not None else {}
         log_variance = None if self.log_variance is None else self.log_variance(t)
         if self.kind is None:
             return view(x_t, t, class_labels, **told)[0], None, log_variance

@@ -1,10 +1,12 @@
-"""Stochastic interpolants under their public name: the code is in `schedulers/interpolant_base.py` and `…_paths.py`.
+"""Stochastic interpolants under their public name: the code is in `schedulers/interpolant_{base,paths,bridge}.py`.
 
 It lives there because a saved pipeline carries the scheduler's folder, and the formulas must travel with it.
 """
 
 from .schedulers.interpolant_base import PREDICTIONS, TIMESTEP_TYPES, Coefficients, Interpolant
+from .schedulers.interpolant_bridge import BridgeInterpolant, BrownianBridge
 from .schedulers.interpolant_paths import (
+    GAUSSIAN_INTERPOLANTS,
     INTERPOLANTS,
     DDPMInterpolant,
     EDMInterpolant,
@@ -15,9 +17,12 @@ from .schedulers.interpolant_paths import (
 )
 
 __all__ = [
+    "GAUSSIAN_INTERPOLANTS",
     "INTERPOLANTS",
     "PREDICTIONS",
     "TIMESTEP_TYPES",
+    "BridgeInterpolant",
+    "BrownianBridge",
     "Coefficients",
     "DDPMInterpolant",
     "EDMInterpolant",

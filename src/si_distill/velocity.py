@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 
 from .interpolants import Interpolant
-from .pipelines.interpolant_pipeline_network import guided_outputs
+from .pipelines.interpolant_pipeline_network import guided_outputs, network_condition
 
 
 class Field:
@@ -49,6 +49,7 @@ class Field:
         labels: torch.Tensor | None,
         space: str,
         augment_labels: torch.Tensor | None = None,
+        reference: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """The prediction in `space`, in the dtype of `x_t` (networks may run in bfloat16, losses do not).
 
@@ -58,13 +59,16 @@ class Field:
             labels: (B,) classes; an unconditional network ignores them.
             space: one of `si_distill.interpolants.PREDICTIONS`.
             augment_labels: (B, L) what augmentation did to the images behind x_t; None is nothing.
+            reference: (B, …) the image that the network sees beside x_t; on a bridge the pair's x1.
         """
-        prediction = self.outputs(x_t, t, labels, augment_labels)[0]
-        return self.interpolant.convert(prediction, x_t, t, self.prediction_type, space)
+        prediction = self.outputs(x_t, t, labels, augment_labels, reference)[0]
+        return self.interpolant.convert(prediction, x_t, t, self.prediction_type, space, x1=reference)
 
-    def predict(self, x_t: torch.Tensor, t: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:
+    def predict(
+        self, x_t: torch.Tensor, t: torch.Tensor, labels: torch.Tensor | None, reference: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """The network's own prediction, guided, in the dtype of `x_t`."""
-        return self.outputs(x_t, t, labels)[0]
+        return self.outputs(x_t, t, labels, reference=reference)[0]
 
     def outputs(
         self,
@@ -72,10 +76,11 @@ class Field:
         t: torch.Tensor,
         labels: torch.Tensor | None,
         augment_labels: torch.Tensor | None = None,
+        reference: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, ...]:
         """The network's outputs of one forward: the guided prediction in the dtype of `x_t`, and what else it gives."""
         network_input = self.interpolant.network_input(x_t, t, self.prediction_type)
-        return self._forward(network_input, t, labels, augment_labels)
+        return self._forward(network_input, t, labels, augment_labels, reference)
 
     def _forward(
         self,
@@ -83,6 +88,7 @@ class Field:
         t: torch.Tensor,
         labels: torch.Tensor | None,
         augment_labels: torch.Tensor | None = None,
+        condition: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, ...]:
         low, high = self.guidance_interval
         scale: float | torch.Tensor = self.guidance_scale
@@ -90,12 +96,39 @@ class Field:
             scale = torch.where((t >= low) & (t <= high), scale, 1.0)
         timestep = self.interpolant.network_time(t, self.timestep_type)
         prediction, *others = guided_outputs(
-            self.network, network_input, timestep, labels, self.null_class, scale, augment_labels
+            self.network,
+            network_input,
+            timestep,
+            labels,
+            self.null_class,
+            scale,
+            augment_labels,
+            condition=condition,
         )
         return prediction.to(network_input.dtype), *others
 
-    def one_step(self, noise: torch.Tensor, t: float, labels: torch.Tensor | None) -> torch.Tensor:
-        """The one-step generator G(x1) = x̂0(β(t) x1, t) (see `Interpolant.one_step`)."""
+    def one_step(
+        self,
+        noise: torch.Tensor | None,
+        t: float,
+        labels: torch.Tensor | None,
+        reference: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """The one-step generator G (see `Interpolant.one_step`): x̂0(β(t) x1, t), where x1 is the noise or, on a bridge, the
+        reference.
+
+        Args:
+            noise: standard normal. With a Gaussian reference it is x1, (B, …); on a bridge it is what makes the map random,
+                (B, noise_channels, …), seen beside x1, or None for a deterministic map.
+            t: the time of the map.
+            labels: (B,) classes.
+            reference: (B, …) the image that the network sees; on a bridge x1.
+        """
+        gaussian = self.interpolant.gaussian_reference
+        condition = network_condition(self.network, reference, None if gaussian else noise)
         return self.interpolant.one_step(
-            lambda network_input, times: self._forward(network_input, times, labels)[0], noise, t, self.prediction_type
+            lambda network_input, times: self._forward(network_input, times, labels, condition=condition)[0],
+            noise if gaussian else reference,
+            t,
+            self.prediction_type,
         )

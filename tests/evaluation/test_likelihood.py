@@ -13,7 +13,7 @@ from interpolant_families import FAMILIES
 from si_distill import InterpolantPipeline, StochasticInterpolantScheduler, get_interpolant
 from si_distill.errors import InputError
 from si_distill.evaluation.likelihood import bits_per_dimension, log_density
-from si_distill.interpolants import INTERPOLANTS, PREDICTIONS
+from si_distill.interpolants import GAUSSIAN_INTERPOLANTS, PREDICTIONS
 from si_distill.pipelines.interpolant_probability_flow import ProbabilityFlow
 
 DATA = Gaussian(*torch.tensor([[-0.5, 0.3, 1.0], [0.4, 1.0, 1.6]], dtype=torch.float64))
@@ -44,7 +44,7 @@ def exact(flow, x):
 @pytest.mark.parametrize(
     ("name", "config", "kind"),
     [
-        *((name, {}, kind) for name in INTERPOLANTS for kind in PREDICTIONS),
+        *((name, {}, kind) for name in GAUSSIAN_INTERPOLANTS for kind in PREDICTIONS),
         *((*f, "velocity") for f in FAMILIES.values()),
     ],
 )
@@ -55,7 +55,7 @@ def test_of_gaussian_data_is_the_closed_form(name, config, kind):
     assert result.evaluations == f.evaluations > 10
 
 
-@pytest.mark.parametrize("name", INTERPOLANTS)
+@pytest.mark.parametrize("name", GAUSSIAN_INTERPOLANTS)
 def test_its_mean_is_the_entropy(name):
     # What is left is the noise of the path's data end (of `ddpm` 0.01), and data in the noise at its other end.
     entropy = (0.5 * math.log(2 * math.pi * math.e) + DATA.std.log()).sum()

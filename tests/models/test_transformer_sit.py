@@ -104,6 +104,36 @@ class TestStructure:
             with pytest.raises(ValueError, match=rf"augment_dim {augment_dim}\) takes \(4, {augment_dim}\)"):
                 tiny_sit(augment_dim=augment_dim)(*inputs, augment_labels=torch.zeros(given))
 
+    def test_condition_starts_without_a_word_and_is_heard_later(self, inputs):
+        condition = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+        model = tiny_sit(condition_channels=3)
+        said = model(*inputs, condition=condition).sample
+        assert not torch.equal(model(*inputs, condition=condition.roll(1, 0)).sample, said)
+        model.condition_embed.weight.data.zero_()
+        plain = tiny_sit()
+        plain.load_state_dict({k: v for k, v in model.state_dict().items() if k != "condition_embed.weight"})
+        assert torch.equal(model(*inputs, condition=condition).sample, plain(*inputs).sample)
+        assert not fresh(condition_channels=3).condition_embed.weight.any()
+
+    def test_condition_belongs_to_its_patch(self, inputs):
+        # Without attention between them a patch's output depends on its own part of the condition alone.
+        model = tiny_sit(condition_channels=1, num_layers=0)
+        condition = torch.zeros(4, 1, 8, 8)
+        changed = condition.clone()
+        changed[:, :, 5, 2] = 1.0  # the lower left patch
+        difference = model(*inputs, condition=changed).sample - model(*inputs, condition=condition).sample
+        assert difference[:, :, 4:, :4].any()
+        difference[:, :, 4:, :4] = 0
+        assert not difference.any()
+
+    def test_condition_that_does_not_fit_is_refused(self, inputs):
+        for channels, given in ((3, None), (3, (4, 2, 8, 8)), (3, (4, 3, 4, 4)), (3, (1, 3, 8, 8))):
+            condition = None if given is None else torch.zeros(given)
+            with pytest.raises(ValueError, match=r"takes a `condition` .*of shape \(4, 3, 8, 8\) beside x_t"):
+                tiny_sit(condition_channels=channels)(*inputs, condition=condition)
+        with pytest.raises(ValueError, match=r"takes no `condition` beside x_t"):
+            tiny_sit()(*inputs, condition=torch.zeros(4, 1, 8, 8))
+
     def test_learned_variances_are_dropped(self, inputs):
         model = tiny_sit(learn_sigma=True)
         plain = tiny_sit()

@@ -8,7 +8,7 @@ from gaussian_networks import gaussian_teacher
 from helpers import tiny_sit
 
 from si_distill import InterpolantPipeline, OneStepInterpolantPipeline, StochasticInterpolantScheduler
-from si_distill.interpolants import INTERPOLANTS
+from si_distill.interpolants import GAUSSIAN_INTERPOLANTS
 from si_distill.schedulers.scheduling_stochastic_interpolant import SOLVERS
 
 stochastic = pytest.mark.parametrize("solver", ["sde_euler", "sde_heun"])
@@ -128,7 +128,7 @@ class TestNoise:
 
 
 class TestAdaptive:
-    @pytest.mark.parametrize("interpolant", INTERPOLANTS)
+    @pytest.mark.parametrize("interpolant", GAUSSIAN_INTERPOLANTS)
     def test_reaches_the_exact_flow_within_its_tolerance(self, interpolant):
         teacher = gaussian_teacher(0.2, 0.5, interpolant=interpolant)
         noise = torch.randn(3, 1, 2, 2, generator=seeded(0))

@@ -7,12 +7,12 @@ import torch
 from gaussian_oracle import Gaussian
 
 from si_distill import StochasticInterpolantScheduler, get_interpolant
-from si_distill.interpolants import INTERPOLANTS
-from si_distill.schedulers.interpolant_steps import DIFFUSION_FORMS
+from si_distill.interpolants import GAUSSIAN_INTERPOLANTS
+from si_distill.schedulers.interpolant_solvers import DIFFUSION_FORMS
 
 DATA = Gaussian(*torch.tensor([[-0.5, 0.3, 1.0], [0.4, 1.0, 1.6]], dtype=torch.float64))
 
-every_interpolant = pytest.mark.parametrize("interpolant", INTERPOLANTS)
+every_interpolant = pytest.mark.parametrize("interpolant", GAUSSIAN_INTERPOLANTS)
 every_form = pytest.mark.parametrize("form", DIFFUSION_FORMS)
 
 
@@ -63,9 +63,9 @@ class TestOrders:
     @pytest.mark.parametrize(
         ("interpolant", "solver", "low", "high"),
         [
-            *((name, "ddim", 1.85, 2.2) for name in INTERPOLANTS),
+            *((name, "ddim", 1.85, 2.2) for name in GAUSSIAN_INTERPOLANTS),
             ("edm", "edm_heun", 3.7, 4.6),
-            *((name, "dpmpp_2m", 3.0, 7.0) for name in INTERPOLANTS),
+            *((name, "dpmpp_2m", 3.0, 7.0) for name in GAUSSIAN_INTERPOLANTS),
         ],
     )
     def test_of_the_ode_solvers(self, interpolant, solver, low, high):

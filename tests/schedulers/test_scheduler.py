@@ -5,11 +5,11 @@ import torch
 from gaussian_oracle import Gaussian
 
 from si_distill import StochasticInterpolantScheduler, get_interpolant
-from si_distill.interpolants import INTERPOLANTS, PREDICTIONS
+from si_distill.interpolants import GAUSSIAN_INTERPOLANTS, PREDICTIONS
 
 DATA = Gaussian(*torch.tensor([[-0.5, 0.3, 1.0], [0.4, 1.0, 1.6]], dtype=torch.float64))
 
-every_interpolant = pytest.mark.parametrize("interpolant", INTERPOLANTS)
+every_interpolant = pytest.mark.parametrize("interpolant", GAUSSIAN_INTERPOLANTS)
 every_prediction = pytest.mark.parametrize("prediction", PREDICTIONS)
 every_solver = pytest.mark.parametrize("solver", ["euler", "heun", "ddim"])
 
@@ -316,7 +316,7 @@ class TestContract:
         [
             (
                 dict(prediction_type="v"),
-                "`prediction_type` is 'v'; choose one of: velocity, sample, epsilon, score, v_prediction, edm",
+                "Unknown prediction 'v'. Choose one of: velocity, sample, epsilon, score, v_prediction, edm",
             ),
             (dict(init_time=0.0), "`init_time` must lie in .*, got 0.0"),
             (dict(init_time=1.1), "`init_time` must lie in .*, got 1.1"),

@@ -123,6 +123,8 @@ class SiTTransformer2DModel(
         dropout (`float`): after attention and MLP, in training. SiT uses none.
         augment_dim (`int`): number of augmentation labels that the network can be told (EDM's 9), by a linear map beside
             the class, zero at first. 0 is none.
+        condition_channels (`int`): channels of an image that the network sees beside x_t (a reference, the student's
+            noise), by a patch embedding of its own that is zero at first. 0 is none.
 
     Raises:
         ValueError: when `patch_size` does not divide `sample_size`, or the width is not a multiple of 4 (2-D positions).
@@ -149,6 +151,7 @@ class SiTTransformer2DModel(
         timestep_scale: float = 1.0,
         dropout: float = 0.0,
         augment_dim: int = 0,
+        condition_channels: int = 0,
     ):
         super().__init__()
         if sample_size % patch_size:
@@ -160,6 +163,12 @@ class SiTTransformer2DModel(
             )
         self.out_channels = 2 * in_channels if learn_sigma else in_channels
         self.pos_embed = PatchEmbed(sample_size, sample_size, patch_size, in_channels, dim)
+        # Beside `pos_embed.proj`, not more channels of it: with zeros the sum is x_t's own embedding to the last bit.
+        self.condition_embed = (
+            nn.Conv2d(condition_channels, dim, patch_size, stride=patch_size, bias=False)
+            if condition_channels
+            else None
+        )
         self.time_proj = Timesteps(256, flip_sin_to_cos=True, downscale_freq_shift=0, scale=timestep_scale)
         self.time_embed = TimestepEmbedding(256, dim)
         self.class_embed = nn.Embedding(num_classes + (class_dropout_prob > 0), dim) if num_classes else None
@@ -215,8 +224,9 @@ class SiTTransformer2DModel(
         for layer in (*(block.modulation for block in self.transformer_blocks), self.modulation_out, self.proj_out):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
-        if self.augment_embed is not None:
-            nn.init.zeros_(self.augment_embed.weight)
+        for layer in (self.augment_embed, self.condition_embed):
+            if layer is not None:
+                nn.init.zeros_(layer.weight)
 
     def forward(
         self,
@@ -226,6 +236,7 @@ class SiTTransformer2DModel(
         return_dict: bool = True,
         return_features: bool = False,
         augment_labels: torch.Tensor | None = None,
+        condition: torch.Tensor | None = None,
     ) -> SiTTransformer2DModelOutput | tuple[torch.Tensor, ...]:
         """
         Args:
@@ -238,13 +249,14 @@ class SiTTransformer2DModel(
                 adversarial term looks at.
             augment_labels (`torch.Tensor` of shape (B, augment_dim), *optional*): what augmentation did to the images;
                 None and zeros mean nothing.
+            condition (`torch.Tensor` of shape (B, condition_channels, H, W), *optional*): the image beside x_t.
 
         Returns:
             `SiTTransformer2DModelOutput` whose `sample` has the shape of `hidden_states`, or a tuple of its fields.
 
         Raises:
             ValueError: for an image that is not (C, sample_size, sample_size), no labels where there are classes, or
-                augmentation labels that do not fit.
+                augmentation labels or a condition that do not fit.
         """
         size, patch_size = self.config.sample_size, self.config.patch_size
         if hidden_states.shape[1:] != (self.config.in_channels, size, size):
@@ -253,7 +265,10 @@ class SiTTransformer2DModel(
                 f"{tuple(hidden_states.shape)}. Its positions are fixed: crop or resize, or build another network."
             )
         timestep = torch.as_tensor(timestep, device=hidden_states.device).expand(len(hidden_states))
+        condition = self._checked_condition(condition, hidden_states)
         hidden_states = self.pos_embed(hidden_states)
+        if condition is not None:
+            hidden_states = hidden_states + self.condition_embed(condition).flatten(2).transpose(1, 2)
         conditioning = self.time_embed(self.time_proj(timestep).to(hidden_states.dtype))
         if self.class_embed is not None:
             if class_labels is None:
@@ -291,3 +306,15 @@ class SiTTransformer2DModel(
         if return_dict:
             return SiTTransformer2DModelOutput(sample=sample, features=features)
         return (sample, features) if return_features else (sample,)
+
+    def _checked_condition(self, condition: torch.Tensor | None, x_t: torch.Tensor) -> torch.Tensor | None:
+        """The condition in the dtype of x_t."""
+        channels = self.config.condition_channels
+        found = None if condition is None else tuple(condition.shape)
+        wanted = (len(x_t), channels, *x_t.shape[2:]) if channels else None
+        if found != wanted:
+            raise ValueError(
+                f"This SiT takes {f'a `condition` (the reference image) of shape {wanted}' if wanted else 'no `condition`'} "
+                f"beside x_t of shape {tuple(x_t.shape)}, got {found or 'none'}."
+            )
+        return None if condition is None else condition.to(x_t.dtype)

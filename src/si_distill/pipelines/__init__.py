@@ -1,5 +1,5 @@
 from .interpolant_latents import LatentScaling
-from .interpolant_pipeline_network import NetworkView, guided_outputs, view_network
+from .interpolant_pipeline_network import NetworkView, guided_outputs, network_condition, view_network
 from .pipeline_interpolant import InterpolantPipeline
 from .pipeline_one_step_interpolant import OneStepInterpolantPipeline
 
@@ -9,5 +9,6 @@ __all__ = [
     "NetworkView",
     "OneStepInterpolantPipeline",
     "guided_outputs",
+    "network_condition",
     "view_network",
 ]

@@ -67,6 +67,11 @@ class NetworkView:
         """Number of augmentation labels; 0 when it was built without, None for a class that cannot take any."""
         return getattr(getattr(self.bare, "config", None), "augment_dim", None)
 
+    @property
+    def condition_channels(self) -> int:
+        """Channels of the image that the network sees beside x_t; 0 for none."""
+        return getattr(getattr(self.bare, "config", None), "condition_channels", None) or 0
+
     def __call__(
         self,
         network_input: torch.Tensor,
@@ -74,6 +79,7 @@ class NetworkView:
         class_labels: torch.Tensor | None,
         return_features: bool = False,
         augment_labels: torch.Tensor | None = None,
+        condition: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, ...]:
         """
         One forward.
@@ -84,6 +90,7 @@ class NetworkView:
             class_labels (`torch.LongTensor` of shape (B,), *optional*): classes; ignored by unconditional networks.
             return_features (`bool`): whether hidden tokens of the middle of the network are returned too.
             augment_labels (`torch.Tensor` of shape (B, augment_dim), *optional*): what augmentation did to the images.
+            condition (`torch.Tensor` of shape (B, condition_channels, H, W), *optional*): the image beside x_t.
 
         Returns:
             `(prediction,)` or `(prediction, features)`, (B, C, H, W) and (B, N, D).
@@ -91,6 +98,8 @@ class NetworkView:
         extra: dict[str, Any] = {"return_features": True} if return_features else {}
         if augment_labels is not None:
             extra["augment_labels"] = augment_labels
+        if condition is not None:
+            extra["condition"] = condition
         return self.network(network_input, timesteps, class_labels, return_dict=False, **extra)
 
     def _config(self, name: str) -> Any:
@@ -188,6 +197,37 @@ def view_network(network: nn.Module) -> NetworkView:
     return next((view for cls, view in _VIEWS.items() if isinstance(bare, cls)), NetworkView)(network)
 
 
+def network_condition(
+    network: nn.Module, reference: torch.Tensor | None, noise: torch.Tensor | None = None
+) -> torch.Tensor | None:
+    """
+    What a network sees beside x_t, (B, condition_channels, H, W), or None: the channels of the reference image, then those
+    of a bridge student's noise. An unpaired bridge's network has no room for the reference and does not see it.
+
+    Args:
+        network: whose `condition_channels` say what it takes (see `NetworkView`).
+        reference (`torch.Tensor` of shape (B, C', H, W), *optional*): the reference image x1, or another condition.
+        noise (`torch.Tensor` of shape (B, noise_channels, H, W), *optional*): standard normal noise of a student.
+
+    Raises:
+        ValueError: when the channels are not those that the network takes.
+    """
+    channels = view_network(network).condition_channels
+    noise_channels = 0 if noise is None else noise.shape[1]
+    if channels == noise_channels:
+        return noise
+    if reference is None:
+        raise ValueError(
+            f"This network sees a reference image of {channels - noise_channels} channels beside x_t, and none was given."
+        )
+    if channels != reference.shape[1] + noise_channels:
+        raise ValueError(
+            f"This network sees a reference image of {channels - noise_channels} channels beside x_t, but the one given has "
+            f"{reference.shape[1]}."
+        )
+    return reference if noise is None else torch.cat([reference, noise.to(reference)], 1)
+
+
 def _bare(network: nn.Module) -> nn.Module:
     while True:
         if isinstance(network, nn.parallel.DistributedDataParallel):
@@ -217,6 +257,7 @@ def guided_outputs(
     guidance_scale: float | torch.Tensor = 1.0,
     augment_labels: torch.Tensor | None = None,
     guidance_channels: int | None = None,
+    condition: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, ...]:
     """
     Classifier-free guidance in one forward: v_∅ + w (v_y − v_∅), with w = 1 a plain forward of B rows.
@@ -232,6 +273,8 @@ def guided_outputs(
         guidance_scale (`float`, or `torch.Tensor` of shape (B,)): w; 0 ignores the class, 1 is no guidance.
         augment_labels (`torch.Tensor` of shape (B, augment_dim), *optional*): what augmentation did to `x_t`.
         guidance_channels (`int`, *optional*): guides only the first channels of the prediction; None is all of them.
+        condition (`torch.Tensor` of shape (B, condition_channels, H, W), *optional*): the image that the network sees
+            beside x_t, with the class and without.
 
     Returns:
         The network's tuple: first the guided prediction of the shape of `x_t`; anything else as it is for the classes y.
@@ -240,7 +283,8 @@ def guided_outputs(
         ValueError: when guidance is asked of a network without a null class.
     """
     view = view_network(network)
-    told = {} if augment_labels is None else {"augment_labels": augment_labels}
+    told = {"augment_labels": augment_labels, "condition": condition}
+    told = {name: value for name, value in told.items() if value is not None}
     if not torch.is_tensor(guidance_scale) and guidance_scale == 1:
         return view(x_t, timesteps, class_labels, **told)
     if null_class is None:

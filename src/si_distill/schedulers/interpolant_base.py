@@ -39,8 +39,13 @@ class Coefficients:
 
     @property
     def kappa(self) -> torch.Tensor:
-        """κ = α' − β' α / β = −D / β, the factor in v − İ = κ (x̂0 − x0). Infinite where β = 0."""
-        return -self.determinant / self.beta
+        """The factor κ in v − İ = κ (x̂0 − x0), with x_t and what the network sees beside it held fixed.
+
+        κ = α' − β' α / β = −D / β where γ = 0 (x1 follows x0), infinite where β = 0. On a bridge whose network sees x1 it
+        is z that follows: κ = α' − γ' α / γ.
+        """
+        pinned = self.d_alpha - self.d_gamma * self.alpha / self.gamma
+        return torch.where(self.gamma == 0, -self.determinant / self.beta, pinned)
 
     def expand_as(self, x: torch.Tensor) -> "Coefficients":
         """The same coefficients, shape (B,) or (), in the dtype of `x` and broadcastable against it."""
@@ -49,12 +54,18 @@ class Coefficients:
 
 
 class Interpolant:
-    """x_t = α(t) x0 + β(t) x1 with a Gaussian reference (γ = 0).
+    """x_t = α(t) x0 + β(t) x1 with a Gaussian reference (γ = 0); bridges override what differs (`interpolant_bridge`).
 
     A family sets `name` and `_path`, and keeps its constructor's arguments as attributes of the same names: its `config`.
     """
 
     name: ClassVar[str]
+    #: Whether x1 is standard normal noise: then β/α is a noise level, and there are scores, SDEs and likelihoods.
+    gaussian_reference: ClassVar[bool] = True
+    #: Whether γ is not zero, so that x_t and İ need z.
+    noisy: bool = False
+    #: What a network on this path can predict.
+    predictions: ClassVar[tuple[str, ...]] = PREDICTIONS
     #: Ends of [0, 1] at which a derivative is infinite; training times keep `t_epsilon` away from them.
     singular_ends: ClassVar[tuple[float, ...]] = ()
     #: Whether α(1) > 0 is so small against β(1) that x̂0 would amplify a network's error: students then start below t = 1.
@@ -67,6 +78,10 @@ class Interpolant:
     def _path(self, t: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """(α, β, α', β') at the float64 times `t`."""
         raise NotImplementedError
+
+    def _gamma(self, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(γ, γ') at the float64 times `t`."""
+        return torch.zeros_like(t), torch.zeros_like(t)
 
     @property
     def config(self) -> dict[str, Any]:
@@ -92,8 +107,8 @@ class Interpolant:
             raise TypeError(f"Times must be floating point numbers in [0, 1], got dtype {t.dtype}.")
         precise = _precise(t)
         alpha, beta, d_alpha, d_beta = self._path(precise)
-        zero = torch.zeros_like(precise)
-        return Coefficients(*(value.to(t.dtype) for value in (alpha, beta, zero, d_alpha, d_beta, zero)))
+        gamma, d_gamma = self._gamma(precise)
+        return Coefficients(*(value.to(t.dtype) for value in (alpha, beta, gamma, d_alpha, d_beta, d_gamma)))
 
     def at(self, t: torch.Tensor, x: torch.Tensor) -> Coefficients:
         """`coefficients(t)` broadcast against `x`; `t` is (B,) or a scalar, `x` is (B, …)."""
@@ -108,27 +123,38 @@ class Interpolant:
         return self.coefficients(wide).expand_as(x)
 
     def interpolate(self, x0: torch.Tensor, x1: torch.Tensor, t: torch.Tensor, z: Noise = None) -> torch.Tensor:
-        """x_t = α x0 + β x1 + γ z. Shapes: x0, x1, z (B, …), t (B,)."""
+        """x_t = α x0 + β x1 + γ z. Shapes: x0, x1, z (B, …), t (B,). Raises ValueError without the z of a `noisy` path."""
+        self._check_noise(z)
         c = self.at(t, x0)
         x_t = c.alpha * x0 + c.beta * x1
         return x_t if z is None else x_t + c.gamma * z
 
     def velocity(self, x0: torch.Tensor, x1: torch.Tensor, t: torch.Tensor, z: Noise = None) -> torch.Tensor:
         """The conditional velocity İ_t = α' x0 + β' x1 + γ' z, the regression target of a velocity network."""
+        self._check_noise(z)
         c = self.at(t, x0)
         velocity = c.d_alpha * x0 + c.d_beta * x1
         return velocity if z is None else velocity + c.d_gamma * z
 
-    def target(self, x0: torch.Tensor, x1: torch.Tensor, t: torch.Tensor, space: str) -> torch.Tensor:
+    def target(self, x0: torch.Tensor, x1: torch.Tensor, t: torch.Tensor, space: str, z: Noise = None) -> torch.Tensor:
         """What a network that predicts `space` is regressed on: İ_t, x0, x1, −x1 / β, α x1 − β x0 or F (see `convert`).
 
-        Least squares on F is EDM's weighted denoising loss: ‖F̂ − F‖² = `edm_weight` · ‖x̂0 − x0‖².
+        Least squares on F is EDM's weighted denoising loss: ‖F̂ − F‖² = `edm_weight` · ‖x̂0 − x0‖². Only İ_t contains z.
         """
-        _check_predictions(space)
+        self.check_predictions(space)
+        if space == "velocity":
+            return self.velocity(x0, x1, t, z)
         return self._combine(x0, x1, self.at(t, x0), space)
 
     def convert(
-        self, prediction: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor, source: str, target: str
+        self,
+        prediction: torch.Tensor,
+        x_t: torch.Tensor,
+        t: torch.Tensor,
+        source: str,
+        target: str,
+        x1: torch.Tensor | None = None,
+        z: Noise = None,
     ) -> torch.Tensor:
         """Turns one prediction at (x_t, t) into another, exactly. With D = α β' − α' β:
 
@@ -149,10 +175,11 @@ class Interpolant:
             t: (B,) or scalar times in [0, 1].
             source, target: `"velocity"`, `"sample"` (x̂0), `"epsilon"` (x̂1), `"score"`, `"v_prediction"` or
                 `"edm"` (F).
+            x1, z: of bridges (see `BridgeInterpolant.convert`); not read where γ = 0.
 
         Raises ValueError for an unknown kind of prediction, or shapes that do not agree.
         """
-        _check_predictions(source, target)
+        self.check_predictions(source, target)
         if prediction.shape != x_t.shape:
             shapes = f"{tuple(prediction.shape)} and x_t has {tuple(x_t.shape)}"
             raise ValueError(f"The prediction has shape {shapes}; they must agree.")
@@ -232,8 +259,30 @@ class Interpolant:
             return t
         return (_precise(self.network_time(t, timestep_type)) / (self.num_train_timesteps - 1)).to(t.dtype)
 
+    def check_predictions(self, *kinds: str) -> None:
+        """Raises ValueError for an unknown kind of prediction, or one that means nothing on this path."""
+        for kind in kinds:
+            if kind not in PREDICTIONS:
+                raise ValueError(f"Unknown prediction {kind!r}. Choose one of: {', '.join(PREDICTIONS)}.")
+            if kind not in self.predictions:
+                raise ValueError(
+                    f"A {kind} prediction needs Gaussian noise as the reference, which the interpolant {self.name!r} does "
+                    f"not have. Choose one of: {', '.join(self.predictions)}."
+                )
+
+    def _check_noise(self, z: Noise) -> None:
+        if z is None and self.noisy:
+            raise ValueError(
+                f"x_t and its velocity on the interpolant {self.name!r} contain γ z: pass z, standard normal noise."
+            )
+
     def check_timestep_type(self, timestep_type: str) -> None:
-        """Raises ValueError for an unknown kind of timesteps, or discrete ones where the interpolant has no steps."""
+        """Raises ValueError for an unknown kind of timesteps, or one that this path does not have."""
+        if timestep_type != "time" and timestep_type in TIMESTEP_TYPES and not self.gaussian_reference:
+            raise ValueError(
+                f"timestep_type={timestep_type!r} tells the network a noise level, which the interpolant {self.name!r} "
+                "does not have: use timestep_type='time'."
+            )
         if timestep_type not in TIMESTEP_TYPES:
             raise ValueError(f"`timestep_type` is {timestep_type!r}; choose one of: {', '.join(TIMESTEP_TYPES)}.")
         if timestep_type == "discrete" and self.num_train_timesteps is None:
@@ -248,24 +297,35 @@ class Interpolant:
         return (self._edm_norm(c) / (c.beta * self.sigma_data)) ** 2
 
     def one_step(
-        self, network: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], noise: torch.Tensor, t: float, source: str
+        self, network: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], x1: torch.Tensor, t: float, source: str
     ) -> torch.Tensor:
         """The one-step generator G(x1) = x̂0-prediction of `network` at time `t` on the input β(t) x1.
 
-        On `linear` with t = 1 it is one Euler step, x1 − v(x1, 1) (RealUID); SiD's "initial sigma" is the β/α at t.
+        On `linear` with t = 1 it is one Euler step, x1 − v(x1, 1) (RealUID); SiD's "initial sigma" is the β/α at t. On a
+        bridge, with t = 1, the input is x1 itself; what else the student sees (x1 again, noise) `network` brings along.
 
         Args:
             network: called once as `network(network_input, times)` with times of shape (B,) in float32 or wider, which
                 the caller turns into what its network is given (see `network_time`).
-            noise: x1, (B, …).
+            x1: (B, …) standard normal noise, or the reference of a bridge.
             t: the generator's time `init_time`, in (0, 1].
             source: what the network predicts.
         """
-        wide = torch.promote_types(noise.dtype, torch.float32)
-        times = torch.full(noise.shape[:1], t, device=noise.device, dtype=wide)
-        x_t = self.at(times, noise).beta * noise
-        prediction = network(self.network_input(x_t, times, source), times).to(noise.dtype)
-        return self.convert(prediction, x_t, times, source, "sample")
+        wide = torch.promote_types(x1.dtype, torch.float32)
+        times = torch.full(x1.shape[:1], t, device=x1.device, dtype=wide)
+        x_t = self.at(times, x1).beta * x1
+        prediction = network(self.network_input(x_t, times, source), times).to(x1.dtype)
+        return self.last_step(prediction, x_t, times, source)
+
+    def last_step(
+        self, prediction: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor, source: str, x1: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Where a solver's step from (x_t, t) to t = 0 ends, (B, …): the x̂0-prediction.
+
+        A velocity on a bridge does not determine x̂0 without x1: there it is Euler's step x_t − t v, which on `linear` is
+        the same.
+        """
+        return self.convert(prediction, x_t, t, source, "sample", x1=x1)
 
     def time_of_ratio(self, ratio: float) -> float:
         """The time at which β/α = `ratio` (a noise level σ of EDM or SiD); see `times_of_ratios`."""
@@ -321,9 +381,3 @@ class Interpolant:
 def _precise(values: torch.Tensor) -> torch.Tensor:
     """In float64, or float32 where the device has no float64."""
     return values.to(torch.float32 if values.device.type == "mps" else torch.float64)
-
-
-def _check_predictions(*kinds: str) -> None:
-    for kind in kinds:
-        if kind not in PREDICTIONS:
-            raise ValueError(f"Unknown prediction {kind!r}. Choose one of: {', '.join(PREDICTIONS)}.")

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from .interpolant_base import Interpolant
+from .interpolant_bridge import BrownianBridge
 
 BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
 
@@ -121,12 +122,22 @@ class EDMInterpolant(Interpolant):
 
 INTERPOLANTS: dict[str, type[Interpolant]] = {
     cls.name: cls
-    for cls in (LinearInterpolant, TrigonometricInterpolant, VPInterpolant, DDPMInterpolant, EDMInterpolant)
+    for cls in (
+        LinearInterpolant,
+        TrigonometricInterpolant,
+        VPInterpolant,
+        DDPMInterpolant,
+        EDMInterpolant,
+        BrownianBridge,
+    )
 }
+
+#: Those whose reference is Gaussian noise: noise levels, scores, SDEs and likelihoods are defined on them.
+GAUSSIAN_INTERPOLANTS = tuple(name for name, cls in INTERPOLANTS.items() if cls.gaussian_reference)
 
 
 def get_interpolant(name: str, **config: Any) -> Interpolant:
-    """The interpolant of that name, e.g. `get_interpolant("vp", b0=0.1, b1=20.0)`.
+    """The interpolant of that name, e.g. `get_interpolant("vp", b0=0.1, b1=20.0)` or `get_interpolant("bridge", scale=1.0)`.
 
     Raises ValueError for an unknown name, or settings that the family does not have.
     """

@@ -18,9 +18,6 @@ from typing import Any
 
 import torch
 
-DIFFUSION_FORMS = ("sigma", "linear", "sbdm", "constant", "decreasing", "increasing-decreasing")
-LAST_STEPS = ("mean", "tweedie", "euler")
-
 
 class Evaluation:
     """One evaluation of the network, and what it says in any space.
@@ -31,15 +28,29 @@ class Evaluation:
         x: (B, …), the state x_t.
         t: the time, shape ().
         kind: what the network predicts.
+        reference: (B, …) x1 of a paired bridge.
     """
 
-    def __init__(self, interpolant: Any, prediction: torch.Tensor, x: torch.Tensor, t: torch.Tensor, kind: str):
+    def __init__(
+        self,
+        interpolant: Any,
+        prediction: torch.Tensor,
+        x: torch.Tensor,
+        t: torch.Tensor,
+        kind: str,
+        reference: torch.Tensor | None = None,
+    ):
         self.interpolant, self.prediction, self.x, self.t, self.kind = interpolant, prediction, x, t, kind
+        self.reference = reference
         self.at = interpolant.at(t, x)
 
     def predicts(self, space: str) -> torch.Tensor:
         """The prediction as `velocity`, `sample` (x̂0), `epsilon` (x̂1) or `score`; see `Interpolant.convert`."""
-        return self.interpolant.convert(self.prediction, self.x, self.t, self.kind, space)
+        return self.interpolant.convert(self.prediction, self.x, self.t, self.kind, space, x1=self.reference)
+
+    def last_step(self) -> torch.Tensor:
+        """Where the step to t = 0 ends; see `Interpolant.last_step`."""
+        return self.interpolant.last_step(self.prediction, self.x, self.t, self.kind, x1=self.reference)
 
 
 Slope = Callable[[Evaluation], torch.Tensor]
@@ -143,3 +154,49 @@ class Diffusion:
         if kind == "euler":
             return velocity_step(now, to).x
         return now.x + (to - now.t) * self.drift(now)
+
+
+def posterior_step(now: Evaluation, to: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+    """A sample of a Brownian bridge at the time `to` given x_t and x̂0 (see `BrownianBridge.posterior`).
+
+    With x̂0 = E[x0 | x_t] or E[x0 | x_t, x1] it is Euler's step of the bridge's SDE, exact for constant x̂0 (Liu et al. 2023,
+    "I²SB", eq. 4 and algorithm 2).
+    """
+    return now.interpolant.posterior(now.x, now.predicts("sample"), now.t, to, noise)
+
+
+def first_bridge_step(now: Evaluation, to: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+    """The first step of a paired bridge's ODE, from t = 1, where x_t is x1 alone: x_s = α_s x̂0 + β_s x1 + γ_s n.
+
+    Without its noise all samples of one x1 would be the same (Zheng et al. 2024, "Diffusion Bridge Implicit Models",
+    section 3.2).
+    """
+    return now.interpolant.interpolate(now.predicts("sample"), now.reference, to, noise)
+
+
+def pinned_step(now: Evaluation, to: torch.Tensor) -> Move:
+    """Euler's step of a paired bridge's ODE in the angle φ = arcsin √t: dx/dφ = (dt/dφ) v, dt/dφ = 2 √(t (1 − t)).
+
+    In t the velocity contains γ' z, which is infinite at the ends; in φ it is not.
+    """
+
+    def slope(e: Evaluation) -> torch.Tensor:
+        return 2 * torch.sqrt(e.t * (1 - e.t)) * e.predicts("velocity")
+
+    span = bridge_angle(to) - bridge_angle(now.t)
+    return Move(now.x + span * slope(now), slope, span)
+
+
+def bridge_angle(t: torch.Tensor) -> torch.Tensor:
+    """φ = arcsin √t, in which √(t (1 − t)) = ½ sin 2φ is smooth."""
+    return torch.asin(torch.sqrt(t))
+
+
+def pinned_noise_step(now: Evaluation, to: torch.Tensor) -> torch.Tensor:
+    """The step of a paired bridge's ODE that is exact for constant x̂0: x_s = α_s x̂0 + β_s x1 + γ_s ẑ.
+
+    Zheng et al. 2024, "Diffusion Bridge Implicit Models", eq. 12 with ρ = 0; ẑ = (x_t − α x̂0 − β x1) / γ.
+    """
+    x0, at = now.predicts("sample"), now.at
+    z = (now.x - at.alpha * x0 - at.beta * now.reference) / at.gamma
+    return now.interpolant.interpolate(x0, now.reference, to, z)

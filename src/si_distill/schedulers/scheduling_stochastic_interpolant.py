@@ -1,10 +1,9 @@
 """ODE and SDE sampling on a stochastic interpolant, and the one-step map of a distilled student, as a Diffusers scheduler.
 
-This file, `interpolant_base.py`, `interpolant_paths.py` and `interpolant_steps.py` travel into the scheduler folder of every
-saved pipeline: they import only torch and diffusers.
+This file and its siblings `interpolant_{base,bridge,forward,paths,solvers,steps}.py` travel into the scheduler folder of
+every saved pipeline: they import only torch and diffusers.
 """
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,22 +13,34 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 
-from .interpolant_base import PREDICTIONS
+from .interpolant_base import Interpolant  # noqa: F401 - a helper's import: what travels is what is named here
+from .interpolant_bridge import BridgeInterpolant  # noqa: F401 - as above
+from .interpolant_forward import InterpolantForwardMixin
 from .interpolant_paths import get_interpolant
+from .interpolant_solvers import (
+    SOLVERS,
+    check_path,
+    check_reference,
+    check_settings,
+    check_solver,
+    default_solver,
+    evaluated_ends,
+)
 from .interpolant_steps import (
-    DIFFUSION_FORMS,
-    LAST_STEPS,
     Diffusion,
     Evaluation,
     Move,
+    bridge_angle,
+    first_bridge_step,
     multistep,
     noise_step,
+    pinned_noise_step,
+    pinned_step,
+    posterior_step,
     velocity_step,
 )
 
-SOLVERS = ("euler", "heun", "ddim", "edm_heun", "dpmpp_2m", "sde_euler", "sde_heun", "dopri5")
-#: Paths whose β/α grows over many orders of magnitude, on which `dpmpp_2m` is the default.
-DIFFUSION_PATHS = ("vp", "ddpm", "edm")
+__all__ = ["SOLVERS", "StochasticInterpolantScheduler", "StochasticInterpolantSchedulerOutput"]
 
 
 @dataclass
@@ -46,10 +57,10 @@ class StochasticInterpolantSchedulerOutput(BaseOutput):
     pred_original_sample: torch.Tensor | None = None
 
 
-class StochasticInterpolantScheduler(SchedulerMixin, ConfigMixin):
+class StochasticInterpolantScheduler(InterpolantForwardMixin, SchedulerMixin, ConfigMixin):
     """
-    Solves dx/dt = v(x, t), or an SDE with the same marginals, from t = `init_time` (noise) to t = 0 (data) on an
-    interpolant x_t = α x0 + β x1.
+    Solves dx/dt = v(x, t), or an SDE with the same marginals, from t = `init_time` (noise, or a bridge's reference) to t = 0
+    (data) on an interpolant x_t = α x0 + β x1 + γ z.
 
     Times are real numbers in [0, 1]; `network_time` says what the network is given for them. The last step of the ODE's
     solvers returns the x̂0-prediction: on `linear` that is exactly the Euler step to 0, elsewhere it avoids derivatives that
@@ -63,15 +74,24 @@ class StochasticInterpolantScheduler(SchedulerMixin, ConfigMixin):
     | `dpmpp_2m` | N | DPM-Solver++(2M), second order in ln(α/β) from two evaluations |
     | `sde_euler`, `sde_heun` | N, 2 N − 1 | Euler–Maruyama and stochastic Heun for the reverse-time SDE |
     | `dopri5` | as the tolerances need | adaptive; the ODE in an angle, solved by the pipeline |
+    | `posterior` | N | Brownian motion between x_t and x̂0 (a bridge with noise; I²SB) |
+
+    Bridges have `posterior`, `euler`, `heun` and `ddim`. A PAIRED bridge's network predicts the sample and `step` is given
+    the `reference` x1. Its ODE (`euler` and `heun` in the angle arcsin √t; `ddim` exact for constant x̂0) takes the first of
+    its N steps, to t = 1 − `first_step_size`, with noise: from x1 alone it would give one sample only. An unpaired bridge is
+    sampled by the `posterior` from x̂0, or by `euler` and `heun` from the velocity. Times of an ODE are equally spaced in
+    that angle.
 
     Args:
         num_train_timesteps (`int`): what `len(scheduler)` reports; times are continuous.
-        interpolant (`str`): `"linear"`, `"trigonometric"`, `"vp"`, `"ddpm"` or `"edm"`.
+        interpolant (`str`): `"linear"`, `"trigonometric"`, `"vp"`, `"ddpm"`, `"edm"` or `"bridge"`.
         interpolant_kwargs (`dict`, *optional*): settings of the interpolant, e.g. `{"b0": 0.1, "b1": 20.0}`.
         prediction_type (`str`): what the network predicts: `"velocity"`, `"sample"`, `"epsilon"`, `"score"`,
             `"v_prediction"`, or `"edm"`, the raw output in EDM's preconditioning (see `Interpolant.convert`).
-        solver (`str`, *optional*): one of the table; None is `"dpmpp_2m"` on `vp`, `ddpm` and `edm`, otherwise `"euler"`.
+        solver (`str`, *optional*): one of the table; None is `"dpmpp_2m"` on `vp`, `ddpm` and `edm`, `"posterior"` on
+            `bridge` if the network predicts the sample, otherwise `"euler"`.
         init_time (`float`): where sampling starts, in (0, 1]. A student keeps here the time it was trained at.
+            1 on `bridge`.
         timestep_type (`str`): what the network is given for a time t: `"time"` (t itself), `"discrete"` (the step t (K − 1)
             of `ddpm`; all times are then moved to the nearest step) or `"log_sigma"` (¼ ln(β/α), EDM's c_noise).
         diffusion_form (`str`): d(t) in the SDE dx = [v − d score] dt + √(2 d) dW̄: `"sigma"` β, `"linear"` t, `"sbdm"`
@@ -81,6 +101,9 @@ class StochasticInterpolantScheduler(SchedulerMixin, ConfigMixin):
             SDE's step, `"tweedie"` the x̂0-prediction, `"euler"` the ODE's step. None: steps with noise down to t = 0.
         last_step_size (`float`): the last step's size in t.
         rtol, atol (`float`): tolerances of `"dopri5"` on a state of about unit variance.
+        noise_channels (`int`): of a bridge's one-step student: channels of standard normal noise that its network sees
+            after those of the reference. 0 is a deterministic map.
+        first_step_size (`float`): size in t of the first step of a paired bridge's ODE, in (0, 1).
 
     Raises:
         ValueError: for a setting outside these ranges.
@@ -105,29 +128,15 @@ class StochasticInterpolantScheduler(SchedulerMixin, ConfigMixin):
         last_step_size: float = 0.04,
         rtol: float = 1e-5,
         atol: float = 1e-5,
+        noise_channels: int = 0,
+        first_step_size: float = 1e-3,
     ):
-        for name, value, choices in (
-            ("prediction_type", prediction_type, PREDICTIONS),
-            ("solver", solver, (*SOLVERS, None)),
-            ("diffusion_form", diffusion_form, DIFFUSION_FORMS),
-            ("last_step", last_step, (*LAST_STEPS, None)),
-        ):
-            if value not in choices:
-                raise ValueError(f"`{name}` is {value!r}; choose one of: {', '.join(map(str, choices))}.")
-        for name, value in (("diffusion_norm", diffusion_norm), ("rtol", rtol), ("atol", atol)):
-            if not (isinstance(value, (int, float)) and math.isfinite(value) and value > 0):
-                raise ValueError(f"`{name}` must be a positive number, got {value!r}.")
-        if not 0 < init_time <= 1:
-            raise ValueError(f"`init_time` must lie in (0, 1], got {init_time}.")
+        check_settings(solver, init_time, diffusion_form, diffusion_norm, last_step, rtol, atol, first_step_size)
         self.interpolant = get_interpolant(interpolant, **(interpolant_kwargs or {}))
-        if not self.interpolant.reaches_sample(init_time, prediction_type):
-            raise ValueError(
-                f"A {prediction_type} prediction says nothing about the sample at `init_time` {init_time}, where the "
-                f"interpolant {interpolant!r} has α = 0; start below, e.g. at "
-                f"{self.interpolant.start_time(prediction_type):.4f}."
-            )
+        check_path(self.interpolant, prediction_type, init_time, noise_channels)
         self.network_time(torch.tensor(init_time))  # must be a number, and one that the interpolant has
-        self.solver = solver or ("dpmpp_2m" if interpolant in DIFFUSION_PATHS else "euler")
+        self.solver = solver or default_solver(self.interpolant, prediction_type)
+        check_solver(self.interpolant, self.solver, prediction_type)
         self.register_to_config(solver=self.solver)  # a saved folder names it
         self.order = 2 if self.solver in ("heun", "edm_heun", "sde_heun") else 1
         self.diffusion = Diffusion(diffusion_form, diffusion_norm) if self.solver.startswith("sde_") else None
@@ -147,6 +156,11 @@ class StochasticInterpolantScheduler(SchedulerMixin, ConfigMixin):
             # What a scheduler shows before `set_timesteps`; no run.
             self.set_timesteps(max(min(num_train_timesteps, self._max_steps), 2 if self.diffusion else 0))
         self.num_inference_steps: int | None = None
+
+    @property
+    def _pinned(self) -> bool:
+        """Whether the ODE is that of a paired bridge, with its noise in the first step."""
+        return self.interpolant.noisy and self.config.prediction_type == "sample" and self.solver != "posterior"
 
     def __len__(self) -> int:
         return self.config.num_train_timesteps
@@ -168,28 +182,6 @@ class StochasticInterpolantScheduler(SchedulerMixin, ConfigMixin):
 
     def set_begin_index(self, begin_index: int = 0) -> None:
         self._begin_index = begin_index
-
-    def scale_model_input(self, sample: torch.Tensor, timestep: float | torch.Tensor | None = None) -> torch.Tensor:
-        """
-        What the network is given for the state `sample` at `timestep`: the state itself, scaled to unit variance for
-        `prediction_type="edm"` (see `Interpolant.network_input`). `step` takes the state, not this.
-
-        Args:
-            sample (`torch.Tensor` of shape (B, C, H, W)): x_t.
-            timestep: the time, a number or shape () or (B,); may be left out where nothing is scaled.
-        """
-        if timestep is None:
-            if self.config.prediction_type == "edm":
-                raise ValueError(
-                    "`scale_model_input` was given no `timestep`, and an edm prediction's scale depends on it."
-                )
-            return sample
-        t = torch.as_tensor(timestep, device=sample.device)
-        return self.interpolant.network_input(sample, t, self.config.prediction_type)
-
-    def network_time(self, timestep: torch.Tensor) -> torch.Tensor:
-        """What the network is given for the times `timestep`, in their shape (see `Interpolant.network_time`)."""
-        return self.interpolant.network_time(timestep, self.config.timestep_type)
 
     @property
     def _max_steps(self) -> float:
@@ -243,7 +235,7 @@ class StochasticInterpolantScheduler(SchedulerMixin, ConfigMixin):
                 times = torch.linspace(self._start_time, self.config.last_step_size, num_inference_steps)
                 times = torch.cat([times, torch.zeros(1)])
             else:
-                times = torch.linspace(self._start_time, 0.0, num_inference_steps + 1)
+                times = self._equal_steps(num_inference_steps)
             self._set_times(self._known(times), device)
             return
         starts = self._known(torch.as_tensor(timesteps, dtype=torch.float32).flatten().cpu())
@@ -259,6 +251,15 @@ class StochasticInterpolantScheduler(SchedulerMixin, ConfigMixin):
             )
         self._set_times(torch.cat([starts, torch.zeros(1)]), device)
 
+    def _equal_steps(self, count: int) -> torch.Tensor:
+        """Ends of `count` steps to 0, (count + 1,): equal in t, of a bridge's ODE in the angle arcsin √t."""
+        if not self.interpolant.noisy or self.solver == "posterior":
+            return torch.linspace(self._start_time, 0.0, count + 1)
+        first = [1.0] if self._pinned and count > 1 else []
+        start = torch.tensor(1 - self.config.first_step_size if first else 1.0, dtype=torch.float64)
+        angles = torch.linspace(float(bridge_angle(start)), 0.0, count + 1 - len(first), dtype=torch.float64)
+        return torch.cat([torch.tensor(first), torch.sin(angles).square().float()])
+
     @property
     def _start_time(self) -> float:
         """`init_time`, or below it where the diffusion there is infinite."""
@@ -270,10 +271,9 @@ class StochasticInterpolantScheduler(SchedulerMixin, ConfigMixin):
         """Takes the ends of the steps (N + 1,), the last of them 0."""
         self.num_inference_steps = len(times) - 1
         self._times = times.to(device)
-        # Order 2 evaluates the start and the end of each step; its last step, to t = 0, needs the start only.
-        self.timesteps = (self._times[:-1].repeat_interleave(2)[:-1] if self.order == 2 else self._times[:-1]).clone()
-        if self.order == 2:
-            self.timesteps[1::2] = self._times[1:-1]
+        evaluated = evaluated_ends(self.num_inference_steps, self.order, first=int(self._pinned))
+        self._steps, self._ends = ([part[i] for part in evaluated] for i in (0, 1))
+        self.timesteps = self._times[[step + end for step, end in evaluated]]
         self._step_index: int | None = None
         self._begin_index: int | None = None
         self._predicted: tuple[Evaluation, Move] | None = None
@@ -285,13 +285,14 @@ class StochasticInterpolantScheduler(SchedulerMixin, ConfigMixin):
     def index_for_timestep(self, timestep: float | torch.Tensor) -> int:
         """Index in `timesteps` of a time, at the start of a step."""
         value = torch.as_tensor(timestep, dtype=self.timesteps.dtype, device=self.timesteps.device)
-        found = (self.timesteps[:: self.order] == value).nonzero()
+        at_start = torch.tensor(self._ends, device=value.device) == 0
+        found = ((self.timesteps == value) & at_start).nonzero()
         if not len(found):
             raise ValueError(
                 f"The time {float(value):g} is none of the scheduler's; pass the elements of `scheduler.timesteps`, "
                 "which run from 1 to 0 and are not multiplied by 1000."
             )
-        return int(found[0]) * self.order
+        return int(found[0])
 
     def step(
         self,
@@ -301,6 +302,7 @@ class StochasticInterpolantScheduler(SchedulerMixin, ConfigMixin):
         generator: torch.Generator | list[torch.Generator] | None = None,
         variance_noise: torch.Tensor | None = None,
         return_dict: bool = True,
+        reference: torch.Tensor | None = None,
     ) -> StochasticInterpolantSchedulerOutput | tuple[torch.Tensor, ...]:
         """
         One evaluation's step towards t = 0. Differentiable in `model_output` and `sample`.
@@ -310,9 +312,14 @@ class StochasticInterpolantScheduler(SchedulerMixin, ConfigMixin):
                 the input that `scale_model_input` gives.
             timestep: the element of `timesteps` that the network saw.
             sample (`torch.Tensor` of shape (B, C, H, W)): x_t.
-            generator (`torch.Generator` or a list of B of them, *optional*): of an SDE's noise.
+            generator (`torch.Generator` or a list of B of them, *optional*): of the noise of an SDE or a bridge.
             variance_noise (`torch.Tensor` of shape (B, C, H, W), *optional*): standard normal noise to use instead.
             return_dict (`bool`): whether to return an output object or a tuple.
+            reference (`torch.Tensor` of shape (B, C, H, W), *optional*): x1 of a paired bridge, whose network saw it too.
+
+        Raises:
+            ValueError: before `set_timesteps`, after the last step, for a time that is none of `timesteps`, or a bridge
+                whose prediction needs the reference, or must not have one.
         """
         if self.num_inference_steps is None:
             raise ValueError("Call `set_timesteps(num_inference_steps)` before the first `step`.")
@@ -326,20 +333,27 @@ class StochasticInterpolantScheduler(SchedulerMixin, ConfigMixin):
         # Steps are small differences: they are added in float32 and the result goes back to the caller's dtype.
         x = sample.to(torch.promote_types(sample.dtype, torch.float32))
         output = model_output.to(x.dtype)
-        now = Evaluation(self.interpolant, output, x, self.timesteps[self._step_index], self.config.prediction_type)
-        to = self._times[self._step_index // self.order + 1]
+        x1 = None if reference is None else reference.to(x)
+        check_reference(
+            self.interpolant,
+            self.config.prediction_type,
+            x1 is not None,
+            needed=self._pinned and self.num_inference_steps > 1,
+        )
+        now = Evaluation(self.interpolant, output, x, self.timesteps[self._step_index], self.config.prediction_type, x1)
+        to = self._times[self._steps[self._step_index] + 1]
         if self._predicted is not None:
             start, move = self._predicted
             previous, self._predicted = move.corrected(start, now), None
         elif self._step_index < len(self.timesteps) - 1:
             previous = self._step(now, to, generator, variance_noise)
         elif not self.diffusion:
-            previous = now.predicts("sample")
+            previous = now.last_step()
         elif self.config.last_step is None:
             previous = self.diffusion.step(now, to, self._noise(x, generator, variance_noise), corrected=False).x
         else:
             previous = self.diffusion.last_step(now, to, self.config.last_step)
-        x0 = now.predicts("sample")
+        x0 = now.last_step()
         self._step_index += 1
         previous, x0 = previous.to(sample.dtype), x0.to(sample.dtype)
         if not return_dict:
@@ -351,9 +365,17 @@ class StochasticInterpolantScheduler(SchedulerMixin, ConfigMixin):
         if self.solver == "dpmpp_2m":
             previous, self._before = multistep(now, self._before, to), now
             return previous
+        if self.solver == "posterior":
+            return posterior_step(now, to, self._noise(now.x, generator, variance_noise))
+        if self._pinned and float(now.at.gamma) == 0:
+            return first_bridge_step(now, to, self._noise(now.x, generator, variance_noise))
+        if self._pinned and self.solver == "ddim":
+            return pinned_noise_step(now, to)
         if self.diffusion:
             noise = self._noise(now.x, generator, variance_noise)
             move = self.diffusion.step(now, to, noise, corrected=self.order == 2)
+        elif self._pinned:
+            move = pinned_step(now, to)
         else:
             move = (noise_step if self.solver in ("ddim", "edm_heun") else velocity_step)(now, to)
         self._predicted = (now, move) if self.order == 2 else None
@@ -364,19 +386,3 @@ class StochasticInterpolantScheduler(SchedulerMixin, ConfigMixin):
             # In float32 whatever the dtype, so that all variants of a network see the same numbers.
             variance_noise = randn_tensor(x.shape, generator=generator, device=x.device, dtype=torch.float32)
         return variance_noise.to(x)
-
-    def add_noise(self, original_samples: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
-        """x_t = α x0 + β x1 for data `original_samples`, noise x1 and times (B,) in [0, 1]."""
-        return self.interpolant.interpolate(original_samples, noise, timesteps)
-
-    def scale_noise(
-        self, sample: torch.Tensor, timestep: torch.Tensor, noise: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """`add_noise` with the argument order of the flow-matching schedulers."""
-        if noise is None:
-            raise ValueError("`scale_noise` needs the noise x1.")
-        return self.add_noise(sample, noise, timestep)
-
-    def get_velocity(self, sample: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
-        """İ_t = α' x0 + β' x1, the target of a velocity network."""
-        return self.interpolant.velocity(sample, noise, timesteps)

@@ -11,6 +11,7 @@ from ..data.augmentation import AUGMENT_LABELS
 from ..errors import InputError
 from ..interpolants import Interpolant
 from ..loading import load_pipeline
+from ..models.extension import extend_network
 from ..objectives import DistillationObjective
 from ..pipelines import InterpolantPipeline, OneStepInterpolantPipeline
 from .config import DistillConfig
@@ -122,13 +123,7 @@ def starting_critic(
             "takes no augmentation labels: augmentation would leak into what is generated. Set it to 0, or train a teacher "
             "with it."
         )
-    # Without diffusers' own keys: one of them would put back what a folder from before `augment_dim` left to its default.
-    arguments = {name: value for name, value in network.config.items() if not name.startswith("_")}
-    critic = type(network).from_config({**arguments, "augment_dim": AUGMENT_LABELS})
-    fresh, weights = critic.state_dict(), network.state_dict()
-    added = {name: torch.zeros_like(value) for name, value in fresh.items() if name not in weights}
-    critic.load_state_dict({**weights, **added})
-    return critic
+    return extend_network(network, augment_dim=AUGMENT_LABELS)
 
 
 def check_log_variance(settings: DistillConfig, objective: DistillationObjective, timestep_type: str) -> None:

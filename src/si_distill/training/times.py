@@ -52,6 +52,11 @@ class TimeSampler:
         if self.name in ("lognormal", "karras"):
             if self.interpolant is None:
                 raise ValueError(f"The law of times {self.name!r} is one of noise levels and needs the interpolant.")
+            if not self.interpolant.gaussian_reference:
+                raise ValueError(
+                    f"The law of times {self.name!r} is one of noise levels, which the interpolant "
+                    f"{self.interpolant.name!r} does not have: use uniform or logit_normal."
+                )
             low, high = self._ends(torch.device("cpu")).tolist()
             if not low < high:
                 raise ValueError(

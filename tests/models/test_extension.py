@@ -1,0 +1,91 @@
+"""Finished networks and pipelines that get further inputs say at first, bit for bit, what they said."""
+
+import pytest
+import torch
+from helpers import tiny_edm, tiny_sit
+
+from si_distill import InterpolantPipeline, StochasticInterpolantScheduler
+from si_distill.models.extension import extend_network, extend_pipeline
+from si_distill.pipelines import guided_outputs, network_condition, view_network
+
+
+def numbers(seed: int, *shape: int) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture
+def inputs():
+    return numbers(0, 3, 1, 8, 8), torch.tensor([0.1, 0.5, 1.0]), torch.tensor([0, 1, 3])
+
+
+def test_a_network_becomes_conditional_without_changing(inputs):
+    plain = tiny_sit()
+    extended = extend_network(plain, condition_channels=2)
+    assert view_network(extended).condition_channels == 2
+    assert view_network(plain).condition_channels == 0
+    assert torch.equal(extended(*inputs, condition=numbers(1, 3, 2, 8, 8)).sample, plain(*inputs).sample)
+    assert all(torch.equal(value, extended.state_dict()[name]) for name, value in plain.state_dict().items())
+    # A copy: training it leaves the original alone.
+    extended.pos_embed.proj.weight.data.zero_()
+    assert plain.pos_embed.proj.weight.any()
+
+
+def test_a_conditional_network_gets_noise_beside_its_reference(inputs):
+    teacher, (reference, noise) = tiny_sit(condition_channels=1), numbers(1, 2, 3, 1, 8, 8)
+    student = extend_network(teacher, condition_channels=2)
+    both = network_condition(student, reference, noise)
+    assert torch.equal(both, torch.cat([reference, noise], 1))
+    said = student(*inputs, condition=both).sample
+    assert torch.equal(said, teacher(*inputs, condition=network_condition(teacher, reference)).sample)
+    student.condition_embed.weight.data[:, 1:].normal_()
+    assert not torch.equal(student(*inputs, condition=both).sample, said)
+
+
+def test_an_unpaired_bridge_does_not_see_its_reference():
+    reference, noise = numbers(1, 2, 3, 1, 8, 8)
+    assert network_condition(tiny_sit(), reference) is None
+    assert network_condition(tiny_sit(condition_channels=1), reference, noise) is noise
+
+
+def test_conditions_of_other_channels_are_refused():
+    network, reference = tiny_sit(condition_channels=3), numbers(0, 2, 1, 8, 8)
+    with pytest.raises(ValueError, match=r"reference image of 3 channels.*none was given"):
+        network_condition(network, None)
+    with pytest.raises(ValueError, match=r"reference image of 3 channels.*the one given has 1"):
+        network_condition(network, reference)
+    with pytest.raises(ValueError, match=r"reference image of 2 channels.*the one given has 1"):
+        network_condition(network, reference, reference)
+
+
+def test_dtype_mode_and_other_inputs_are_kept():
+    network = tiny_edm("ddpmpp", augment_dim=0).double().train()
+    extended = extend_network(network, augment_dim=9)
+    assert (extended.dtype, extended.training, extended.config.augment_dim) == (torch.float64, True, 9)
+
+
+def test_what_cannot_grow_is_refused():
+    with pytest.raises(ValueError, match="EDMUNet2DModel has no `condition_channels`"):
+        extend_network(tiny_edm("ddpmpp"), condition_channels=3)
+    with pytest.raises(ValueError, match="is 3 and can only grow, but 1"):
+        extend_network(tiny_sit(condition_channels=3), condition_channels=1)
+
+
+def test_a_pipeline_is_extended_and_saved(tmp_path, inputs):
+    teacher = InterpolantPipeline(
+        tiny_sit(), StochasticInterpolantScheduler(), id2label={0: "zero", 1: "one", 2: "two"}
+    )
+    extend_pipeline(teacher, 3).save_pretrained(tmp_path)
+    loaded = InterpolantPipeline.from_pretrained(tmp_path)
+    assert loaded.network.condition_channels == 3
+    assert loaded.config.id2label == teacher.config.id2label
+    condition = numbers(1, 3, 3, 8, 8)
+    assert torch.equal(loaded.transformer(*inputs, condition=condition).sample, teacher.transformer(*inputs).sample)
+
+
+def test_guidance_shows_the_condition_to_both_halves(inputs):
+    network, condition = tiny_sit(condition_channels=1), numbers(1, 3, 1, 8, 8)
+    x, t, _ = inputs
+    labels, null = torch.tensor([0, 1, 2]), torch.full((3,), 3)
+    guided = guided_outputs(network, x, t, labels, 3, 2.0, condition=condition)[0]
+    with_class, without = (network(x, t, y, condition=condition).sample for y in (labels, null))
+    torch.testing.assert_close(guided, without + 2 * (with_class - without))
