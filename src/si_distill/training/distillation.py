@@ -10,8 +10,6 @@ from PIL import Image
 from torch import nn
 
 from ..critic import CriticNetwork
-from ..data.augmentation import Augmentation
-from ..objectives import Fields, sid_weight
 from ..pipelines import OneStepInterpolantPipeline
 from ..velocity import Field
 from ..visualization import image_grid
@@ -25,6 +23,7 @@ from .distillation_inputs import (
     starting_critic,
     starting_student,
 )
+from .distillation_losses import DistillationLosses, Draw, Images
 from .ema import Averages
 from .health import HealthMonitor
 from .networks import TrainedNetwork
@@ -49,25 +48,6 @@ class MicroBatch:
     indices: range
 
 
-@dataclass
-class Images:
-    """What the critic learns from, generated or real; both are None for real images that a recipe does not read.
-
-    Args:
-        x0: (B, C, H, W).
-        labels: (B,) classes.
-    """
-
-    x0: torch.Tensor | None
-    labels: torch.Tensor | None
-
-    def with_class(self, label: int, where: torch.Tensor) -> "Images":
-        return self if self.x0 is None else Images(self.x0, torch.where(where, label, self.labels))
-
-    def augmented(self, augmentation: Augmentation) -> "Images":
-        return self if self.x0 is None else Images(augmentation(self.x0), self.labels)
-
-
 class DistillationTrainer(Trainer):
     """Critic updates and generator updates on one member of the objective family (see `si_distill.objectives`).
 
@@ -90,7 +70,7 @@ class DistillationTrainer(Trainer):
         self.adversarial = settings.adversarial.build()
         view = teacher.network
         self.null_class, self.num_classes, self.sample_shape = view.null_class, view.num_classes, view.sample_shape
-        self.values = math.prod(self.sample_shape)
+        values = math.prod(self.sample_shape)
         needs_images = self.objective.uses_real_data or self.adversarial is not None
         self.data = load_fitting_images(settings, teacher) if needs_images else None
         self.class_shares = class_shares(settings, teacher, self.data)
@@ -107,7 +87,7 @@ class DistillationTrainer(Trainer):
             settings,
             settings.learning_rate if settings.critic_learning_rate is None else settings.critic_learning_rate,
             total_updates=settings.max_steps * settings.critic_steps,
-            max_grad_value=None if self.adversarial is None else self.adversarial.critic_grad_limit(self.values),
+            max_grad_value=None if self.adversarial is None else self.adversarial.critic_grad_limit(values),
         )
         self.generator = TrainedNetwork(
             self.accelerator,
@@ -120,6 +100,15 @@ class DistillationTrainer(Trainer):
         self.averages = averages
         teacher.to(self.accelerator.device)
         self.teacher_field = self._field(network.eval(), settings.guidance_scale)
+        self.game_losses = DistillationLosses(
+            self.objective,
+            self.adversarial,
+            self.interpolant,
+            self.prediction_type,
+            self.teacher_field,
+            values,
+            self.accelerator.autocast,
+        )
         self.time_samplers = {
             "critic": settings.build_time_sampler(self.interpolant, self.timestep_type),
             "generator": settings.build_generator_time_sampler(self.interpolant, self.timestep_type),
@@ -204,24 +193,17 @@ class DistillationTrainer(Trainer):
         with self.accelerator.autocast():
             return self._field(self.generator.module).one_step(noise, self.init_time, batch.labels)
 
-    def _draw(
-        self, batch: MicroBatch, stream: str, update: int
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """Fresh times, reference x1 and, if they are its own, the adversarial term's times.
-
-        They are independent of the noise behind the samples; real and generated images share them.
-        """
+    def _draw(self, batch: MicroBatch, stream: str, update: int) -> Draw:
         u, x1 = self.noise.uniform_and_normal(self.sample_shape, stream, self.step, update, indices=batch.indices)
         if self.adversarial_times is None:
-            return self.time_samplers[stream](u), x1, None
+            return Draw(self.time_samplers[stream](u), x1)
         own = self.noise.uniform(f"{stream}_adversarial", self.step, update, indices=batch.indices)
-        return self.time_samplers[stream](u), x1, self.adversarial_times(own)
+        return Draw(self.time_samplers[stream](u), x1, self.adversarial_times(own))
 
     def _critic_loss(
         self, batch: MicroBatch, samples: torch.Tensor, update: int
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        objective, space = self.objective, self.objective.space
-        t, x1, own_t = self._draw(batch, "critic", update)
+        draw = self._draw(batch, "critic", update)
         fake, real = Images(samples, batch.labels), Images(batch.real, batch.real_labels)
         if self.settings.critic_class_dropout_prob > 0:
             dropped = self.noise.uniform("labels", self.step, update, indices=batch.indices)
@@ -232,111 +214,14 @@ class DistillationTrainer(Trainer):
         told = None if augmentation is None else augmentation.labels
         if augmentation is not None:
             fake, real = (images.augmented(augmentation) for images in (fake, real))
-
-        # Everything that the critic has to look at goes through it in one forward.
-        views = {"fake": (fake, t)}
-        if objective.uses_real_data or (self.adversarial is not None and own_t is None):
-            views["real"] = (real, t)
-        if own_t is not None:
-            views |= {"own fake": (fake, own_t), "own real": (real, own_t)}
-        x_t = [self.interpolant.interpolate(images.x0, x1, times) for images, times in views.values()]
-        times = [times for _, times in views.values()]
-        labels = [images.labels for images, _ in views.values()]
-        with self.accelerator.autocast():
-            predictions, logits, log_variance = self._field(self.critic.module).outputs(
-                torch.cat(x_t),
-                torch.cat(times),
-                torch.cat(labels),
-                None if told is None else told.repeat(len(views), 1),
-            )
-        seen = dict(
-            zip(views, zip(x_t, predictions.chunk(len(views)), _chunks(logits, len(views)), strict=True), strict=True)
-        )
-
-        def fields(name: str) -> Fields:
-            x_t, prediction, _ = seen[name]
-            images, _ = views[name]
-            teacher = None
-            if objective.uses_teacher_in_critic:
-                with torch.no_grad(), self.accelerator.autocast():
-                    teacher = self.teacher_field(x_t, t, images.labels, space, told)
-            critic = self.interpolant.convert(prediction, x_t, t, self.prediction_type, space)
-            return critic, teacher, self.interpolant.target(images.x0, x1, t, space)
-
-        kappa = self.interpolant.coefficients(t).kappa
-        edm_weight = self.interpolant.edm_weight(t) if objective.critic_weight == "edm" else None
-        weight = objective.loss_weight(kappa, weight=objective.critic_weight, edm_weight=edm_weight)
-        parts = {}
-        if log_variance is not None:
-            log_variance = log_variance.chunk(len(views))[0]  # of the times `t`, which "fake" has
-            weight = weight * torch.exp(-log_variance)
-            parts["critic_log_variance"] = log_variance.mean()
-        real = fields("real") if objective.uses_real_data else None
-        loss = (weight * objective.critic_loss(*fields("fake"), real=real)).mean()
-        loss = loss if log_variance is None else loss + log_variance.mean()
-        parts["critic_loss"] = loss
-        if self.adversarial is not None:
-            prefix = "" if own_t is None else "own "
-            in_sample_space = weight if space == "sample" else weight * kappa**2  # where SiDA weighs its term
-            adversarial = self.adversarial.critic_loss(
-                seen[prefix + "real"][2],
-                seen[prefix + "fake"][2],
-                in_sample_space if self.adversarial.kind == "encoder" else torch.ones_like(t),
-                self.values,
-            )
-            parts["critic_adversarial_loss"] = adversarial
-            loss = loss + adversarial
-        return loss, parts
+        return self.game_losses.critic_loss(self._field(self.critic.module), fake, real, draw, told)
 
     def _generator_loss(
         self, critic: Field, batch: MicroBatch, samples: torch.Tensor, update: int
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        objective, space, labels = self.objective, self.objective.space, batch.labels
-        t, x1, own_t = self._draw(batch, "generator", update)
-        x_t = self.interpolant.interpolate(samples, x1, t)
         judged = self.adversarial is not None and self.images_seen >= self.settings.adversarial.start_images
-        with self.accelerator.autocast():
-            with torch.set_grad_enabled(objective.needs_field_gradient):
-                teacher = self.teacher_field.predict(x_t, t, labels)
-            with torch.set_grad_enabled(objective.needs_field_gradient or judged):
-                if judged and own_t is not None:
-                    own_x_t = self.interpolant.interpolate(samples, x1, own_t)
-                    prediction, logits, log_variance = critic.outputs(
-                        torch.cat([x_t, own_x_t]), torch.cat([t, own_t]), labels.repeat(2)
-                    )
-                    fake, logits = prediction.chunk(2)[0], logits.chunk(2)[1]
-                else:
-                    fake, logits, log_variance = critic.outputs(x_t, t, labels)
-
-        def in_space(prediction: torch.Tensor, target: str) -> torch.Tensor:
-            return self.interpolant.convert(prediction, x_t, t, self.prediction_type, target)
-
-        kappa = self.interpolant.coefficients(t).kappa
-        with torch.no_grad():
-            x0_teacher = in_space(teacher, "sample")
-            # SiDA on EDM2 divides all of the generator's terms by e^u.
-            certainty = torch.ones_like(t) if log_variance is None else torch.exp(-log_variance[: len(t)])
-            weight = certainty * objective.loss_weight(kappa, samples, x0_teacher)
-            v_teacher, v_critic = in_space(teacher, "velocity"), in_space(fake, "velocity")
-            velocity = self.interpolant.velocity(samples, x1, t)
-            parts = {
-                "field_distance": (v_critic - v_teacher).square().mean(),
-                "critic_matching_loss": (v_critic - velocity).square().mean(),
-                "teacher_matching_loss": (v_teacher - velocity).square().mean(),
-                "sample_mean": samples.mean(),
-                "sample_std": samples.std(),
-            }
-        target = self.interpolant.target(samples, x1, t, space)
-        loss = objective.generator_loss(in_space(fake, space), in_space(teacher, space), target, weight).mean()
-        parts["generator_loss"] = loss
-        if judged:
-            encoder = self.adversarial.kind == "encoder"
-            adversarial = self.adversarial.generator_loss(
-                logits, certainty * sid_weight(samples, x0_teacher) if encoder else torch.ones_like(t), self.values
-            )
-            parts["generator_adversarial_loss"] = adversarial
-            loss = loss + adversarial
-        return loss, parts
+        draw = self._draw(batch, "generator", update)
+        return self.game_losses.generator_loss(critic, samples, batch.labels, draw, judged)
 
     # What comes out.
 
@@ -380,10 +265,6 @@ class DistillationTrainer(Trainer):
         names = pipeline.config.id2label or {}
         titles = [str(names.get(label, label)).split(",")[0] for label in labels.tolist()] if self.num_classes else None
         return image_grid(pictures, ["student", f"teacher, x0 at t={t[0]:.2f}", f"critic, x0 at t={t[0]:.2f}"], titles)
-
-
-def _chunks(logits: torch.Tensor | None, count: int) -> tuple[torch.Tensor | None, ...]:
-    return (None,) * count if logits is None else logits.chunk(count)
 
 
 def _add(metrics: dict[str, torch.Tensor], parts: dict[str, torch.Tensor], count: int) -> None:
