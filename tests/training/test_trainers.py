@@ -257,13 +257,45 @@ def test_a_damaged_newest_checkpoint_is_passed_over(teacher_folder, tmp_path, ca
         assert torch.equal(value, load_file(folder / "transformer/diffusion_pytorch_model.safetensors")[name])
 
 
-def test_another_number_of_processes_is_refused(teacher_folder, tmp_path):
+def test_another_number_of_processes_goes_on_if_an_update_keeps_its_images(teacher_folder, tmp_path, capsys):
     folder = tmp_path / "run"
     distillation(teacher_folder, folder, "--max_steps", 1).train()
     manifest = folder / "checkpoints" / "step_00000001" / "manifest.json"
-    manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "world_size": 2}))
-    with pytest.raises(InputError, match=r"saved by 2 process\(es\) and this run has 1.*--num_processes 2"):
-        distillation(teacher_folder, folder, "--max_steps", 2, "--resume_from_checkpoint", "latest").train()
+    saved = json.loads(manifest.read_text())
+    resume = ("--max_steps", 2, "--resume_from_checkpoint", "latest")
+    manifest.write_text(json.dumps({**saved, "world_size": 2, "images_per_update": 8}))
+    with pytest.raises(InputError, match=r"saved by 2 process\(es\) with 8 images per update; 1 .* have 4"):
+        distillation(teacher_folder, folder, *resume).train()
+    manifest.write_text(json.dumps({**saved, "sharded": True}))
+    with pytest.raises(InputError, match="saved with FSDP2 and this run is without sharding"):
+        distillation(teacher_folder, folder, *resume).train()
+    manifest.write_text(json.dumps({**saved, "world_size": 2}))
+    distillation(teacher_folder, folder, *resume).train()
+    assert "saved by 2 process(es), this run has 1, with the same 4 images" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lambda file: file.unlink(), "model_1.safetensors is missing"),
+        (lambda file: file.write_bytes(file.read_bytes()[:-10]), "model_1.safetensors has .* bytes instead of"),
+        (lambda file: flip_a_bit(file), "model_1.safetensors is not what was written: its checksum differs"),
+    ],
+    ids=["missing", "cut", "flipped"],
+)
+def test_every_damage_to_a_checkpoint_is_seen(teacher_folder, tmp_path, damage, words):
+    folder = tmp_path / "run"
+    distillation(teacher_folder, folder, "--max_steps", 1).train()
+    newest = folder / "checkpoints" / "step_00000001"
+    damage(newest / "model_1.safetensors")
+    with pytest.raises(InputError, match=words):
+        distillation(teacher_folder, folder, "--max_steps", 2, "--resume_from_checkpoint", newest).train()
+
+
+def flip_a_bit(file):
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
 
 
 def test_old_checkpoints_go_only_when_new_ones_are_whole(teacher_folder, tmp_path):

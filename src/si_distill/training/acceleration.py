@@ -1,10 +1,14 @@
 """The accelerator of a run, as its settings and its launcher want it."""
 
+import os
+
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType, DynamoBackend
+from torch.distributed.fsdp import OffloadPolicy, StateDictType
 
 from ..errors import InputError
 from ..launching import check_processes
+from .blocks import check_compiler
 from .config import TrainingConfig
 
 
@@ -25,4 +29,76 @@ def build_accelerator(settings: TrainingConfig) -> Accelerator:
     except ValueError as error:
         raise InputError(f"Accelerate refuses the settings: {error}") from error
     check_processes(accelerator.num_processes)
+    _check_launcher(accelerator, settings)
+    check_compiler(settings, accelerator.device)
     return accelerator
+
+
+def _check_launcher(accelerator: Accelerator, settings: TrainingConfig) -> None:
+    """Refuses what a launcher's configuration asks for and three coupled networks cannot be trained with."""
+    precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if precision not in ("no", settings.mixed_precision):
+        raise InputError(
+            f"The launcher asks for mixed_precision={precision}, the run for {settings.mixed_precision}. The run decides: "
+            "leave it at no in the launcher, and give the script --mixed_precision bf16 or no (fp16 and fp8 are not "
+            "supported: losses through three networks leave their range)."
+        )
+    if accelerator.gradient_accumulation_steps != 1:
+        raise InputError(
+            f"The launcher asks for {accelerator.gradient_accumulation_steps} gradient accumulation steps: leave it at 1 "
+            "there, and give the script --gradient_accumulation_steps, which counts for each network on its own."
+        )
+    if accelerator.state.dynamo_plugin.backend != DynamoBackend.NO:
+        raise InputError(
+            "The launcher asks for a dynamo backend, which would rename every weight: leave it at no there, and give the "
+            "script --compile."
+        )
+    kind = accelerator.distributed_type
+    if kind != DistributedType.FSDP and os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
+        raise InputError(
+            f"The launcher asks for FSDP, but on {accelerator.num_processes} process(es) on {accelerator.device.type} "
+            "Accelerate does not shard: it would train each network whole without a word. Launch several processes on GPUs, "
+            "or take configs/accelerate/ddp.yaml or cpu.yaml."
+        )
+    if kind != DistributedType.NO and kind != DistributedType.FSDP and not kind.startswith("MULTI_"):
+        raise InputError(
+            f"Training under {kind} is not supported: it takes one network with one optimizer, and distillation couples "
+            "three. Take configs/accelerate/ddp.yaml or fsdp2.yaml."
+        )
+    if accelerator.parallelism_config is not None:
+        raise InputError(
+            "The launcher has a parallelism_config: tensor, context and hybrid parallelism are not supported; take "
+            "configs/accelerate/fsdp2.yaml as it is."
+        )
+    if kind == DistributedType.FSDP:
+        _check_fsdp(accelerator)
+
+
+def _check_fsdp(accelerator: Accelerator) -> None:
+    plugin = accelerator.state.fsdp_plugin
+    asked = {
+        f"fsdp_version: {plugin.fsdp_version}": (
+            plugin.fsdp_version != 2,
+            "version 1 has no networks that share a loss; set 2",
+        ),
+        "fsdp_cpu_ram_efficient_loading: true": (
+            plugin.cpu_ram_efficient_loading,
+            "FSDP2 takes each rank's own weights, which all ranks read from the same file or draw from the same seed",
+        ),
+        "fsdp_activation_checkpointing: true": (
+            plugin.activation_checkpointing,
+            "set it to false and give the script --gradient_checkpointing",
+        ),
+        "fsdp_offload_params: true": (
+            plugin.fsdp_version == 2 and type(plugin.cpu_offload) is not OffloadPolicy,
+            "parameters stay on the GPUs; set it to false",
+        ),
+        f"fsdp_state_dict_type: {plugin.state_dict_type}": (
+            plugin.state_dict_type != StateDictType.SHARDED_STATE_DICT,
+            "a checkpoint is written by all ranks, each its own shards, and can be read by any number of them; set "
+            "SHARDED_STATE_DICT (the pipeline is always written whole)",
+        ),
+    }
+    for setting, (wrong, reason) in asked.items():
+        if wrong:
+            raise InputError(f"The launcher's `{setting}` cannot be used: {reason}. See configs/accelerate/fsdp2.yaml.")

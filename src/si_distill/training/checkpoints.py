@@ -1,25 +1,30 @@
 """Checkpoints that are either whole or not there.
 
-All ranks save into `step_N.tmp`; rank 0 fsyncs every file, writes a manifest with their sizes, renames the folder and
-only then deletes old ones. A kill, a full disk or a power cut at any moment leaves the last good checkpoint in place.
+All ranks save into `step_N.tmp` and fsync the files; rank 0 writes a manifest with their sizes and, of small files,
+checksums, renames the folder and only then deletes old ones. A kill, a full disk or a power cut at any moment leaves the
+last good checkpoint in place.
 """
 
 import json
 import os
 import re
 import shutil
+import zlib
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from safetensors import SafetensorError
+from torch.distributed.checkpoint import CheckpointException
 
 from ..errors import InputError, TrainingStopped
 
 #: How a full disk or a lost folder shows itself: torch and safetensors wrap the system's error in types of their own.
-WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)
+WRITE_ERRORS = (OSError, RuntimeError, SafetensorError, CheckpointException)
 MANIFEST = "manifest.json"
+#: Larger files are known by their size alone: reading back the tensors of an XL network would take longer than writing them.
+CHECKSUM_BYTES = 16 * 2**20
 _FOLDER = re.compile(r"step_(\d+)")
 
 
@@ -30,13 +35,15 @@ class Checkpoints:
         accelerator: its models, optimizers and registered objects are what a checkpoint holds.
         folder: the `checkpoints/` folder.
         keep: how many to keep.
+        images_per_update: the global batch, which a resumed run must keep.
         workers: processes of each rank that read data; with the number of ranks, what a rank's own state belongs to.
     """
 
-    def __init__(self, accelerator: Accelerator, folder: Path, keep: int, workers: int = 0):
+    def __init__(self, accelerator: Accelerator, folder: Path, keep: int, images_per_update: int = 1, workers: int = 0):
         self.accelerator = accelerator
         self.folder = folder
         self.keep = keep
+        self.images_per_update = images_per_update
         self.workers = workers
 
     def save(self, step: int, rank_state: dict[str, Any] | None = None) -> None:
@@ -55,6 +62,8 @@ class Checkpoints:
         stages = (
             lambda: self._clear(partial) if main else None,
             lambda: self._write(partial, rank_state or {}),
+            # On each machine: what another one has written may still be in its memory.
+            lambda: _fsync_all(partial) if self.accelerator.is_local_main_process else None,
             lambda: self._seal(partial, final, step) if main else None,
         )
         for stage in stages:
@@ -90,15 +99,13 @@ class Checkpoints:
         partial.mkdir()
 
     def _seal(self, partial: Path, final: Path, step: int) -> None:
-        files = {}
-        for path in sorted(p for p in partial.rglob("*") if p.is_file()):
-            _fsync(path)
-            files[str(path.relative_to(partial))] = path.stat().st_size
         manifest = {
             "step": step,
             "world_size": self.accelerator.num_processes,
             "workers": self.workers,
-            "files": files,
+            "images_per_update": self.images_per_update,
+            "sharded": self.accelerator.is_fsdp2,
+            "files": {str(path.relative_to(partial)): _fingerprint(path) for path in _files(partial)},
         }
         (partial / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
         _fsync(partial / MANIFEST)
@@ -111,7 +118,7 @@ class Checkpoints:
             shutil.rmtree(old)
 
     def complete(self) -> list[Path]:
-        """The whole checkpoints, oldest first: every file of the manifest is there in its full size."""
+        """The whole checkpoints, oldest first: every file of the manifest is there as it was written."""
         if not self.folder.is_dir():
             return []
         named = sorted(p for p in self.folder.iterdir() if _FOLDER.fullmatch(p.name) and p.is_dir())
@@ -123,7 +130,7 @@ class Checkpoints:
         Says which damaged folders it passed over.
 
         Raises:
-            InputError: for a folder that is not a whole checkpoint, or one saved by another number of processes.
+            InputError: for a folder that is not a whole checkpoint, or one that does not fit this run's processes.
         """
         if which == "latest":
             good = self.complete()
@@ -139,13 +146,32 @@ class Checkpoints:
             if problem:
                 known = ", ".join(str(p) for p in self.complete()) or "none"
                 raise InputError(f"{path} is not a whole checkpoint: {problem}. Whole ones: {known}.")
-        saved = _manifest(path)["world_size"]
-        if saved != self.accelerator.num_processes:
-            raise InputError(
-                f"{path} was saved by {saved} process(es) and this run has {self.accelerator.num_processes}: the data "
-                f"order and the averages would differ. Launch with --num_processes {saved}."
-            )
+        self._check_fits(path)
         return path
+
+    def _check_fits(self, path: Path) -> None:
+        manifest, now = _manifest(path), self.accelerator.num_processes
+        saved, images = manifest["world_size"], manifest.get("images_per_update")
+        if manifest.get("sharded", False) != self.accelerator.is_fsdp2:
+            kinds = ("with FSDP2", "without sharding")
+            then, here = kinds if manifest.get("sharded", False) else kinds[::-1]
+            raise InputError(f"{path} was saved {then} and this run is {here}: launch as the run was started.")
+        if images is None and saved != now:
+            raise InputError(
+                f"{path} was saved by {saved} process(es) and this run has {now}. Launch with --num_processes {saved}."
+            )
+        if images is not None and images != self.images_per_update:
+            raise InputError(
+                f"{path} was saved by {saved} process(es) with {images} images per update; {now} process(es) with these "
+                f"settings have {self.images_per_update}. A step of the run means {images} images: choose "
+                f"per_device_train_batch_size × gradient_accumulation_steps × processes = {images}, or launch with "
+                f"--num_processes {saved} and the settings of the run."
+            )
+        if saved != now:
+            self.accelerator.print(
+                f"{path.name} was saved by {saved} process(es), this run has {now}, with the same {images} images per "
+                "update: it goes on as the uninterrupted run up to rounding, not bit for bit."
+            )
 
     def load(self, path: Path) -> None:
         """Loads everything that `save` saved, on every rank.
@@ -155,7 +181,7 @@ class Checkpoints:
         """
         try:
             self.accelerator.load_state(str(path))
-        except (RuntimeError, KeyError, ValueError, SafetensorError) as error:
+        except (RuntimeError, KeyError, ValueError, SafetensorError, CheckpointException) as error:
             raise InputError(f"The checkpoint {path} does not fit this run: {error}") from error
 
     def rank_state(self, path: Path) -> dict[str, Any] | None:
@@ -181,13 +207,31 @@ def _problem(path: Path) -> str | None:
         files = _manifest(path)["files"]
     except (OSError, ValueError, KeyError):
         return "its manifest is missing or unreadable"
-    for name, size in files.items():
+    for name, expected in files.items():
+        expected = {"size": expected} if isinstance(expected, int) else expected  # manifests before checksums
         file = path / name
         if not file.is_file():
             return f"{name} is missing"
-        if file.stat().st_size != size:
-            return f"{name} has {file.stat().st_size} bytes instead of {size}"
+        if file.stat().st_size != expected["size"]:
+            return f"{name} has {file.stat().st_size} bytes instead of {expected['size']}"
+        if "crc32" in expected and _fingerprint(file) != expected:
+            return f"{name} is not what was written: its checksum differs"
     return None
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def _fingerprint(path: Path) -> dict[str, int]:
+    """A file's size and, where reading it takes no time, its checksum."""
+    size = path.stat().st_size
+    return {"size": size} | ({"crc32": zlib.crc32(path.read_bytes())} if size <= CHECKSUM_BYTES else {})
+
+
+def _fsync_all(folder: Path) -> None:
+    for path in _files(folder):
+        _fsync(path)
 
 
 def _fsync(path: Path) -> None:

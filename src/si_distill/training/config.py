@@ -59,6 +59,10 @@ class TrainingConfig:
     time_mean: float = setting(0.0, "Mean of logit(t) for `logit_normal`, of ln σ for `lognormal` (EDM: -1.2).")
     time_std: float = setting(1.0, "Standard deviation of the same (EDM: 1.2).")
     mixed_precision: str = setting("no", "`bf16` runs networks in bfloat16; losses stay in float32.", ("no", "bf16"))
+    gradient_checkpointing: bool = setting(
+        False, "Compute activations again in the backward pass: less memory, longer iterations, the same numbers."
+    )
+    compile: bool = setting(False, "Compile the networks' repeated blocks by torch.compile.")
     dataloader_num_workers: int = setting(0, "Processes that read images, per device.")
     logging_steps: int = setting(50, "Iterations between lines of metrics.jsonl.")
     eval_steps: int = setting(500, "Iterations between sample grids in samples/.")
@@ -83,9 +87,11 @@ class TrainingConfig:
         False, "Record the fourth to sixth iteration of this start: a trace and a table in profile/."
     )
 
-    #: What may change when a run is resumed; everything else decides the trajectory.
+    #: What may change when a run is resumed; everything else decides the trajectory. The batch may be cut otherwise as
+    #: long as an update keeps its number of images, which the checkpoint knows.
     RESUMABLE = frozenset(
         "output_dir max_steps logging_steps eval_steps save_steps save_total_limit report_to resume_from_checkpoint "
+        "per_device_train_batch_size gradient_accumulation_steps gradient_checkpointing "
         "overwrite_output_dir dataloader_num_workers ema_snapshot_steps eval_metric_steps metric_for_best_model evaluation "
         "push_to_hub hub_model_id hub_private_repo dry_run profile teacher_model".split()
     )

@@ -13,6 +13,7 @@ from ..critic import CriticNetwork
 from ..pipelines import OneStepInterpolantPipeline
 from ..velocity import Field
 from ..visualization import image_grid
+from .blocks import prepare_blocks
 from .config import DistillConfig
 from .distillation_inputs import (
     check_log_variance,
@@ -28,6 +29,7 @@ from .ema import Averages
 from .health import HealthMonitor
 from .networks import TrainedNetwork
 from .run_facts import describe_data, describe_network, describe_teacher
+from .sharding import shard
 from .trainer import Trainer
 
 
@@ -98,8 +100,15 @@ class DistillationTrainer(Trainer):
         )
         averages.prepare(self.accelerator)
         self.averages = averages
-        teacher.to(self.accelerator.device)
-        self.teacher_field = self._field(network.eval(), settings.guidance_scale)
+        network.eval()
+        prepare_blocks(network, settings, self.objective.needs_field_gradient)
+        if self.accelerator.is_fsdp2:
+            shard(self.accelerator, network)
+            if teacher.vae is not None:
+                teacher.vae.to(self.accelerator.device)
+        else:
+            teacher.to(self.accelerator.device)
+        self.teacher_field = self._field(network, settings.guidance_scale)
         self.game_losses = DistillationLosses(
             self.objective,
             self.adversarial,

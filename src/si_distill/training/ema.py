@@ -7,11 +7,13 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from ..errors import TrainingStopped
 from .checkpoints import WRITE_ERRORS
 from .config import TrainingConfig
 from .posthoc_ema import EMA_SNAPSHOTS, Snapshots, power_exponent, write_weights
+from .sharding import reshard, shard, whole_network
 
 #: Folder of the further averages in a run.
 EMA_WEIGHTS = "ema"
@@ -75,8 +77,13 @@ class EMA:
     @torch.no_grad()
     def update(self, network: nn.Module, updates: int) -> None:
         """Moves the average towards `network` after its update number `updates`, counted from 0."""
-        average = list(self.network.parameters())
-        torch._foreach_lerp_(average, [p.detach() for p in network.parameters()], 1 - self.decay_at(updates))
+        for sharded in (self.network, network):
+            reshard(sharded)
+        pairs = list(zip(self.network.parameters(), network.parameters(), strict=True))
+        for kind in (True, False):  # shards, and parameters that every rank has: no list may hold both
+            alike = [(mean, new.detach()) for mean, new in pairs if isinstance(mean, DTensor) == kind]
+            if alike:
+                torch._foreach_lerp_(*map(list, zip(*alike, strict=True)), 1 - self.decay_at(updates))
         for target, source in zip(self.network.buffers(), network.buffers(), strict=True):
             target.copy_(source)
 
@@ -109,7 +116,11 @@ class Averages:
         """Moves the averages to the device and makes them part of the checkpoints; after the trained networks."""
         self.accelerator = accelerator
         for ema in self._all():
-            ema.network = accelerator.prepare_model(ema.network, evaluation_mode=True)
+            if accelerator.is_fsdp2:
+                ema.network = shard(accelerator, ema.network)
+                accelerator._models.append(ema.network)
+            else:
+                ema.network = accelerator.prepare_model(ema.network, evaluation_mode=True)
 
     @property
     def network(self) -> nn.Module:
@@ -118,7 +129,7 @@ class Averages:
 
     def whole_network(self) -> nn.Module | None:
         """The same with all of its weights in one place, to be saved: on rank 0, elsewhere nothing. Collective."""
-        return self.network if self.accelerator.is_main_process else None
+        return whole_network(self.accelerator, self.network)
 
     def update(self, network: nn.Module, updates: int) -> None:
         """After the network's update number `updates`, counted from 0, also one that was thrown away.

@@ -9,7 +9,9 @@ from accelerate import Accelerator
 from diffusers.optimization import get_scheduler
 from torch import nn
 
+from .blocks import prepare_blocks
 from .config import TrainingConfig
+from .sharding import average_replicated, clip_grad_norm, optimizer_groups, shard
 
 _SCHEDULES = {"constant": "constant_with_warmup", "cosine": "cosine", "linear": "linear"}
 
@@ -40,14 +42,24 @@ class TrainedNetwork:
         self.max_grad_value = max_grad_value
         self.accumulation = settings.gradient_accumulation_steps
         network.requires_grad_(True).train()
+        prepare_blocks(network, settings)
+        self.sharded = accelerator.is_fsdp2
+        if self.sharded:
+            network = shard(accelerator, network)
         optimizer = torch.optim.Adam(
-            network.parameters(),
+            optimizer_groups(network.parameters()),
             lr=learning_rate,
             betas=(settings.adam_beta1, settings.adam_beta2),
             eps=settings.adam_epsilon,
             fused=True,
         )
-        self.module, self.optimizer = accelerator.prepare(network, optimizer)
+        if self.sharded:
+            _start_moments(optimizer)
+            # Not by `prepare`, which finds an optimizer's parameters by the addresses of their shards: empty ones share one.
+            accelerator._models.append(network)
+            self.module, self.optimizer = network, accelerator.prepare_optimizer(optimizer)
+        else:
+            self.module, self.optimizer = accelerator.prepare(network, optimizer)
         # A prepared scheduler would step once per process: the raw one is stepped by hand, once per update.
         self.schedule = get_scheduler(
             _SCHEDULES[settings.lr_scheduler_type],
@@ -91,12 +103,15 @@ class TrainedNetwork:
             The gradient norm before clipping, equal on all ranks, and whether the update was done: gradients that are
             not finite are thrown away, alike on all ranks.
         """
+        if self.sharded:
+            average_replicated(self.accelerator, self.parameters)
         cut_values = self.max_grad_value is not None
         # With an infinite limit this only measures: cut values would hide gradients that are infinite.
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters, math.inf if cut_values else self.max_grad_norm)
+        norm = clip_grad_norm(self.parameters, math.inf if cut_values else self.max_grad_norm)
         if cut_values:
-            torch.nn.utils.clip_grad_value_(self.parameters, self.max_grad_value)
-            torch.nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm)
+            for group in optimizer_groups(self.parameters):
+                torch.nn.utils.clip_grad_value_(group["params"], self.max_grad_value)
+            clip_grad_norm(self.parameters, self.max_grad_norm)
         applied = bool(torch.isfinite(norm))
         if applied:
             self.optimizer.step()
@@ -107,3 +122,17 @@ class TrainedNetwork:
     @property
     def learning_rate(self) -> float:
         return self.schedule.get_last_lr()[0]
+
+
+def _start_moments(optimizer: torch.optim.Adam) -> None:
+    """Adam's state before its first step.
+
+    Saving sharded moments that are not there yet would make an idle step to have them, and count it.
+    """
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            optimizer.state[parameter] = {
+                "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
+                "exp_avg": torch.zeros_like(parameter),
+                "exp_avg_sq": torch.zeros_like(parameter),
+            }

@@ -18,6 +18,7 @@ from torch import nn
 from .. import __version__
 from ..data import ImageDataset
 from ..data.config import DataConfig
+from .sharding import plain_class
 
 
 def describe_session(accelerator: Accelerator) -> dict[str, Any]:
@@ -59,7 +60,7 @@ def describe_data(config: DataConfig, data: ImageDataset | None) -> dict[str, An
 
 def describe_network(network: nn.Module) -> dict[str, Any]:
     """Class and size of a network."""
-    return {"class": type(network).__name__, "parameters": sum(p.numel() for p in network.parameters())}
+    return {"class": plain_class(network).__name__, "parameters": sum(p.numel() for p in network.parameters())}
 
 
 def describe_teacher(name: str, pipeline: DiffusionPipeline) -> dict[str, Any]:

@@ -61,6 +61,7 @@ class Trainer:
             self.accelerator,
             self.run.path / CHECKPOINTS,
             settings.save_total_limit,
+            self.global_batch_size,
             settings.dataloader_num_workers,
         )
         self.step = 0

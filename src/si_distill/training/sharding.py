@@ -1,0 +1,129 @@
+"""Networks that are cut over all ranks (FSDP2): what is cut, how gradients are clipped, how networks are put together again.
+
+Each rank holds a part of every parameter. A forward gathers one unit (a block) at a time and lets it go again, so every call
+of a sharded network is collective. Weights stay in float32; with bfloat16 a unit is gathered in bfloat16 and its gradients
+are summed in float32. Inputs are not cast: times stay in float32.
+"""
+
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+
+import torch
+from accelerate import Accelerator, init_empty_weights
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+
+from ..critic import LogVariance
+from ..models.unet_edm2 import MPConv, normalize
+from .blocks import block_classes
+
+#: Shared by two modules of diffusers' DiT: its output layer uses the embedding inside the first block.
+_SHARED = ("CombinedTimestepLabelEmbeddings",)
+
+
+def shard(accelerator: Accelerator, network: nn.Module) -> nn.Module:
+    """Cuts a network over all ranks, block by block, in place; it is not trained yet, and on the CPU the same everywhere.
+
+    Parameters without dimensions (EDM2's gains) cannot be cut: every rank has them (see `average_replicated`).
+    """
+    # Nothing here changes an output of a network in place.
+    warnings.filterwarnings("ignore", message=".*returned a view tensor")
+    plugin = accelerator.state.fsdp_plugin
+    exact = MixedPrecisionPolicy()
+    half = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    scalars = {parameter for parameter in network.parameters() if parameter.ndim == 0}
+    for parameter in scalars:
+        parameter.data = parameter.data.to(accelerator.device)
+    common = dict(mesh=init_device_mesh(accelerator.device.type, (accelerator.num_processes,)), ignored_params=scalars)
+    policy = half if accelerator.mixed_precision == "bf16" else exact
+    names = block_classes(network)
+    for module in reversed(list(network.modules())):  # what is inside comes first
+        kind = type(module).__name__
+        if isinstance(module, LogVariance):  # the size of a loss is not for bfloat16
+            fully_shard(module, mp_policy=exact, **common)
+        elif kind in _SHARED or kind in names:
+            fully_shard(module, mp_policy=policy, reshard_after_forward=plugin.reshard_after_forward, **common)
+    fully_shard(network, mp_policy=policy, **common)
+    if any(isinstance(module, MPConv) for module in network.modules()):
+        network.register_forward_pre_hook(_normalize_shards, prepend=True)
+    return network
+
+
+@torch.no_grad()
+def _normalize_shards(network: nn.Module, args: tuple) -> None:
+    """EDM2's forced weight normalisation of the weights themselves: in a forward it reaches only the gathered copies.
+
+    A weight is cut between its output channels, each of which is normalised on its own.
+    """
+    if network.training:
+        reshard(network)
+        for module in network.modules():
+            if isinstance(module, MPConv):
+                rows = module.weight.to_local()
+                rows.copy_(normalize(rows, tuple(range(1, rows.ndim))))
+
+
+def reshard(network: nn.Module) -> None:
+    """Lets go of what a forward without gradients has left gathered, so that the parameters are the shards again."""
+    for module in network.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+def plain_class(network: nn.Module) -> type[nn.Module]:
+    """The class of a network as it was before sharding."""
+    kind = type(network)
+    return kind.__bases__[1] if issubclass(kind, FSDPModule) else kind
+
+
+def whole_network(accelerator: Accelerator, network: nn.Module) -> nn.Module | None:
+    """On rank 0 a network of the original class with all weights, on the CPU if it was sharded; else None. Collective."""
+    if not isinstance(network, FSDPModule):
+        return network if accelerator.is_main_process else None
+    weights = accelerator.get_state_dict(network)
+    if not accelerator.is_main_process:
+        return None
+    cls = plain_class(network)
+    with init_empty_weights(include_buffers=False):
+        whole = cls.from_config(network.config)
+    whole.load_state_dict(weights, assign=True)
+    return whole.requires_grad_(False).eval()
+
+
+def _kinds(parameters: Iterable[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
+    """Sharded and replicated parameters apart: torch's operations on lists take no mixture."""
+    parameters = list(parameters)
+    for sharded in (True, False):
+        found = [parameter for parameter in parameters if isinstance(parameter, DTensor) == sharded]
+        if found:
+            yield found
+
+
+def optimizer_groups(parameters: Iterable[nn.Parameter]) -> list[dict[str, list[nn.Parameter]]]:
+    """Groups for an optimizer, none of which mixes sharded and replicated parameters."""
+    return [{"params": group} for group in _kinds(parameters)]
+
+
+def average_replicated(accelerator: Accelerator, parameters: Iterable[nn.Parameter]) -> None:
+    """Averages the gradients of parameters that a sharded network has on every rank; collective."""
+    gradients = [p.grad for p in parameters if not isinstance(p, DTensor) and p.grad is not None]
+    if gradients:
+        mean = accelerator.reduce(torch.stack(gradients), "mean")
+        torch._foreach_copy_(gradients, list(mean.unbind()))
+
+
+def clip_grad_norm(parameters: Sequence[nn.Parameter], max_norm: float) -> torch.Tensor:
+    """Clips gradients to a global norm as `torch.nn.utils.clip_grad_norm_` does, sharded and replicated ones together.
+
+    Returns:
+        The norm before, (), the same number on every rank.
+    """
+    groups = list(_kinds(p for p in parameters if p.grad is not None))
+    norms = [torch.nn.utils.get_total_norm([p.grad for p in group]) for group in groups]
+    whole = [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]
+    norm = torch.linalg.vector_norm(torch.stack(whole))
+    for group in groups:
+        torch.nn.utils.clip_grads_with_norm_(group, max_norm, norm)
+    return norm
