@@ -136,6 +136,8 @@ def test_a_folder_saved_again_has_the_same_files(root, name, tmp_path):
         "interpolant_latents.py",
         "interpolant_pipeline_base.py",
         "interpolant_pipeline_folder.py",
+        "interpolant_pipeline_images.py",
+        "interpolant_pipeline_labels.py",
         "interpolant_pipeline_network.py",
         *(["interpolant_probability_flow.py"] if name == "teacher" else []),
         "pipeline.py",
@@ -157,6 +159,7 @@ def test_the_index_names_the_folder_s_own_code(root):
     assert index.pop("_diffusers_version")
     assert index == {
         "_class_name": ["pipeline", "OneStepInterpolantPipeline"],
+        "image_upsampling": None,
         "id2label": {"1": "one, uno"},
         "scheduler": ["scheduling_stochastic_interpolant", "StochasticInterpolantScheduler"],
         "transformer": ["transformer_sit", "SiTTransformer2DModel"],

@@ -35,7 +35,7 @@ def counted(pipe, labels, **kwargs):
 
 
 class TestEvaluations:
-    @pytest.mark.parametrize("solver", SOLVERS)
+    @pytest.mark.parametrize("solver", [solver for solver in SOLVERS if solver != "posterior"])  # which bridges have
     @pytest.mark.parametrize("guidance_scale", [1.0, 2.0])
     def test_are_those_that_a_hook_counts(self, solver, guidance_scale):
         output, rows = counted(

@@ -45,8 +45,8 @@ def extend_pipeline(pipeline: Pipeline, condition_channels: int) -> Pipeline:
     """
     parts: dict[str, Any] = dict(pipeline.components)
     parts["transformer"] = extend_network(pipeline.transformer, condition_channels=condition_channels)
-    config = pipeline.config
-    return type(pipeline)(**parts, id2label=config.id2label, vae_pixel_min=config.vae_pixel_min)
+    settings = {name: pipeline.config[name] for name in ("id2label", "vae_pixel_min", "image_upsampling")}
+    return type(pipeline)(**parts, **settings)
 
 
 def _grown(old: torch.Tensor | None, new: torch.Tensor) -> torch.Tensor:

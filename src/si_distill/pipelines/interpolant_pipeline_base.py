@@ -1,10 +1,8 @@
-"""What the one-step and the multi-step pipeline share: labels, noise, decoding.
+"""What the one-step and the multi-step pipeline share: images, noise, decoding; labels are in a sibling.
 
 A copy of this file travels beside `pipeline.py` into every saved pipeline: it imports only torch, diffusers and siblings.
 """
 
-import difflib
-import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -17,11 +15,11 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
 
 from .interpolant_latents import LatentScaling
-from .interpolant_pipeline_network import NetworkView, guided_outputs, view_network
+from .interpolant_pipeline_images import UPSAMPLING_MODES, ImageInput, fit_images, read_images
+from .interpolant_pipeline_labels import LabelsMixin, checked_names
+from .interpolant_pipeline_network import NetworkView, guided_outputs, network_condition, view_network
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
-
-ClassLabels = int | str | list[int | str] | torch.Tensor
 
 
 @dataclass
@@ -38,7 +36,7 @@ class InterpolantPipelineOutput(ImagePipelineOutput):
     num_network_evaluations: int
 
 
-class InterpolantPipelineBase(DiffusionPipeline):
+class InterpolantPipelineBase(LabelsMixin, DiffusionPipeline):
     """
     Image pipeline on a stochastic interpolant, with classes or without; subclasses write `__call__`.
 
@@ -53,9 +51,12 @@ class InterpolantPipelineBase(DiffusionPipeline):
             comma-separated list of synonyms.
         vae_pixel_min (`float`): the darkest pixel of the images that the VAE was used with, −1 or 0; the brightest is 1.
             Latents of EDM2 are those of images in [0, 1].
+        image_upsampling (`dict`, *optional*): of a network that enlarges images: `{"factor": 2, "mode": "nearest"}` (or
+            `"bicubic"`) is how images of size / factor are brought to the network's size, as in its training.
 
     Raises:
-        ValueError: for an `id2label` whose keys are not classes of the network or whose values are not names.
+        ValueError: for an `id2label` whose keys are not classes of the network or whose values are not names, or an
+            `image_upsampling` that cannot be done.
     """
 
     model_cpu_offload_seq = "transformer->vae"
@@ -69,11 +70,15 @@ class InterpolantPipelineBase(DiffusionPipeline):
         vae: ModelMixin | None = None,
         id2label: dict | None = None,
         vae_pixel_min: float = -1.0,
+        image_upsampling: dict | None = None,
     ):
         super().__init__()
         self.register_modules(transformer=transformer, scheduler=scheduler, vae=vae)
+        view = view_network(transformer)
         self.register_to_config(
-            id2label=_checked_names(id2label, view_network(transformer).num_classes), vae_pixel_min=vae_pixel_min
+            id2label=checked_names(id2label, view.num_classes),
+            vae_pixel_min=vae_pixel_min,
+            image_upsampling=_checked_upsampling(image_upsampling, view),
         )
         self.image_processor = VaeImageProcessor()
 
@@ -82,99 +87,58 @@ class InterpolantPipelineBase(DiffusionPipeline):
         """What the `transformer`, of whatever class, takes and gives."""
         return view_network(self.transformer)
 
-    def prepare_labels(
-        self, class_labels: ClassLabels | None, batch_size: int | None, device: torch.device
-    ) -> tuple[torch.Tensor | None, int]:
+    @property
+    def is_bridge(self) -> bool:
+        """Whether sampling starts at an image instead of noise."""
+        return not getattr(getattr(self.scheduler, "interpolant", None), "gaussian_reference", True)
+
+    @property
+    def image_channels(self) -> int:
+        """Channels of the image that each call is given; 0 of a network that generates from noise alone."""
+        return self.network.sample_shape[0] if self.is_bridge else self.network.condition_channels
+
+    @property
+    def noise_shape(self) -> tuple[int, int, int] | None:
+        """(C, H, W) of the standard normal noise that `latents` may hold, or None where a call starts without any."""
+        channels, *size = self.network.sample_shape
+        channels = self.scheduler.config.noise_channels if self.is_bridge else channels
+        return (channels, *size) if channels else None
+
+    def prepare_image(
+        self, image: ImageInput | None, num_images_per_input: int, device: torch.device
+    ) -> torch.Tensor | None:
         """
-        The classes (B,) on the device, or None for an unconditional network, and the number B of images.
+        The images that the call starts from or is conditioned on, (B, C, sample_size, sample_size) in [-1, 1], each
+        `num_images_per_input` times in a row; None of a network that takes none.
 
         Raises:
-            ValueError: for labels of an unconditional network or none of a conditional one, or a `batch_size` that is no
-                number of images.
+            ValueError: for an image of a network that takes none or none of one that does, a wrong size or number of
+                channels, values out of range, or a number of images below 1.
+            TypeError: for something else than images.
         """
-        if self.network.num_classes:
-            if class_labels is None or batch_size is not None:
+        if not isinstance(num_images_per_input, int) or num_images_per_input < 1:
+            raise ValueError(f"`num_images_per_input` must be at least 1, got {num_images_per_input!r}.")
+        channels, size = self.image_channels, self.network.sample_shape[-1]
+        if not channels:
+            if image is not None:
+                raise ValueError("`image` was given, but this network generates from noise alone: leave it out.")
+            if num_images_per_input != 1:
                 raise ValueError(
-                    f"This network has {self.network.num_classes} classes: pass `class_labels`, one for each image, and no "
-                    "`batch_size`."
+                    f"`num_images_per_input` is {num_images_per_input}, but this network takes no image: pass more labels, "
+                    "or a larger `batch_size`."
                 )
-            labels = torch.tensor(self.get_label_ids(class_labels), device=device)
-            return labels, len(labels)
-        if class_labels is not None:
-            raise ValueError("`class_labels` were given, but this network is unconditional: pass `batch_size` instead.")
-        batch_size = 1 if batch_size is None else batch_size
-        if not isinstance(batch_size, int) or batch_size < 1:
-            raise ValueError(f"`batch_size` must be a number of images, at least 1, got {batch_size!r}.")
-        return None, batch_size
-
-    def get_label_ids(self, class_labels: ClassLabels) -> list[int]:
-        """
-        The classes that a user's labels mean.
-
-        Args:
-            class_labels (`int`, `str`, `list` of these, or integer `torch.Tensor` of shape (B,)): a string is one
-                label: a name of `id2label`, or one of its comma-separated synonyms.
-
-        Returns:
-            `list[int]`: B classes, each in 0 … num_classes − 1.
-
-        Raises:
-            ValueError: for no labels, an unknown or ambiguous name, or a class out of range.
-            TypeError: for a label that is neither an integer nor a string.
-        """
-        if hasattr(class_labels, "tolist"):  # a tensor, a NumPy array or a NumPy number
-            class_labels = class_labels.tolist()
-        if not isinstance(class_labels, (list, tuple, range)):
-            class_labels = [class_labels]
-        if not len(class_labels):
-            raise ValueError("`class_labels` is empty; pass at least one label.")
-        return [self._class_of_name(label) if isinstance(label, str) else self._class(label) for label in class_labels]
-
-    def _class(self, label: Any) -> int:
-        try:
-            if isinstance(label, bool):  # True would be taken for class 1
-                raise TypeError
-            value = operator.index(label)
-        except TypeError:
-            raise TypeError(
-                f"{label!r} of type {type(label).__name__} is no class label; labels are integers or names (a flat list "
-                "or tensor of them for a batch)."
-            ) from None
-        num_classes = self.network.num_classes
-        if num_classes == 0:
-            raise ValueError(f"The class {value} was given, but this network is unconditional: leave labels out.")
-        if not 0 <= value < num_classes:
-            raise ValueError(f"The class {value} is out of range: this network has the classes 0 to {num_classes - 1}.")
-        return value
-
-    def _class_of_name(self, name: str) -> int:
-        id2label = self.config.id2label
-        if not id2label:
+            return None
+        if image is None:
             raise ValueError(
-                f"The label {name!r} is a name, but this pipeline has no `id2label`; pass the number of the class, 0 to "
-                f"{self.network.num_classes - 1}."
+                f"This network turns an image into another one: pass `image`, of {size}×{size} pixels and {channels} "
+                f"channel{'s' if channels > 1 else ''}."
             )
-        whole: dict[str, list[int]] = {}
-        synonyms: dict[str, list[int]] = {}
-        for key, names in id2label.items():
-            whole.setdefault(names.strip(), []).append(key)
-            for synonym in names.split(","):
-                synonyms.setdefault(synonym.strip(), []).append(key)
-        found = whole.get(name.strip()) or synonyms.get(name.strip()) or []
-        if len(found) == 1:
-            return found[0]
-        if found:
+        if self.vae is not None:
             raise ValueError(
-                f"The label {name!r} is the name of several classes: {', '.join(map(str, found))}. Pass the number."
+                "This network works on latents, and images as input are not encoded: it cannot take `image`."
             )
-        close = difflib.get_close_matches(name.strip(), synonyms, n=3, cutoff=0.5)
-        hint = (
-            f" Did you mean {' or '.join(map(repr, close))}?" if close else f" One of them is {next(iter(synonyms))!r}."
-        )
-        raise ValueError(
-            f"Unknown label {name!r}; `pipeline.config.id2label` names {len(id2label)} classes ({len(synonyms)} names)."
-            f"{hint}"
-        )
+        images = fit_images(read_images(image, channels), size, self.config.image_upsampling).to(device)
+        return images.repeat_interleave(num_images_per_input, 0)
 
     def check_inputs(
         self,
@@ -204,39 +168,55 @@ class InterpolantPipelineBase(DiffusionPipeline):
                 f"There are {len(generator)} generators for {batch_size} images; pass one for each image, or a single "
                 "generator for the batch."
             )
-        shape = self._latents_shape(batch_size)
-        if latents is not None and tuple(latents.shape) != shape:
+        if latents is None:
+            return
+        if self.noise_shape is None:
+            raise ValueError(
+                "`latents` were given, but sampling starts at `image` and draws noise on the way, if any: leave them out, "
+                "and pass `generator` to make it reproducible."
+            )
+        shape = (batch_size, *self.noise_shape)
+        if tuple(latents.shape) != shape:
             raise ValueError(
                 f"`latents` has shape {tuple(latents.shape)}, but {batch_size} images of this network need {shape}."
             )
 
-    def _latents_shape(self, batch_size: int) -> tuple[int, int, int, int]:
-        return (batch_size, *self.network.sample_shape)
-
-    def prepare_latents(
+    def prepare_noise(
         self,
         batch_size: int,
         device: torch.device,
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: torch.Tensor | None = None,
-        init_noise_sigma: float = 1.0,
-    ) -> torch.Tensor:
+    ) -> torch.Tensor | None:
         """
-        The state x_t at the first time, (B, C, H, W): standard normal noise times `init_noise_sigma`.
+        Standard normal noise (B, *noise_shape), or None where none is taken.
 
-        Noise is drawn in float32 whatever the network's dtype, so that all its variants see the same, and the state stays
-        in float32 (or wider): only the network computes in its own dtype.
+        It is drawn in float32 whatever the network's dtype, so that all its variants see the same, and stays in float32
+        (or wider): only the network computes in its own dtype.
 
         Args:
-            latents (`torch.Tensor` of shape (B, C, H, W), *optional*): standard normal noise to use instead.
+            latents (`torch.Tensor` of shape (B, *noise_shape), *optional*): noise to use instead.
         """
+        if self.noise_shape is None:
+            return None
         if latents is None:
             generator = list(generator) if isinstance(generator, tuple) else generator
-            latents = randn_tensor(
-                self._latents_shape(batch_size), generator=generator, device=device, dtype=torch.float32
-            )
-        dtype = torch.promote_types(self.transformer.dtype, torch.float32)
-        return latents.to(device=device, dtype=dtype) * init_noise_sigma
+            shape = (batch_size, *self.noise_shape)
+            latents = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
+        return latents.to(device=device, dtype=torch.promote_types(self.transformer.dtype, torch.float32))
+
+    def prepare_latents(
+        self, noise: torch.Tensor | None, image: torch.Tensor | None, init_noise_sigma: float
+    ) -> torch.Tensor:
+        """The state x_t at the first time, (B, C, H, W): noise times `init_noise_sigma`, or a bridge's image."""
+        if not self.is_bridge:
+            return noise * init_noise_sigma
+        return image.to(torch.promote_types(self.transformer.dtype, torch.float32))
+
+    def prepare_condition(self, image: torch.Tensor | None, noise: torch.Tensor | None) -> torch.Tensor | None:
+        """What the network sees beside x_t, in its dtype: the image, and the noise of a bridge's student."""
+        condition = network_condition(self.transformer, image, noise if self.is_bridge else None)
+        return None if condition is None else condition.to(self.transformer.dtype)
 
     def predict(
         self,
@@ -245,6 +225,7 @@ class InterpolantPipelineBase(DiffusionPipeline):
         class_labels: torch.Tensor | None,
         guidance_scale: float = 1.0,
         guidance_channels: int | None = None,
+        condition: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """One forward of the network at (x_t, t), (B, C, H, W) and a scalar, in the network's dtype."""
         # Scaled before the cast: what the network sees has unit size, x_t itself may be 80 times that.
@@ -258,6 +239,7 @@ class InterpolantPipelineBase(DiffusionPipeline):
             self.network.null_class,
             guidance_scale,
             guidance_channels=guidance_channels,
+            condition=condition,
         )[0]
 
     def apply_callback(
@@ -291,20 +273,16 @@ class InterpolantPipelineBase(DiffusionPipeline):
         return self.image_processor.postprocess(self.decode(latents), output_type=output_type)
 
 
-def _checked_names(id2label: dict | None, num_classes: int) -> dict[int, str] | None:
-    if id2label is None:
+def _checked_upsampling(described: dict | None, view: NetworkView) -> dict[str, Any] | None:
+    if described is None:
         return None
-    if num_classes == 0:
-        raise ValueError("`id2label` names classes, but the network is unconditional: leave it out.")
-    names = {}
-    for key, name in id2label.items():
-        try:
-            number = int(key)  # JSON turns integer keys into strings
-        except (TypeError, ValueError):
-            raise ValueError(f"The key {key!r} of `id2label` is not the number of a class.") from None
-        if not 0 <= number < num_classes or not isinstance(name, str):
-            raise ValueError(
-                f"`id2label` has the entry {key!r}: {name!r}; it maps classes, 0 to {num_classes - 1}, to names."
-            )
-        names[number] = name
-    return names
+    factor, mode, size = described.get("factor"), described.get("mode"), view.sample_shape[-1]
+    if set(described) != {"factor", "mode"} or mode not in UPSAMPLING_MODES:
+        raise ValueError(
+            f"`image_upsampling` is {described!r}; it holds a `factor` and a `mode`, one of: {', '.join(UPSAMPLING_MODES)}."
+        )
+    if not isinstance(factor, int) or factor < 2 or size % factor:
+        raise ValueError(
+            f"`image_upsampling` has the factor {factor!r}; it must be a whole number above 1 that divides {size}."
+        )
+    return dict(described)

@@ -13,26 +13,31 @@ from diffusers import DiffusionPipeline
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
 from .interpolant_latents import LatentScaling  # noqa: F401 - a helper's import: what travels is what is named here
-from .interpolant_pipeline_base import ClassLabels, InterpolantPipelineBase, InterpolantPipelineOutput
+from .interpolant_pipeline_base import InterpolantPipelineBase, InterpolantPipelineOutput
 from .interpolant_pipeline_folder import SelfContainedFolderMixin
+from .interpolant_pipeline_images import ImageInput
+from .interpolant_pipeline_labels import ClassLabels
 from .interpolant_pipeline_network import NetworkView  # noqa: F401 - likewise
 from .interpolant_probability_flow import ProbabilityFlow
 
 #: Settings of the scheduler that a call may override.
-SOLVER_SETTINGS = ("diffusion_form", "diffusion_norm", "last_step", "last_step_size", "rtol", "atol")
+SOLVER_SETTINGS = ("diffusion_form", "diffusion_norm", "last_step", "last_step_size", "rtol", "atol", "first_step_size")
 
 
 class InterpolantPipeline(SelfContainedFolderMixin, InterpolantPipelineBase):
     """
-    Images from a teacher: dx/dt = v(x, t, y) from noise to data, with classifier-free guidance.
+    Images from a teacher: dx/dt = v(x, t, y) from noise, or from the image of a bridge, to data, with classifier-free
+    guidance.
 
     Args:
-        transformer ([`ModelMixin`]): the teacher, called as `(hidden_states, timestep, class_labels)`; guidance needs its
-            `null_class`.
+        transformer ([`ModelMixin`]): the teacher, called as `(hidden_states, timestep, class_labels)`, with a `condition` if
+            it has `condition_channels`; guidance needs its `null_class`.
         scheduler ([`SchedulerMixin`]): a `StochasticInterpolantScheduler`.
         vae ([`ModelMixin`], *optional*): decodes latents; without one the images are pixels in [-1, 1].
         id2label (`dict`, *optional*): names of the classes, each a name or comma-separated synonyms.
         vae_pixel_min (`float`): the darkest pixel for the VAE, −1, or 0 for latents of EDM2.
+        image_upsampling (`dict`, *optional*): how a network that enlarges takes small images, e.g.
+            `{"factor": 2, "mode": "nearest"}`.
     """
 
     @torch.no_grad()
@@ -48,6 +53,8 @@ class InterpolantPipeline(SelfContainedFolderMixin, InterpolantPipelineBase):
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: torch.Tensor | None = None,
         batch_size: int | None = None,
+        image: ImageInput | None = None,
+        num_images_per_input: int = 1,
         timesteps: list[float] | torch.Tensor | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
@@ -55,7 +62,7 @@ class InterpolantPipeline(SelfContainedFolderMixin, InterpolantPipelineBase):
         callback_on_step_end_tensor_inputs: list[str] = ["latents"],  # noqa: B006 - diffusers' signature, never changed
     ) -> InterpolantPipelineOutput | tuple[Any]:
         """
-        Generates one image for each label.
+        Generates one image for each label or each given image.
 
         Args:
             class_labels (`int`, `str`, `list` of these, or integer `torch.Tensor` of shape (B,)): classes,
@@ -66,14 +73,21 @@ class InterpolantPipeline(SelfContainedFolderMixin, InterpolantPipelineBase):
                 "Applying Guidance in a Limited Interval"); at others w is 1.
             guidance_channels (`int`, *optional*): guides only the first channels, as SiT's sampler does with 3; None is all.
             solver (`str`, *optional*): `"euler"`, `"heun"`, `"ddim"`, `"edm_heun"`, `"dpmpp_2m"`, `"sde_euler"`,
-                `"sde_heun"` or `"dopri5"` (see `StochasticInterpolantScheduler`); None takes the scheduler's.
+                `"sde_heun"`, `"dopri5"`, or of a bridge `"posterior"` (see `StochasticInterpolantScheduler`); None takes the
+                scheduler's.
             solver_kwargs (`dict`, *optional*): settings of the scheduler for this call: `diffusion_form`, `diffusion_norm`,
-                `last_step`, `last_step_size` of an SDE, `rtol`, `atol` of `"dopri5"`.
+                `last_step`, `last_step_size` of an SDE, `rtol`, `atol` of `"dopri5"`, `first_step_size` of a bridge's ODE.
             generator (`torch.Generator` or a list of B of them, *optional*): makes the images reproducible; with a list,
                 each image depends on its own generator only (with `"dopri5"` on the others within the tolerance: its steps
                 are chosen for the batch).
-            latents (`torch.Tensor` of shape (B, C, sample_size, sample_size), *optional*): standard normal noise x1.
+            latents (`torch.Tensor` of shape (B, C, sample_size, sample_size), *optional*): standard normal noise x1; not of
+                a bridge, which starts at `image`.
             batch_size (`int`, *optional*): number of images B of an unconditional network; 1 when not given.
+            image (PIL image, `np.ndarray`, `torch.Tensor`, or a list of these, *optional*): what a bridge starts from, or a
+                network sees beside x_t: B images of the network's size and channels; of a network that enlarges also small
+                ones (see `image_upsampling`). Arrays are (H, W, C) in [0, 1], tensors (C, H, W) in [-1, 1], both with or
+                without a batch axis, or uint8.
+            num_images_per_input (`int`): images for each given one, from different noise; they follow each other.
             timesteps (`list[float]`, *optional*): the start of each step: falling times in (0, 1], without the final 0.
             output_type (`str`): `"pil"`, `"np"` (B, H, W, C) in [0, 1], `"pt"` (B, C, H, W) in [0, 1], or `"latent"`,
                 the sampler's result before decoding.
@@ -114,7 +128,8 @@ class InterpolantPipeline(SelfContainedFolderMixin, InterpolantPipelineBase):
                 f"`guidance_channels` is {guidance_channels}, but this network has {self.network.sample_shape[0]} channels."
             )
         device = self._execution_device
-        labels, batch_size = self.prepare_labels(class_labels, batch_size, device)
+        image = self.prepare_image(image, num_images_per_input, device)
+        labels, batch_size = self.prepare_labels(class_labels, batch_size, device, image, num_images_per_input)
         self.check_inputs(batch_size, generator, latents, output_type, callback_on_step_end_tensor_inputs)
 
         # 2. Prepare the times
@@ -129,8 +144,12 @@ class InterpolantPipeline(SelfContainedFolderMixin, InterpolantPipelineBase):
             steps = None if timesteps is not None else num_inference_steps
             scheduler.set_timesteps(steps, device=device, timesteps=timesteps)
 
-        # 3. Prepare the noise
-        latents = self.prepare_latents(batch_size, device, generator, latents, scheduler.init_noise_sigma)
+        # 3. Prepare the noise, and what the network sees beside x_t
+        noise = self.prepare_noise(batch_size, device, generator, latents)
+        latents = self.prepare_latents(noise, image, scheduler.init_noise_sigma)
+        condition = self.prepare_condition(image, noise)
+        # Only a paired bridge's network, which saw x1, can be told of it.
+        told = {"reference": image} if self.is_bridge and condition is not None else {}
 
         # 4. Solve
         evaluations = 0
@@ -139,7 +158,7 @@ class InterpolantPipeline(SelfContainedFolderMixin, InterpolantPipelineBase):
             nonlocal evaluations
             scale = guidance_scale if low <= float(timestep) <= high else 1.0
             evaluations += 1 if scale == 1 else 2
-            return self.predict(x, timestep, labels, scale, guidance_channels)
+            return self.predict(x, timestep, labels, scale, guidance_channels, condition)
 
         if adaptive:
             config = scheduler.config
@@ -150,7 +169,9 @@ class InterpolantPipeline(SelfContainedFolderMixin, InterpolantPipelineBase):
             with self.progress_bar(total=len(scheduler.timesteps)) as progress_bar:
                 for step, timestep in enumerate(scheduler.timesteps):
                     prediction = predict(latents, timestep)
-                    latents = scheduler.step(prediction, timestep, latents, generator=generator, return_dict=False)[0]
+                    latents = scheduler.step(
+                        prediction, timestep, latents, generator=generator, return_dict=False, **told
+                    )[0]
                     latents = self.apply_callback(
                         callback_on_step_end, step, timestep, latents, callback_on_step_end_tensor_inputs
                     )
