@@ -64,6 +64,13 @@ class Field:
         prediction = self.outputs(x_t, t, labels, augment_labels, reference)[0]
         return self.interpolant.convert(prediction, x_t, t, self.prediction_type, space, x1=reference)
 
+    def sample(
+        self, x_t: torch.Tensor, t: torch.Tensor, labels: torch.Tensor | None, reference: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """x̂0, or where a bridge's prediction does not determine it Euler's step to t = 0 (`Interpolant.last_step`)."""
+        prediction = self.predict(x_t, t, labels, reference)
+        return self.interpolant.last_step(prediction, x_t, t, self.prediction_type, x1=reference)
+
     def predict(
         self, x_t: torch.Tensor, t: torch.Tensor, labels: torch.Tensor | None, reference: torch.Tensor | None = None
     ) -> torch.Tensor:

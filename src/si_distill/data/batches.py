@@ -4,7 +4,8 @@ A data set's item, and a batch, is a dict:
 
 * `images`: (C, H, W) in [-1, 1], float32 — or uint8 levels, which `on_device` brings to [-1, 1] where the network is;
 * `labels`: the class, an int;
-* `reference` (paired data): (C', H, W), the pair's own image at t = 1.
+* `reference` (data with references): (C', H, W), the image at t = 1, a pair's own or another's;
+* `other_reference` (unpaired data, for students): a second one, independent of all.
 """
 
 from typing import Any, Protocol
@@ -17,7 +18,7 @@ from .sampler import GlobalBatchSampler
 Batch = dict[str, torch.Tensor]
 
 #: Entries that are pictures, and change sides together when one is flipped.
-PICTURES = ("images", "reference")
+PICTURES = ("images", "reference", "other_reference")
 
 
 class BatchIterator(Protocol):

@@ -69,13 +69,15 @@ class UnpairedData:
     Args:
         images: the data set of the images, which has labels.
         references: the other; its labels are not read.
+        further: whether each batch has a second, independent set of references, `other_reference`: what students start
+            from, beside those that x_t is built with.
 
     Raises:
         InputError: when the two have images of different sizes or channels.
     """
 
-    def __init__(self, images: TrainingData, references: TrainingData):
-        self.images, self.references = images, references
+    def __init__(self, images: TrainingData, references: TrainingData, further: bool = False):
+        self.images, self.references, self.further = images, references, further
         self.name, self.channels, self.size, self.class_names = (
             images.name,
             images.channels,
@@ -93,18 +95,29 @@ class UnpairedData:
         # Another seed, or two data sets of the same length would be paired by their numbers.
         return UnpairedBatches(
             self.images.batches(batch_size, seed=seed, **position),
-            self.references.batches(batch_size, seed=seed + 1, **position),
+            reference=self.references.batches(batch_size, seed=seed + 1, **position),
+            **(
+                {"other_reference": self.references.batches(batch_size, seed=seed + 2, **position)}
+                if self.further
+                else {}
+            ),
         )
 
 
 class UnpairedBatches:
-    """Batches of two data sets side by side; the state is that of both."""
+    """Batches of several data sets side by side; the state is that of all.
 
-    def __init__(self, images: BatchIterator, references: BatchIterator):
-        self._parts = {"images": images, "references": references}
+    Args:
+        images: gives the batch.
+        references: whose images the batch gets under these names.
+    """
+
+    def __init__(self, images: BatchIterator, **references: BatchIterator):
+        self._parts = {"images": images, **references}
 
     def __next__(self) -> Batch:
-        return {**next(self._parts["images"]), "reference": next(self._parts["references"])["images"]}
+        batch = {**next(self._parts["images"])}
+        return batch | {name: next(part)["images"] for name, part in self._parts.items() if name != "images"}
 
     def state_dict(self) -> dict[str, Any]:
         return {name: part.state_dict() for name, part in self._parts.items()}

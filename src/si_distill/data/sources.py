@@ -82,14 +82,20 @@ def load_images(config: DataConfig) -> ImageDataset:
     return data
 
 
-def load_training_data(config: DataConfig) -> TrainingData:
+def load_training_data(config: DataConfig, further_references: bool = False) -> TrainingData:
     """What a trainer reads: the images, beside those of a second data set if references are unpaired.
+
+    Args:
+        config: where they are.
+        further_references: whether a batch has a second set of unpaired references, `other_reference`.
 
     Raises:
         InputError: as `load_images`, or when the two data sets differ in channels.
     """
     images = load_images(config)
-    return images if config.reference_name is None else UnpairedData(images, load_images(references_config(config)))
+    if config.reference_name is None:
+        return images
+    return UnpairedData(images, load_images(references_config(config)), further_references)
 
 
 def _unlabelled(config: DataConfig) -> bool:

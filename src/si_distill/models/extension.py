@@ -1,6 +1,6 @@
 """Finished networks with further inputs, which say at first exactly what they said without."""
 
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -30,11 +30,12 @@ def extend_network(network: Network, **arguments: int) -> Network:
             raise ValueError(f"A {type(network).__name__} has no `{name}`: it cannot be given that input.")
         if size < config[name]:
             raise ValueError(f"The network's `{name}` is {config[name]} and can only grow, but {size} was asked for.")
-    extended = type(network).from_config({**config, **arguments})
     weights = network.state_dict()
-    extended.load_state_dict({name: _grown(weights.get(name), new) for name, new in extended.state_dict().items()})
     kind = next(iter(weights.values()))
-    return extended.to(kind.device, kind.dtype).train(network.training)
+    with kind.device:  # also the meta device, on which a dry run counts
+        extended = type(network).from_config({**config, **arguments}).to(kind.dtype).train(network.training)
+    extended.load_state_dict({name: _grown(weights.get(name), new) for name, new in extended.state_dict().items()})
+    return extended
 
 
 def extend_pipeline(pipeline: Pipeline, condition_channels: int) -> Pipeline:
@@ -43,10 +44,10 @@ def extend_pipeline(pipeline: Pipeline, condition_channels: int) -> Pipeline:
     Raises:
         ValueError: as `extend_network`.
     """
-    parts: dict[str, Any] = dict(pipeline.components)
-    parts["transformer"] = extend_network(pipeline.transformer, condition_channels=condition_channels)
-    settings = {name: pipeline.config[name] for name in ("id2label", "vae_pixel_min", "image_upsampling")}
-    return type(pipeline)(**parts, **settings)
+    network = extend_network(pipeline.transformer, condition_channels=condition_channels)
+    _, settings = pipeline._get_signature_keys(pipeline)  # what the constructor takes beside the components
+    config = {name: pipeline.config[name] for name in settings if name in pipeline.config}
+    return type(pipeline)(**{**config, **pipeline.components, "transformer": network})
 
 
 def _grown(old: torch.Tensor | None, new: torch.Tensor) -> torch.Tensor:

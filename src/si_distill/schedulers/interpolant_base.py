@@ -353,6 +353,10 @@ class Interpolant:
             low = low + width * (below - 1).clamp(0, 255)
         return (low + 0.5 * width).to(ratios.dtype)
 
+    def middle_time(self) -> float:
+        """The time at which β = α."""
+        return self.time_of_ratio(1.0)
+
     def start_time(self, prediction_type: str, timestep_type: str = "time") -> float:
         """Where sampling begins: 1, or β/α = 80 (EDM's largest σ) if nothing is known of x̂0, or no ¼ ln σ, at t = 1."""
         return 1.0 if self._can_start(1.0, prediction_type, timestep_type) else self.time_of_ratio(80.0)

@@ -76,6 +76,9 @@ class BridgeInterpolant(Interpolant):
             return x_t - t.reshape(-1, *[1] * (x_t.ndim - 1)).to(x_t.dtype) * prediction
         return self.convert(prediction, x_t, t, source, "sample", x1=x1)
 
+    def middle_time(self):
+        return 0.5
+
     def edm_weight(self, t):
         raise ValueError(f"EDM's weight is one of noise levels β/α, which the interpolant {self.name!r} does not have.")
 

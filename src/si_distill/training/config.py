@@ -296,6 +296,10 @@ class DistillConfig(TrainingConfig):
     critic_class_dropout_prob: float = setting(0.0, "Share of null classes in the critic's training, for its guidance.")
     guidance_t_min: float = setting(0.0, "Smallest time with guidance.")
     guidance_t_max: float = setting(1.0, "Largest time with guidance.")
+    noise_channels: int | None = setting(
+        None,
+        "A bridge student's channels of noise; by default an image's beside a pair's reference, else 0 (no noise).",
+    )
     init_time: float | None = setting(None, "Time of the one-step map; by default the interpolant's own.")
     adam_beta1: float = setting(0.0, "First-moment decay of Adam; 0 for the game (SiD, RealUID, the report).")
     t_min: float = setting(0.02, "Smallest time of the losses.")
@@ -332,6 +336,8 @@ class DistillConfig(TrainingConfig):
         if self.critic_learning_rate is not None:
             positive("critic_learning_rate", self.critic_learning_rate)
         at_least("generator_start_images", self.generator_start_images, 0)
+        if self.noise_channels is not None:
+            at_least("noise_channels", self.noise_channels, 0)
         for name in ("guidance_scale", "critic_guidance_scale"):
             if getattr(self, name) < 0:
                 raise InputError(f"`{name}` must not be negative, got {getattr(self, name)}.")

@@ -10,6 +10,7 @@ from PIL import Image
 from torch import nn
 
 from ..critic import CriticNetwork
+from ..data.batches import Batch
 from ..pipelines import OneStepInterpolantPipeline
 from ..velocity import Field
 from ..visualization import image_grid
@@ -25,12 +26,16 @@ from .distillation_inputs import (
     starting_student,
 )
 from .distillation_losses import DistillationLosses, Draw, Images
+from .distillation_references import reference_roles
 from .ema import Averages
 from .health import HealthMonitor
 from .networks import TrainedNetwork
 from .run_facts import describe_data, describe_network, describe_teacher
 from .sharding import shard
 from .trainer import Trainer
+
+#: Images in a row of a sample grid.
+GRID_COLUMNS = 10
 
 
 @dataclass
@@ -39,14 +44,12 @@ class MicroBatch:
 
     Args:
         labels: (B,) classes of the generated images.
-        real: (B, C, H, W) real images, or None when the recipe needs none.
-        real_labels: (B,) their classes, or None.
+        data: `images`, `labels` and `reference` as the recipe needs them; empty when it needs none.
         indices: places in the global batch.
     """
 
     labels: torch.Tensor
-    real: torch.Tensor | None
-    real_labels: torch.Tensor | None
+    data: Batch
     indices: range
 
 
@@ -68,20 +71,21 @@ class DistillationTrainer(Trainer):
         self.prediction_type = teacher.scheduler.config.prediction_type
         self.timestep_type = teacher.scheduler.config.timestep_type
         settings.check_times(self.interpolant)
-        self.objective = fitting_objective(settings, self.interpolant)
+        self.objective = fitting_objective(settings, teacher)
         self.adversarial = settings.adversarial.build()
         view = teacher.network
         self.null_class, self.num_classes, self.sample_shape = view.null_class, view.num_classes, view.sample_shape
         values = math.prod(self.sample_shape)
-        needs_images = self.objective.uses_real_data or self.adversarial is not None
-        self.data = load_fitting_images(settings, teacher) if needs_images else None
+        self.references = reference_roles(settings, teacher)
+        needs_data = self.objective.uses_real_data or self.adversarial is not None or self.references.needed
+        self.data = load_fitting_images(settings, teacher) if needs_data else None
         self.class_shares = class_shares(settings, teacher, self.data)
         critic = starting_critic(settings, teacher, self.objective)
         check_log_variance(settings, self.objective, self.timestep_type)
 
         network = teacher.transformer.requires_grad_(False)
-        student, self.init_time = starting_student(settings, teacher)
-        averages = Averages(student, settings, images_per_update=self.global_batch_size)
+        self.start = starting_student(settings, teacher)
+        averages = Averages(self.start.network, settings, images_per_update=self.global_batch_size)
         kind = None if self.adversarial is None else self.adversarial.kind
         self.critic = TrainedNetwork(
             self.accelerator,
@@ -93,7 +97,7 @@ class DistillationTrainer(Trainer):
         )
         self.generator = TrainedNetwork(
             self.accelerator,
-            student,
+            self.start.network,
             settings,
             settings.learning_rate,
             total_updates=settings.max_steps * settings.generator_steps,
@@ -117,6 +121,7 @@ class DistillationTrainer(Trainer):
             self.teacher_field,
             values,
             self.accelerator.autocast,
+            sees_reference=self.references.bridge and self.references.seen,
         )
         self.time_samplers = {
             "critic": settings.build_time_sampler(self.interpolant, self.timestep_type),
@@ -185,35 +190,51 @@ class DistillationTrainer(Trainer):
 
     def _micro_batch(self, micro_batch: int) -> MicroBatch:
         indices = self.indices(micro_batch)
-        batch = {} if self.data is None else self.next_batch(self.data, micro_batch)
-        real, real_labels = batch.get("images"), batch.get("labels")
+        data = {} if self.data is None else self.next_batch(self.data, micro_batch)
         if self.class_shares is not None:
             u = self.noise.uniform("labels", self.step, indices=indices)
             labels = torch.searchsorted(self.class_shares.to(u.device), u, right=True)
-        elif real_labels is not None and self.settings.label_sampling != "uniform":
-            labels = real_labels
+        elif "labels" in data and self.settings.label_sampling != "uniform":
+            labels = data["labels"]
         else:
             classes = max(1, self.num_classes)  # an unconditional network ignores its labels
             labels = self.noise.integers(classes, "labels", self.step, indices=indices)
-        return MicroBatch(labels, real, real_labels, indices)
+        return MicroBatch(labels, data, indices)
 
     def _generate(self, batch: MicroBatch, update: int) -> torch.Tensor:
-        noise = self.noise.normal(self.sample_shape, "generator_noise", self.step, update, indices=batch.indices)
+        noise = self._generator_noise("generator_noise", self.step, update, indices=batch.indices)
         with self.accelerator.autocast():
-            return self._field(self.generator.module).one_step(noise, self.init_time, batch.labels)
+            return self._field(self.generator.module).one_step(
+                noise, self.start.init_time, batch.labels, self.references.start(batch.data)
+            )
+
+    def _generator_noise(self, stream: str, *counters: int, indices: range) -> torch.Tensor | None:
+        channels, *size = self.sample_shape
+        channels = self.start.noise_channels if self.references.bridge else channels
+        return self.noise.normal((channels, *size), stream, *counters, indices=indices) if channels else None
 
     def _draw(self, batch: MicroBatch, stream: str, update: int) -> Draw:
-        u, x1 = self.noise.uniform_and_normal(self.sample_shape, stream, self.step, update, indices=batch.indices)
+        u, noise = self.noise.uniform_and_normal(self.sample_shape, stream, self.step, update, indices=batch.indices)
         if self.adversarial_times is None:
-            return Draw(self.time_samplers[stream](u), x1)
+            return Draw(self.time_samplers[stream](u), noise)
         own = self.noise.uniform(f"{stream}_adversarial", self.step, update, indices=batch.indices)
-        return Draw(self.time_samplers[stream](u), x1, self.adversarial_times(own))
+        return Draw(self.time_samplers[stream](u), noise, self.adversarial_times(own))
+
+    def _generated(self, batch: MicroBatch, samples: torch.Tensor, draw: Draw) -> Images:
+        """The samples with the other end of their path."""
+        x1 = self.references.x1(samples, batch.data) if self.references.bridge else draw.noise
+        return Images(samples, batch.labels, x1, self._seen(batch))
+
+    def _seen(self, batch: MicroBatch) -> torch.Tensor | None:
+        return batch.data["reference"] if self.references.seen else None
 
     def _critic_loss(
         self, batch: MicroBatch, samples: torch.Tensor, update: int
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         draw = self._draw(batch, "critic", update)
-        fake, real = Images(samples, batch.labels), Images(batch.real, batch.real_labels)
+        fake, data = self._generated(batch, samples, draw), batch.data
+        x1 = data["reference"] if self.references.bridge else draw.noise
+        real = Images(data.get("images"), data.get("labels"), x1, self._seen(batch))
         if self.settings.critic_class_dropout_prob > 0:
             dropped = self.noise.uniform("labels", self.step, update, indices=batch.indices)
             dropped = dropped < self.settings.critic_class_dropout_prob
@@ -230,7 +251,7 @@ class DistillationTrainer(Trainer):
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         judged = self.adversarial is not None and self.images_seen >= self.settings.adversarial.start_images
         draw = self._draw(batch, "generator", update)
-        return self.game_losses.generator_loss(critic, samples, batch.labels, draw, judged)
+        return self.game_losses.generator_loss(critic, self._generated(batch, samples, draw), draw, judged)
 
     # What comes out.
 
@@ -240,7 +261,10 @@ class DistillationTrainer(Trainer):
     def pipeline(self, network: nn.Module | None = None) -> OneStepInterpolantPipeline:
         teacher = self.teacher_pipeline
         scheduler = type(teacher.scheduler).from_config(
-            teacher.scheduler.config, solver="euler", init_time=self.init_time
+            teacher.scheduler.config,
+            solver="euler",
+            init_time=self.start.init_time,
+            noise_channels=self.start.noise_channels,
         )
         network = self.averages.network if network is None else network
         config = teacher.config
@@ -257,23 +281,34 @@ class DistillationTrainer(Trainer):
         }
 
     def sample_grid(self) -> Image.Image:
-        """Rows: the student's samples, and x̂0 of teacher and critic from these samples noised to β = α."""
-        labels = torch.arange(10, device=self.accelerator.device) % max(1, self.num_classes)
-        noise, x1 = (
-            self.noise.normal(self.sample_shape, "samples", row, indices=range(len(labels))) for row in range(2)
-        )
+        """Rows: what the student starts from, if that is an image, its samples, and x̂0 of teacher and critic from these
+        samples noised to β = α.
+        """
+        indices, roles = range(GRID_COLUMNS), self.references
+        shown = self.shown_batch(self.data, GRID_COLUMNS) if roles.needed else {}
+        labels = torch.arange(GRID_COLUMNS, device=self.accelerator.device) % max(1, self.num_classes)
+        labels = shown["labels"] if roles.needed and roles.paired else labels
+        batch = MicroBatch(labels, shown, indices)
+        noise = self._generator_noise("samples", 0, indices=indices)
         pipeline = self.pipeline()
-        half = torch.tensor(self.interpolant.time_of_ratio(1.0), device=noise.device)
+        half = torch.tensor(self.interpolant.middle_time(), device=labels.device)
         t = self.interpolant.nearest_time(half, self.timestep_type).expand(len(labels))
+        draw = Draw(t, self.noise.normal(self.sample_shape, "samples", 1, indices=indices))
         with self.accelerator.autocast():
-            samples = self._field(pipeline.transformer).one_step(noise, self.init_time, labels)
-            x_t = self.interpolant.interpolate(samples, x1, t)
+            start = roles.start(shown)
+            samples = self._field(pipeline.transformer).one_step(noise, self.start.init_time, labels, start)
+            made = self._generated(batch, samples, draw)
+            x_t = self.interpolant.interpolate(samples, made.x1, t, draw.noise)
             critic = self._field(self.critic.unwrapped)
-            rows = [samples, self.teacher_field(x_t, t, labels, "sample"), critic(x_t, t, labels, "sample")]
-        pictures = [pipeline.postprocess(row, "pil") for row in rows]
+            rows = [samples, *(field.sample(x_t, t, labels, made.reference) for field in (self.teacher_field, critic))]
+        titles = ["student", f"teacher, x0 at t={t[0]:.2f}", f"critic, x0 at t={t[0]:.2f}"]
+        if start is not None:
+            rows, titles = [start, *rows], ["reference", *titles]
         names = pipeline.config.id2label or {}
-        titles = [str(names.get(label, label)).split(",")[0] for label in labels.tolist()] if self.num_classes else None
-        return image_grid(pictures, ["student", f"teacher, x0 at t={t[0]:.2f}", f"critic, x0 at t={t[0]:.2f}"], titles)
+        columns = (
+            [str(names.get(label, label)).split(",")[0] for label in labels.tolist()] if self.num_classes else None
+        )
+        return image_grid([pipeline.postprocess(row, "pil") for row in rows], titles, columns)
 
 
 def _add(metrics: dict[str, torch.Tensor], parts: dict[str, torch.Tensor], count: int) -> None:

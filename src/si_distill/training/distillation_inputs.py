@@ -1,20 +1,20 @@
 """What a distillation starts from, loaded and checked against each other before anything is written."""
 
 import copy
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 
-from ..data import ImageDataset, load_images
+from ..data import TrainingData, load_images, load_training_data
 from ..data.augmentation import AUGMENT_LABELS
 from ..errors import InputError
-from ..interpolants import Interpolant
 from ..loading import load_pipeline
 from ..models.extension import extend_network
 from ..objectives import DistillationObjective
-from ..pipelines import InterpolantPipeline, OneStepInterpolantPipeline
+from ..pipelines import InterpolantPipeline, OneStepInterpolantPipeline, view_network
 from .config import DistillConfig
+from .distillation_references import check_unseen, noise_channels
 
 
 def load_teacher(settings: DistillConfig) -> InterpolantPipeline:
@@ -39,15 +39,16 @@ def check_guidance(settings: DistillConfig, teacher: InterpolantPipeline) -> Non
         )
 
 
-def fitting_objective(settings: DistillConfig, interpolant: Interpolant) -> DistillationObjective:
-    """The objective, in sample space where it would have no gradient in velocity space and the user left the choice.
+def fitting_objective(settings: DistillConfig, teacher: InterpolantPipeline) -> DistillationObjective:
+    """The objective, in sample space where it would have no gradient in velocity space, or a bridge's teacher knows only
+    the sample, and the user left the choice.
 
     Raises:
-        InputError: when the user chose a space in which it has none.
+        InputError: when the user chose a space in which it has none, or it is not defined for the teacher.
     """
-    objective = settings.build_objective()
+    objective = check_unseen(settings, settings.build_objective(), teacher)
     try:
-        objective.check_interpolant(interpolant)
+        objective.check_interpolant(teacher.scheduler.interpolant)
     except ValueError as error:
         if "space" in settings.objective_kwargs:
             raise InputError(str(error)) from None
@@ -55,21 +56,43 @@ def fitting_objective(settings: DistillConfig, interpolant: Interpolant) -> Dist
     return objective
 
 
-def starting_student(settings: DistillConfig, teacher: InterpolantPipeline) -> tuple[nn.Module, float]:
-    """The student's network and the time of its one-step map: the teacher's copy, or a finished student.
+@dataclass(frozen=True)
+class StartingStudent:
+    """The student before training.
+
+    Args:
+        network: the teacher's copy, or a finished student's.
+        init_time: the time of its one-step map.
+        noise_channels: channels of noise that it sees beside a bridge's reference.
+    """
+
+    network: nn.Module
+    init_time: float
+    noise_channels: int = 0
+
+
+def starting_student(settings: DistillConfig, teacher: InterpolantPipeline) -> StartingStudent:
+    """The teacher's copy, on a bridge with room for the student's noise that it does not heed yet; or a finished student.
 
     Raises:
-        InputError: when the finished student does not fit the teacher, or x̂0 cannot be had at the time.
+        InputError: when the finished student does not fit the teacher, x̂0 cannot be had at the time, or the network cannot
+            be given noise.
     """
     interpolant, config = teacher.scheduler.interpolant, teacher.scheduler.config
     prediction_type, timestep_type = config.prediction_type, config.timestep_type
     if settings.student is None:
-        network = copy.deepcopy(teacher.transformer)
+        network = _with_noise(teacher.transformer, channels := noise_channels(settings, teacher))
         init_time = interpolant.default_init_time(prediction_type, timestep_type)
     else:
         student = load_pipeline(OneStepInterpolantPipeline, "student", settings.student)
         network, init_time = student.transformer, student.scheduler.config.init_time
-        difference = _difference(student, teacher)
+        channels = student.scheduler.config.noise_channels
+        if settings.noise_channels not in (None, channels):
+            raise InputError(
+                f"`noise_channels` is {settings.noise_channels}, but the student {settings.student!r} has {channels}: "
+                "leave it out."
+            )
+        difference = _difference(student, teacher, channels)
         if difference:
             raise InputError(
                 f"The student {settings.student!r} does not fit the teacher {settings.teacher!r}: {difference}."
@@ -77,6 +100,8 @@ def starting_student(settings: DistillConfig, teacher: InterpolantPipeline) -> t
     if settings.init_time is not None:
         asked = torch.tensor(settings.init_time, dtype=torch.float64)
         init_time = float(interpolant.nearest_time(asked, timestep_type))
+    if init_time != 1 and not interpolant.gaussian_reference:
+        raise InputError(f"`init_time` is {init_time}, but a bridge's student starts at its reference: leave it out.")
     if not interpolant.reaches_sample(init_time, prediction_type):
         raise InputError(
             f"`init_time` is {init_time}, where the teacher's {prediction_type} prediction says nothing about the sample "
@@ -86,7 +111,18 @@ def starting_student(settings: DistillConfig, teacher: InterpolantPipeline) -> t
         interpolant.network_time(torch.tensor(init_time), timestep_type)
     except ValueError as error:
         raise InputError(f"`init_time` is {init_time}: {error}") from None
-    return network, init_time
+    return StartingStudent(network, init_time, channels)
+
+
+def _with_noise(network: nn.Module, channels: int) -> nn.Module:
+    """A copy of the teacher's network that sees so many further channels."""
+    if not channels:
+        return copy.deepcopy(network)
+    try:
+        seen = view_network(network).condition_channels
+        return extend_network(network, condition_channels=seen + channels)
+    except ValueError as error:
+        raise InputError(f"The student cannot see {channels} channels of noise: {error}") from None
 
 
 def starting_critic(
@@ -147,7 +183,7 @@ def check_log_variance(settings: DistillConfig, objective: DistillationObjective
 
 
 def class_shares(
-    settings: DistillConfig, teacher: InterpolantPipeline, data: ImageDataset | None
+    settings: DistillConfig, teacher: InterpolantPipeline, data: TrainingData | None
 ) -> torch.Tensor | None:
     """Cumulative shares of the classes that generated images are drawn by, (K,); None where no shares are needed.
 
@@ -172,13 +208,13 @@ def class_shares(
     return (cumulative / cumulative[-1]).float()
 
 
-def load_fitting_images(settings: DistillConfig, teacher: InterpolantPipeline) -> ImageDataset:
-    """The real images, of the teacher's shape and classes.
+def load_fitting_images(settings: DistillConfig, teacher: InterpolantPipeline) -> TrainingData:
+    """The images, of the teacher's shape and classes, with references if the data have them.
 
     Raises:
         InputError: when they cannot be loaded or do not fit.
     """
-    data = load_images(settings.data)
+    data = load_training_data(settings.data, further_references=True)
     if teacher.vae is not None:
         raise InputError(
             f"The objective {settings.objective!r} or the adversarial term {settings.adversarial.kind!r} uses real data and "
@@ -192,14 +228,19 @@ def load_fitting_images(settings: DistillConfig, teacher: InterpolantPipeline) -
             f"The teacher generates {classes} classes of shape {wanted}, but the data set {data.name} has "
             f"{len(data.class_names)} classes of shape {found}."
         )
+    if teacher.network.condition_channels not in (0, data.channels):
+        raise InputError(
+            f"The teacher sees references of {teacher.network.condition_channels} channels, but those of the data set "
+            f"{data.name} have {data.channels}."
+        )
     return data
 
 
-def _difference(student: OneStepInterpolantPipeline, teacher: InterpolantPipeline) -> str | None:
-    """What keeps a finished student from being one of this teacher, or None."""
+def _difference(student: OneStepInterpolantPipeline, teacher: InterpolantPipeline, channels: int) -> str | None:
+    """What keeps a finished student with so many noise channels from being one of this teacher, or None."""
     found, wanted = (
-        {name: tuple(value.shape) for name, value in pipeline.transformer.state_dict().items()}
-        for pipeline in (student, teacher)
+        {name: tuple(value.shape) for name, value in network.state_dict().items()}
+        for network in (student.transformer, _with_noise(teacher.transformer, channels))
     )
     for name in wanted | found:
         if wanted.get(name) != found.get(name):

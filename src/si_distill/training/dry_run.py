@@ -21,6 +21,7 @@ from ..schedulers.scheduling_stochastic_interpolant import StochasticInterpolant
 from ..settings import parse_settings
 from .config import DistillConfig, TeacherConfig, TrainingConfig
 from .distillation_inputs import check_guidance, fitting_objective, starting_critic, starting_student
+from .distillation_references import reference_roles
 from .memory import (
     average_count,
     checkpoint_bytes,
@@ -90,8 +91,10 @@ def _distillation(settings: DistillConfig) -> Lines:
     settings.check_times(interpolant)
     settings.build_time_sampler(interpolant, config.timestep_type)
     settings.build_generator_time_sampler(interpolant, config.timestep_type)
-    objective, term = fitting_objective(settings, interpolant), settings.adversarial.build()
-    student, init_time = starting_student(replace(settings, student=None), teacher)
+    objective, term = fitting_objective(settings, teacher), settings.adversarial.build()
+    roles = reference_roles(settings, teacher)
+    start = starting_student(replace(settings, student=None), teacher)
+    student, init_time = start.network, start.init_time
     network = teacher.transformer.requires_grad_(False)
     with torch.device("meta"):
         critic = CriticNetwork(
@@ -103,14 +106,13 @@ def _distillation(settings: DistillConfig) -> Lines:
     activations = distillation_activations(network, objective, term is not None, settings)
     parts = training_memory([critic, student], frozen, student, average_count(settings), activations)
     view = teacher.network
-    c = interpolant.coefficients(torch.tensor(init_time, dtype=torch.float64))
-    real = objective.uses_real_data or term is not None
+    real = objective.uses_real_data or term is not None or roles.needed
     latent = "; as latents of the teacher's autoencoder" if real and view.sample_shape[0] > 3 else ""
     return {
         "teacher": f"{settings.teacher} ({source})",
         "network": _network(network),
         "path": _path(interpolant, config.prediction_type, config.timestep_type),
-        "student": f"one evaluation at t = {init_time:.4g} (β/α = {float(c.beta / c.alpha):.4g}), "
+        "student": f"one evaluation {_start(interpolant, init_time, start.noise_channels)}, "
         + (f"from {settings.student} (not opened)" if settings.student else "from the teacher's weights"),
         "critic": "the teacher's weights"
         + ("" if term is None else f", adversarial term {term.kind!r}")
@@ -125,6 +127,13 @@ def _distillation(settings: DistillConfig) -> Lines:
         **_memory(parts),
         **_files(settings, parts, student),
     }
+
+
+def _start(interpolant: Interpolant, init_time: float, noise_channels: int) -> str:
+    if not interpolant.gaussian_reference:
+        return f"from the reference image, with {noise_channels} channels of noise"
+    c = interpolant.coefficients(torch.tensor(init_time, dtype=torch.float64))
+    return f"at t = {init_time:.4g} (β/α = {float(c.beta / c.alpha):.4g})"
 
 
 def _described_teacher(settings: DistillConfig) -> tuple[InterpolantPipeline, str]:

@@ -174,7 +174,9 @@ def _graph_sizes(cls: type[ModelMixin], described: str, frozen: bool) -> tuple[i
         def size(batch: int) -> int:
             x = torch.zeros(batch, *view.sample_shape, requires_grad=frozen)
             t, labels = torch.zeros(batch), torch.zeros(batch, dtype=torch.long)
-            return graph_bytes(network, lambda: view(x, t, labels))
+            channels = view.condition_channels
+            seen = {"condition": torch.zeros(batch, channels, *view.sample_shape[1:])} if channels else {}
+            return graph_bytes(network, lambda: view(x, t, labels, **seen))
 
         one, two = size(1), size(2)
     return 2 * one - two, two - one

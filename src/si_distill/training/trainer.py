@@ -71,6 +71,7 @@ class Trainer:
         self._saved_means: dict[str, float] = {}
         self._signal: int | None = None
         self._batches: BatchIterator | None = None
+        self._shown: Batch | None = None
         self._references = reference_source(settings.data)
         set_seed(settings.seed)
         self.setup()
@@ -157,6 +158,16 @@ class Trainer:
         if self._references is not None:
             batch = self._references(batch, self.noise, self.step, indices=indices)
         return batch
+
+    def shown_batch(self, data: TrainingData, count: int) -> Batch:
+        """`count` items that are always the same ones, on the device, with their references: what sample grids show."""
+        if self._shown is None:
+            settings, device = self.settings, self.accelerator.device
+            batch = on_device(next(data.batches(count, seed=settings.seed)), device)
+            if self._references is not None:
+                batch = self._references(batch, self.noise, 0, indices=range(count))
+            self._shown = batch
+        return self._shown
 
     def augmentation(self, indices: range, *sub_steps: int) -> Augmentation | None:
         """The transformation of each of these places in the global batch, or None without augmentation."""
