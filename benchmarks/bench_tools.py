@@ -72,8 +72,8 @@ def _start_worker(progress) -> None:
     torch.set_num_threads(1)
 
 
-def hardware(workers: int) -> dict[str, Any]:
-    """Machine and versions behind a result."""
+def hardware(workers: int, threads: int = 1) -> dict[str, Any]:
+    """Machine and versions behind a result of so many processes at once, each with so many threads."""
     import torch
 
     cpu = platform.processor() or platform.machine()
@@ -86,7 +86,7 @@ def hardware(workers: int) -> dict[str, Any]:
         "cores": os.cpu_count(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "processes": workers,
-        "threads per process": 1,
+        "threads per process": threads,
         "python": platform.python_version(),
         "torch": torch.__version__,
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
@@ -95,10 +95,9 @@ def hardware(workers: int) -> dict[str, Any]:
 
 def hardware_line(facts: dict[str, Any]) -> str:
     """The same as words under a table."""
-    return (
-        f"{facts['gpu'] or facts['cpu']}, {facts['cores']} cores, {facts['processes']} processes of one thread, "
-        f"torch {facts['torch']}, {facts['date']}."
-    )
+    processes, threads = facts["processes"], facts["threads per process"]
+    work = f"{processes} process{'es' * (processes > 1)} of {'one thread' if threads == 1 else f'{threads} threads'}"
+    return f"{facts['gpu'] or facts['cpu']}, {facts['cores']} cores, {work}, torch {facts['torch']}, {facts['date']}."
 
 
 def mean_and_spread(values: list[float]) -> tuple[float, float]:

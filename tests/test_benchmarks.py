@@ -205,3 +205,43 @@ def test_solver_errors_rank_the_solvers(monkeypatch, capsys):
         assert all(b < a for a, b in zip(few[1:], many[1:], strict=True))  # errors fall with evaluations
     edm = dict(zip(solvers, rows[-1][1:], strict=True))
     assert edm["dpmpp_2m"] < edm["edm_heun"] < edm["ddim"] < edm["euler"]
+
+
+TINY = "{num_layers: 1, num_attention_heads: 2, attention_head_dim: 8, num_classes: 10}"
+
+
+def test_iterations_are_timed_in_turns_and_ours_computes_less(tmp_path):
+    arguments = ["--model", TINY, "--rounds", 2, "--warm_up", 1, "--threads", 1, "--matrix", 64, "--objectives", "gap"]
+    run("iteration.py", *arguments, "--output", tmp_path)
+
+    rows = table_rows(tmp_path / "iteration_cpu_sit-s-2.md")
+    products = ["matrix product, fp32", "matrix product, bf16"]
+    assert list(rows) == ["baseline, fp32", "ours, fp32", "ours, bf16", "ours, fp32, gap", *products]
+    result = json.loads((tmp_path / "iteration_cpu_sit-s-2.json").read_text(encoding="utf-8"))
+    found = {row["name"]: row for row in result["rows"]}
+    assert all(len(row["seconds"]) == 2 and min(row["seconds"]) > 0 for row in result["rows"])
+    # In forwards of a batch, a backward counting as two: 5 (2 + 3) + 2·3 + 2 of the seed; 5·3 + 3 + 3 of ours, whose
+    # backward spares the gradient of the first layer's input.
+    counted = found["baseline, fp32"]["flops"] / found["ours, fp32"]["flops"]
+    assert counted == pytest.approx(33 / 21, rel=0.04)
+    assert found["ours, fp32, gap"]["flops"] > found["ours, fp32"]["flops"]
+    assert found["matrix product, bf16"]["flops"] == 2 * 64**3
+
+
+def test_a_peer_that_is_none_is_refused(tmp_path):
+    from iteration import main
+
+    with pytest.raises(InputError, match="is no checkout of WladGrm/si-adistill"):
+        main(["--peer", str(tmp_path)])
+
+
+def test_the_seeds_schedule_calls_its_networks_as_often_as_its_loop_does():
+    from helpers import tiny_sit
+    from iteration_loops import seed_schedule
+
+    teacher, calls = tiny_sit(), []
+    # Copies of the network keep the hook; rows of each call, and whether the network then learns.
+    teacher.register_forward_hook(lambda net, args, output: calls.append((len(args[0]), output[0].requires_grad)))
+    seed_schedule(teacher, range(2), batch=3)
+    critic_update, generator_update = [(6, False), (3, True)], [(6, True), (3, False), (3, False)]
+    assert calls == 2 * (5 * critic_update + generator_update)
