@@ -187,7 +187,7 @@ def test_help_names_every_setting(capsys):
 @pytest.mark.parametrize("path", sorted((ROOT / "configs/accelerate").glob("*.yaml")), ids=lambda p: p.stem)
 def test_every_accelerate_config_is_one_that_the_launcher_reads(path):
     config = load_config_from_file(str(path))  # refuses unknown keys
-    assert config.num_processes == (1 if path.stem == "cpu" else 8)
+    assert config.num_processes == {"cpu": 1, "ddp": 8, "ddp_multinode": 16, "fsdp2": 8}[path.stem]
     assert config.use_cpu == (path.stem == "cpu")
     # The settings of a run decide: a launcher that says otherwise would change what config.yaml records.
     assert config.mixed_precision == "no"
