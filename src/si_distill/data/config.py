@@ -79,6 +79,16 @@ class DataConfig:
         """Whether each image has a reference of its own."""
         return self.degradation is not None or (self.reference_column is not None and self.reference_name is None)
 
+    def describe_references(self) -> str | None:
+        """What the references are, in words; None without any."""
+        if self.degradation:
+            settings = ", ".join(f"{name} {value}" for name, value in self.degradation_kwargs.items())
+            return f"the images after {self.degradation}" + (f" ({settings})" if settings else "")
+        if self.reference_name:
+            files = f" ({self.reference_files})" if self.reference_files else ""
+            return f"unpaired, {self.reference_name}{files}, split {self.reference_split}, coupling {self.coupling}"
+        return f"of each pair, column {self.reference_column}" if self.reference_column else None
+
     def build_degradation(self) -> Degradation | None:
         """The degradation, or None.
 

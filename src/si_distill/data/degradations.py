@@ -27,10 +27,13 @@ class Degradation:
 
     Attributes:
         numbers: how many uniform random numbers decide about one sample; 0: nothing is random.
+        image_upsampling: how a pipeline brings small images to the size of the degraded ones (see
+            `interpolant_pipeline_images.fit_images`), of a degradation that makes them small.
     """
 
     name: ClassVar[str]
     numbers: ClassVar[int] = 0
+    image_upsampling: ClassVar[dict[str, Any] | None] = None
 
     def check_size(self, size: int) -> None:
         """Raises ValueError when images of size × size pixels cannot be degraded so."""
@@ -74,6 +77,10 @@ class Downsample(Degradation):
     def check_size(self, size):
         if size % self.factor:
             raise ValueError(f"`factor` {self.factor} does not divide the size {size} of the images.")
+
+    @property
+    def image_upsampling(self) -> dict[str, Any]:
+        return {"factor": self.factor, "mode": self.upsample}
 
     def small(self, images: torch.Tensor) -> torch.Tensor:
         """The smaller images, (B, C, H / factor, W / factor)."""

@@ -90,6 +90,9 @@ class UnpairedData:
                 f"{images.channels}: a bridge needs the same of both."
             )
 
+    def __len__(self) -> int:
+        return len(self.images)
+
     def batches(self, batch_size: int, seed: int = 0, **position: int) -> "UnpairedBatches":
         """Endless batches of one rank (see `TrainingData.batches`)."""
         # Another seed, or two data sets of the same length would be paired by their numbers.

@@ -18,6 +18,7 @@ from ..settings import at_least, positive, setting
 from .loss_weights import LOSS_WEIGHTS, regression_weight
 from .posthoc_ema import power_exponent
 from .profiling import RECORDED, WARM_UP
+from .teacher_references import check_teacher_references
 from .times import TIME_SAMPLERS, TimeSampler
 
 
@@ -168,7 +169,7 @@ class TrainingConfig:
 class TeacherConfig(TrainingConfig):
     """Settings of `training/train_teacher.py`."""
 
-    interpolant: str = setting("linear", "`linear`, `trigonometric`, `vp`, `ddpm` or `edm`.")
+    interpolant: str = setting("linear", "`linear`, `trigonometric`, `vp`, `ddpm`, `edm` or `bridge`.")
     interpolant_kwargs: dict = setting({}, "Settings of the interpolant, e.g. {b0: 0.1, b1: 20}.")
     prediction_type: str = setting("velocity", "What the network predicts.", PREDICTIONS)
     loss_weight: str = setting("none", "SiT's weight of a noise or score network's loss.", LOSS_WEIGHTS)
@@ -184,7 +185,9 @@ class TeacherConfig(TrainingConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         interpolant = self.build_interpolant()
-        self.check_times(interpolant)
+        if self.prediction_type == "velocity":
+            self.check_times(interpolant)
+        check_teacher_references(self.data, interpolant, self.prediction_type, self.augment_prob)
         self.build_time_sampler(interpolant, self.timestep_type)
         if self.prediction_type == "score" and self.t_min == 0:
             raise InputError("The score is infinite at t = 0: set `t_min` above 0 for prediction_type=score.")

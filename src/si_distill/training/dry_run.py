@@ -30,7 +30,7 @@ from .memory import (
     teacher_activations,
     training_memory,
 )
-from .network_settings import CLASSES, FOREIGN_CLASSES, build_network, with_augmentation
+from .network_settings import CLASSES, FOREIGN_CLASSES, build_network, with_inputs
 from .run_folder import RunFolder
 
 Lines = dict[str, str]
@@ -81,7 +81,7 @@ def _trained_network(settings: TeacherConfig) -> nn.Module:
             f"{' and '.join(f'`model.{name}`' for name in missing)}."
         )
     with torch.device("meta"):
-        return build_network(with_augmentation(arguments, settings), "model")
+        return build_network(with_inputs(arguments, settings), "model")
 
 
 def _distillation(settings: DistillConfig) -> Lines:
@@ -213,7 +213,8 @@ def _data(settings: TrainingConfig) -> str:
     data = settings.data
     files = f" ({data.data_files})" if data.data_files else ""
     limit = f", the first {data.max_train_samples:,}" if data.max_train_samples else ""
-    return f"{data.name}{files}, split {data.split}, {data.image_size} × {data.image_size} pixels{limit}"
+    references = f"; references: {data.describe_references()}" if data.has_references else ""
+    return f"{data.name}{files}, split {data.split}, {data.image_size} × {data.image_size} pixels{limit}{references}"
 
 
 def _memory(parts: dict[str, int]) -> Lines:

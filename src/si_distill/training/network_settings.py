@@ -50,16 +50,25 @@ def build_network(
         raise InputError(f"Cannot build the network from `{section}`: {error}") from error
 
 
-def with_augmentation(arguments: dict[str, Any], settings: TeacherConfig) -> dict[str, Any]:
-    """The arguments of `model` with the labels of the augmentation that the teacher is trained with.
+def with_inputs(arguments: dict[str, Any], settings: TeacherConfig) -> dict[str, Any]:
+    """The arguments of `model` with what else the network is given in training: labels of augmentation, pairs' references.
 
     Raises:
-        InputError: when `model` asks for other labels.
+        InputError: when `model` asks for others.
     """
-    augment_dim = AUGMENT_LABELS if settings.augment_prob else 0
-    if arguments.get("augment_dim", augment_dim) != augment_dim:
-        raise InputError(
-            f"`model.augment_dim` is {arguments['augment_dim']}, but augment_prob={settings.augment_prob} gives "
-            f"{augment_dim} labels: leave it out."
-        )
-    return {**arguments, "augment_dim": augment_dim} if augment_dim else arguments
+    wanted = {
+        "augment_dim": (
+            AUGMENT_LABELS if settings.augment_prob else 0,
+            f"augment_prob={settings.augment_prob}",
+            "labels",
+        ),
+        "condition_channels": (
+            arguments["in_channels"] if settings.data.is_paired else 0,
+            f"data with{'' if settings.data.is_paired else 'out'} pairs",
+            "channels of a reference",
+        ),
+    }
+    for name, (size, reason, what) in wanted.items():
+        if arguments.get(name, size) != size:
+            raise InputError(f"`model.{name}` is {arguments[name]}, but {reason} gives {size} {what}: leave it out.")
+    return {**arguments, **{name: size for name, (size, _, _) in wanted.items() if size}}

@@ -55,6 +55,7 @@ def describe_data(config: DataConfig, data: ImageDataset | None) -> dict[str, An
         "images": len(data),
         "classes": len(data.class_names),
         "size": data.size,
+        **({"references": config.describe_references()} if config.has_references else {}),
     }
 
 

@@ -7,24 +7,28 @@ from diffusers.models.modeling_utils import ModelMixin
 from PIL import Image
 from torch import nn
 
-from ..data import load_images
+from ..data import load_training_data
 from ..errors import InputError
-from ..pipelines import InterpolantPipeline
+from ..pipelines import InterpolantPipeline, network_condition
 from ..schedulers.scheduling_stochastic_interpolant import StochasticInterpolantScheduler
-from ..visualization import image_grid
+from ..visualization import image_grid, tensor_to_pil
 from .config import TeacherConfig
 from .ema import Averages
 from .loss_weights import regression_weight
-from .network_settings import build_network, with_augmentation
+from .network_settings import build_network, with_inputs
 from .networks import TrainedNetwork
 from .run_facts import describe_data, describe_network
+from .sample_noise import sample_seed
 from .trainer import Trainer
 
 SAMPLE_STEPS = 20
 
 
 class TeacherTrainer(Trainer):
-    """Minimises E‖network(x_t, t, y) − target‖² on an interpolant (Ma et al. 2024, SiT, eq. 5), with label dropout."""
+    """Minimises E‖network(x_t, t, y) − target‖² on an interpolant (Ma et al. 2024, SiT, eq. 5), with label dropout.
+
+    Of paired data the network sees each image's own reference beside x_t; on a bridge the reference is x1.
+    """
 
     settings: TeacherConfig
     losses = ("loss",)
@@ -33,7 +37,7 @@ class TeacherTrainer(Trainer):
         settings = self.settings
         self.interpolant = settings.build_interpolant()
         self.time_sampler = settings.build_time_sampler(self.interpolant, settings.timestep_type)
-        self.data = load_images(settings.data)
+        self.data = load_training_data(settings.data)
         network = self._build_network()
         self.class_dropout_prob, self.null_class = network.config.class_dropout_prob, network.null_class
         self.class_names = self.data.class_names if network.config.num_classes else []
@@ -53,7 +57,7 @@ class TeacherTrainer(Trainer):
             unconditional = name == "num_classes" and arguments.get(name) == 0  # on labelled images too
             if arguments.setdefault(name, value) != value and not unconditional:
                 raise InputError(f"`model.{name}` is {arguments[name]}, but the data set has {value}.")
-        return build_network(with_augmentation(arguments, self.settings), "model")
+        return build_network(with_inputs(arguments, self.settings), "model")
 
     def iteration(self) -> tuple[dict[str, torch.Tensor], bool]:
         settings, trained = self.settings, self.trained
@@ -68,10 +72,14 @@ class TeacherTrainer(Trainer):
             augmentation, told = self.augmentation(indices), {}
             if augmentation is not None:
                 x0, told = augmentation(x0), {"augment_labels": augmentation.labels}
-            u, x1 = self.noise.uniform_and_normal(x0.shape[1:], "teacher", self.step, indices=indices)
+            condition = network_condition(trained.module, batch.get("reference"))
+            if condition is not None:
+                told["condition"] = condition
+            u, noise = self.noise.uniform_and_normal(x0.shape[1:], "teacher", self.step, indices=indices)
             t = self.time_sampler(u)
-            x_t = self.interpolant.interpolate(x0, x1, t)
-            target = self.interpolant.target(x0, x1, t, settings.prediction_type)
+            x1, z = (noise, None) if self.interpolant.gaussian_reference else (batch["reference"], noise)
+            x_t = self.interpolant.interpolate(x0, x1, t, z)
+            target = self.interpolant.target(x0, x1, t, settings.prediction_type, z)
             with trained.forward_context(micro_batch):
                 with self.accelerator.autocast():
                     network_input = self.interpolant.network_input(x_t, t, settings.prediction_type)
@@ -99,19 +107,42 @@ class TeacherTrainer(Trainer):
             timestep_type=self.settings.timestep_type,
         )
         network = self.averages.network if network is None else network
-        return InterpolantPipeline(network, scheduler, id2label=dict(enumerate(self.class_names)) or None)
+        degradation = self.settings.data.build_degradation()
+        return InterpolantPipeline(
+            network,
+            scheduler,
+            id2label=dict(enumerate(self.class_names)) or None,
+            image_upsampling=degradation and degradation.image_upsampling,
+        )
 
     def sample_grid(self) -> Image.Image:
-        count = 10
-        shape = (self.data.channels, self.data.size, self.data.size)
-        latents = self.noise.normal(shape, "samples", indices=range(count))
-        labels = [n % len(self.class_names) for n in range(count)] if self.class_names else None
-        batch_size = None if labels else count
-        pipeline = self.pipeline()
+        count, pipeline = 10, self.pipeline()
         pipeline.set_progress_bar_config(disable=True)
+        given: dict[str, Any] = {}
+        if pipeline.noise_shape is not None:
+            given["latents"] = self.noise.normal(pipeline.noise_shape, "samples", indices=range(count))
+        labels, above, below = [n % max(1, len(self.class_names)) for n in range(count)], {}, {}
+        if pipeline.image_channels:
+            batch = self.shown_batch(self.data, count)
+            given["image"], labels = batch["reference"], batch["labels"].tolist()
+            above, below = {"input": given["image"]}, {"truth": batch["images"]} if self.settings.data.is_paired else {}
+            given["generator"] = [
+                torch.Generator().manual_seed(sample_seed(self.settings.seed, "samples", n)) for n in range(count)
+            ]
+        elif not self.class_names:
+            given["batch_size"] = count
+        if self.class_names:
+            given["class_labels"] = labels
         with self.accelerator.autocast():
-            images = pipeline(labels, num_inference_steps=SAMPLE_STEPS, latents=latents, batch_size=batch_size).images
-        return image_grid([images], [f"{SAMPLE_STEPS} steps"], labels and [self.class_names[n] for n in labels])
+            images = pipeline(**given, num_inference_steps=SAMPLE_STEPS).images
+        rows = {
+            **{name: tensor_to_pil(shown) for name, shown in above.items()},
+            f"{SAMPLE_STEPS} steps": images,
+            **{name: tensor_to_pil(shown) for name, shown in below.items()},
+        }
+        return image_grid(
+            list(rows.values()), list(rows), [self.class_names[n] for n in labels] if self.class_names else None
+        )
 
     def facts(self) -> dict[str, Any]:
         return {
