@@ -267,10 +267,8 @@ class DistillationTrainer(Trainer):
             noise_channels=self.start.noise_channels,
         )
         network = self.averages.network if network is None else network
-        config = teacher.config
-        return OneStepInterpolantPipeline(
-            network, scheduler, vae=teacher.vae, id2label=config.id2label, vae_pixel_min=config.vae_pixel_min
-        )
+        settings = {name: teacher.config[name] for name in ("id2label", "vae_pixel_min", "image_upsampling")}
+        return OneStepInterpolantPipeline(network, scheduler, vae=teacher.vae, **settings)
 
     def facts(self) -> dict[str, Any]:
         return {
