@@ -62,7 +62,7 @@ def gradients(trainer, critic: torch.nn.Module, batches: int) -> dict[str, torch
         labels = trainer.noise.integers(trainer.num_classes, "labels", update, indices=indices)
         u, x1 = trainer.noise.uniform_and_normal(trainer.sample_shape, "generator", update, indices=indices)
         t = trainer.time_samplers["generator"](u)
-        samples = fields[0].one_step(noise, trainer.init_time, labels)
+        samples = fields[0].one_step(noise, trainer.start.init_time, labels)
         x_t = trainer.interpolant.interpolate(samples, x1, t)
         v_critic, v_teacher = (field(x_t, t, labels, "velocity") for field in fields[1:])
         target = trainer.interpolant.velocity(samples, x1, t)

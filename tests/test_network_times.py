@@ -84,7 +84,7 @@ def test_students_and_terms_start_where_the_network_can_be_told_the_time(tmp_pat
     with pytest.raises(InputError, match=r"Adversarial times: .*not finite at all of the times"):
         distillation(teacher, tmp_path / "run", *own)
     trainer = distillation(teacher, tmp_path / "run")
-    assert trainer.init_time == pytest.approx(2.5 / 3.5)  # β/α = 2.5 on `linear`
+    assert trainer.start.init_time == pytest.approx(2.5 / 3.5)  # β/α = 2.5 on `linear`
     assert trainer.iteration()[1]
 
 
