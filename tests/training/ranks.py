@@ -1,9 +1,9 @@
 """One rank of several that play a list of trainings one after the other, without a launcher.
 
-    RANK=… WORLD_SIZE=… MASTER_ADDR=… MASTER_PORT=… LOCAL_RANK=… python ranks.py PLAN.json
+    RANK=… WORLD_SIZE=… MASTER_ADDR=… LOCAL_RANK=… python ranks.py PLAN.json
 
-PLAN is a list of {"script", "arguments", "sharded", "die": [step, moment] or nothing}. Each rank writes PLAN.rank.json: for
-each training the error that ended it, or null. The last one runs as the script does, with its exit code.
+PLAN is a list of {"script", "arguments", "sharded", "port", "die": [step, moment] or null}. Each rank writes
+PLAN.rank.json: for each training the error that ended it, or null. The last one runs as the script does, with its exit code.
 
 Accelerate shards on accelerators only. Here it is told that this is such a training, with the settings of
 configs/accelerate/fsdp2.yaml; the code that shards, trains, saves and samples is the real one. `die` intercepts the
@@ -69,8 +69,9 @@ plan = Path(sys.argv[1])
 entries = json.loads(plan.read_text())
 errors = []
 for number, entry in enumerate(entries):
+    os.environ["MASTER_PORT"] = str(entry["port"])  # a rank must not meet the training before
     acceleration.Accelerator = ShardingAccelerator if entry["sharded"] else accelerate.Accelerator
-    if entry.get("die") and os.environ["RANK"] == "0":
+    if entry["die"] and os.environ["RANK"] == "0":
         die_in_save(*entry["die"])
     if number == len(entries) - 1:
         plan.with_suffix(f".{os.environ['RANK']}.json").write_text(json.dumps(errors))

@@ -7,13 +7,12 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from torch import nn
-from torch.distributed.tensor import DTensor
 
 from ..errors import TrainingStopped
 from .checkpoints import WRITE_ERRORS
 from .config import TrainingConfig
 from .posthoc_ema import EMA_SNAPSHOTS, Snapshots, power_exponent, write_weights
-from .sharding import reshard, shard, whole_network
+from .sharding import own_parts, reshard, shard, whole_network
 
 #: Folder of the further averages in a run.
 EMA_WEIGHTS = "ema"
@@ -79,11 +78,8 @@ class EMA:
         """Moves the average towards `network` after its update number `updates`, counted from 0."""
         for sharded in (self.network, network):
             reshard(sharded)
-        pairs = list(zip(self.network.parameters(), network.parameters(), strict=True))
-        for kind in (True, False):  # shards, and parameters that every rank has: no list may hold both
-            alike = [(mean, new.detach()) for mean, new in pairs if isinstance(mean, DTensor) == kind]
-            if alike:
-                torch._foreach_lerp_(*map(list, zip(*alike, strict=True)), 1 - self.decay_at(updates))
+        average, new = own_parts(self.network.parameters()), own_parts(network.parameters())
+        torch._foreach_lerp_(average, new, 1 - self.decay_at(updates))
         for target, source in zip(self.network.buffers(), network.buffers(), strict=True):
             target.copy_(source)
 

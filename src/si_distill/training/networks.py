@@ -107,17 +107,22 @@ class TrainedNetwork:
             average_replicated(self.accelerator, self.parameters)
         cut_values = self.max_grad_value is not None
         # With an infinite limit this only measures: cut values would hide gradients that are infinite.
-        norm = clip_grad_norm(self.parameters, math.inf if cut_values else self.max_grad_norm)
+        norm = self._clip_norm(math.inf if cut_values else self.max_grad_norm)
         if cut_values:
             for group in optimizer_groups(self.parameters):
                 torch.nn.utils.clip_grad_value_(group["params"], self.max_grad_value)
-            clip_grad_norm(self.parameters, self.max_grad_norm)
+            self._clip_norm(self.max_grad_norm)
         applied = bool(torch.isfinite(norm))
         if applied:
             self.optimizer.step()
             self.schedule.step()
         self.optimizer.zero_grad()
         return norm.detach(), applied
+
+    def _clip_norm(self, limit: float) -> torch.Tensor:
+        if self.sharded:
+            return clip_grad_norm(self.accelerator, self.parameters, limit)
+        return torch.nn.utils.clip_grad_norm_(self.parameters, limit)
 
     @property
     def learning_rate(self) -> float:

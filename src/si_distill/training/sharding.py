@@ -114,16 +114,30 @@ def average_replicated(accelerator: Accelerator, parameters: Iterable[nn.Paramet
         torch._foreach_copy_(gradients, list(mean.unbind()))
 
 
-def clip_grad_norm(parameters: Sequence[nn.Parameter], max_norm: float) -> torch.Tensor:
+def own_parts(tensors: Iterable[torch.Tensor]) -> list[torch.Tensor]:
+    """What this rank holds of each tensor, sharing its memory.
+
+    Operations on lists of these are those on lists of the whole, if they are elementwise, without the search for a way to
+    distribute them that lists of sharded tensors cost.
+    """
+    with torch.no_grad():
+        return [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
+
+
+@torch.no_grad()
+def clip_grad_norm(accelerator: Accelerator, parameters: Sequence[nn.Parameter], max_norm: float) -> torch.Tensor:
     """Clips gradients to a global norm as `torch.nn.utils.clip_grad_norm_` does, sharded and replicated ones together.
 
     Returns:
         The norm before, (), the same number on every rank.
     """
-    groups = list(_kinds(p for p in parameters if p.grad is not None))
-    norms = [torch.nn.utils.get_total_norm([p.grad for p in group]) for group in groups]
-    whole = [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]
-    norm = torch.linalg.vector_norm(torch.stack(whole))
-    for group in groups:
-        torch.nn.utils.clip_grads_with_norm_(group, max_norm, norm)
+    squares = torch.zeros((), device=accelerator.device)
+    for group in _kinds(p for p in parameters if p.grad is not None):
+        norm = torch.nn.utils.get_total_norm(own_parts(p.grad for p in group))
+        sharded = isinstance(group[0], DTensor)
+        squares += accelerator.reduce(norm.square(), "sum") if sharded else norm.square()
+    norm = squares.sqrt()
+    torch._foreach_mul_(
+        own_parts(p.grad for p in parameters if p.grad is not None), (max_norm / (norm + 1e-6)).clamp(max=1)
+    )
     return norm

@@ -1,0 +1,268 @@
+"""Several real processes: DDP and FSDP2 against one process, saving, kills, signals, another number of processes."""
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from diffusers_models import tiny_dit
+from helpers import tiny_edm2
+from safetensors.torch import load_file
+from script_runs import DISTILL, ROOT, environment, metrics
+from trainer_builders import distillation
+
+from si_distill import InterpolantPipeline, OneStepInterpolantPipeline, StochasticInterpolantScheduler
+from si_distill.errors import InputError
+
+LOSSES = ("critic_loss", "generator_loss", "critic_grad_norm", "generator_grad_norm", "field_distance")
+#: Two processes with two micro-batches each make the update of one process.
+CUT = "--per_device_train_batch_size 2 --gradient_accumulation_steps 2".split()
+#: Saved, sampled and measured on the way, with an adversarial head on the critic and every kind of average.
+WHOLE = """
+--max_steps 4 --save_steps 2 --eval_steps 2 --eval_metric_steps 4 --evaluation.num_samples 20 --adversarial.kind head
+--adversarial.generator_weight 0.1 --ema_extra 0.5 --ema_power_sigmas 0.1
+""".split()
+SHORT = ["--max_steps", "3"]
+#: Adam without momentum follows the sign of a gradient that is nothing but rounding.
+SMOOTH = ["--adam_epsilon", "1e-3"]
+EDM2 = "--objective sid --augment_prob 0 --critic_log_variance true --data.image_size 8".split()
+DIT = "--objective cross_term --augment_prob 0 --gradient_checkpointing true".split()
+
+
+def start(plan, entries, ranks=2) -> list[subprocess.Popen]:
+    """Processes that play `entries` (see ranks.py)."""
+    with contextlib.ExitStack() as stack:
+        free = [stack.enter_context(socket.socket()) for _ in entries]
+        for place in free:
+            place.bind(("127.0.0.1", 0))
+        ports = [place.getsockname()[1] for place in free]
+    plan.write_text(json.dumps([{**one, "port": port} for one, port in zip(entries, ports, strict=True)]))
+    common = {**environment(), "WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1"}
+    return [
+        subprocess.Popen(
+            [sys.executable, ROOT / "tests/training/ranks.py", plan],
+            env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            cwd=ROOT,
+            text=True,
+            stdout=open(plan.with_suffix(f".{rank}.log"), "w"),
+            stderr=subprocess.STDOUT,
+        )
+        for rank in range(ranks)
+    ]
+
+
+def finish(plan, processes) -> tuple[list[int], str]:
+    """Exit codes, and what rank 0 printed. Ranks that wait for one that was killed are ended."""
+    deadline = time.monotonic() + 300
+    while time.monotonic() < deadline and any(process.poll() is None for process in processes):
+        if any(process.poll() == -signal.SIGKILL for process in processes):
+            break
+        time.sleep(0.1)
+    else:
+        assert time.monotonic() < deadline, plan.with_suffix(".0.log").read_text()
+    for process in processes:
+        if process.poll() is None:
+            process.kill()
+    return [process.wait() for process in processes], plan.with_suffix(".0.log").read_text()
+
+
+def entry(folder, teacher, *arguments, sharded=False, die=None):
+    arguments = [*DISTILL, *SMOOTH, *CUT, "--teacher", teacher, "--output_dir", folder, *arguments]
+    return {"script": "train_distill", "arguments": list(map(str, arguments)), "sharded": sharded, "die": die}
+
+
+@pytest.fixture(scope="module")
+def edm2_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("edm2")
+    scheduler = StochasticInterpolantScheduler(interpolant="edm", prediction_type="edm", timestep_type="log_sigma")
+    InterpolantPipeline(tiny_edm2(in_channels=1, num_classes=10), scheduler).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def dit_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("dit")
+    network = tiny_dit(in_channels=1, out_channels=1, num_embeds_ada_norm=10)
+    InterpolantPipeline(network, StochasticInterpolantScheduler()).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def played(teacher_folder, edm2_folder, dit_folder, tmp_path_factory):
+    """Runs of two processes; in the last one rank 0 is killed while it writes the checkpoint of step 4."""
+    folder = tmp_path_factory.mktemp("two")
+    plan = folder / "plan.json"
+    entries = [
+        entry(folder / "ddp", teacher_folder, *WHOLE),
+        entry(folder / "fsdp", teacher_folder, *WHOLE, sharded=True),
+        entry(folder / "edm2", edm2_folder, *EDM2, *SHORT, sharded=True),
+        entry(folder / "dit", dit_folder, *DIT, *SHORT, sharded=True),
+        entry(folder / "killed", teacher_folder, *WHOLE, sharded=True, die=[4, "writing"]),
+    ]
+    codes, printed = finish(plan, start(plan, entries))
+    assert codes[0] == -signal.SIGKILL, printed
+    assert json.loads(plan.with_suffix(".0.json").read_text()) == [None] * 4, printed
+    return folder
+
+
+@pytest.fixture(scope="module")
+def resumed(played, teacher_folder):
+    """New processes go on where the killed ones and, from their checkpoint of step 2, the others stopped."""
+    plan = played / "resume.json"
+    shutil.copytree(played / "ddp", played / "ddp-resumed")
+    shutil.rmtree(played / "ddp-resumed" / "checkpoints" / "step_00000004")
+    entries = [
+        entry(played / "killed", teacher_folder, *WHOLE, "--resume_from_checkpoint", "latest", sharded=True),
+        entry(played / "ddp-resumed", teacher_folder, *WHOLE, "--resume_from_checkpoint", "latest"),
+        # Longer than it can last before the signal.
+        entry(played / "stopped", teacher_folder, "--max_steps", 100000, "--save_steps", 100000, sharded=True),
+    ]
+    processes = start(plan, entries)
+    log = played / "stopped" / "metrics.jsonl"
+    for _ in range(1200):
+        if (log.exists() and len(log.read_text().splitlines()) >= 2) or processes[0].poll() is not None:
+            break
+        time.sleep(0.1)
+    processes[1].send_signal(signal.SIGTERM)
+    codes, printed = finish(plan, processes)
+    return codes, printed, json.loads(plan.with_suffix(".0.json").read_text())
+
+
+def weights(folder):
+    return load_file(folder / "transformer" / "diffusion_pytorch_model.safetensors")
+
+
+def assert_same_trajectory(folder, expected):
+    """Equal up to the order of sums in float32."""
+    for found, wanted in zip(metrics(folder, *LOSSES), metrics(expected, *LOSSES), strict=True):
+        assert found == pytest.approx(wanted, rel=2e-4, abs=1e-6)
+    found, wanted = weights(folder), weights(expected)
+    assert found.keys() == wanted.keys()
+    for name, value in wanted.items():
+        torch.testing.assert_close(found[name], value, rtol=0, atol=2e-5)
+
+
+def assert_same_bits(folder, expected):
+    assert metrics(folder, *LOSSES) == metrics(expected, *LOSSES)
+    found, wanted = weights(folder), weights(expected)
+    assert all(torch.equal(found[name], value) for name, value in wanted.items())
+
+
+def one_process(folder, teacher, *arguments):
+    distillation(teacher, folder, *DISTILL, *SMOOTH, "--per_device_train_batch_size", 8, *arguments).train()
+    return folder
+
+
+@pytest.fixture(scope="module")
+def alone(teacher_folder, tmp_path_factory):
+    return one_process(tmp_path_factory.mktemp("one") / "run", teacher_folder, *WHOLE)
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_two_processes_train_save_and_measure_as_one_does(played, alone, kind):
+    folder = played / kind
+    assert_same_trajectory(folder, alone)
+    for name in ("ema/decay_0.5.safetensors", "ema_snapshots/step_00000004-sigma_0.1.safetensors"):
+        found, wanted = load_file(folder / name), load_file(alone / name)
+        assert found.keys() == wanted.keys()
+        assert all(torch.allclose(found[key], value, atol=2e-5) for key, value in wanted.items())
+    measured = [json.loads((path / "evaluations.jsonl").read_text()) for path in (folder, alone)]
+    assert measured[0]["frechet_distance"] == pytest.approx(measured[1]["frechet_distance"], rel=1e-3)
+    assert len(list((folder / "samples").glob("*.png"))) == 3
+    files = {path.relative_to(folder) for path in (folder / "best").rglob("*") if path.is_file()}
+    assert files == {path.relative_to(alone) for path in (alone / "best").rglob("*") if path.is_file()}
+
+
+def test_a_sharded_run_leaves_an_ordinary_pipeline(played, alone):
+    """Whole weights of the original class, as one process writes them."""
+    assert (played / "fsdp/transformer/config.json").read_text() == (alone / "transformer/config.json").read_text()
+    latents = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    made, expected = (
+        OneStepInterpolantPipeline.from_pretrained(folder)([3, 7], latents=latents, output_type="pt").images
+        for folder in (played / "fsdp", alone)
+    )
+    torch.testing.assert_close(made, expected, rtol=0, atol=1e-4)
+    manifest = json.loads((played / "fsdp/checkpoints/step_00000004/manifest.json").read_text())
+    written = {name.rsplit("/", 1)[-1] for name in manifest["files"] if name.startswith("optimizer_1/")}
+    assert {"__0_0.distcp", "__1_0.distcp"} <= written  # each rank its own shards
+
+
+def test_edm2_keeps_its_weights_normalised_when_they_are_sharded(played, edm2_folder, tmp_path):
+    assert_same_trajectory(played / "edm2", one_process(tmp_path / "run", edm2_folder, *EDM2, *SHORT))
+
+
+def test_gradients_flow_through_a_sharded_teacher_of_diffusers_own_class(played, dit_folder, tmp_path):
+    """With checkpointing on the shards and without it in one process."""
+    arguments = [*DIT, "--gradient_checkpointing", "false", *SHORT]
+    assert_same_trajectory(played / "dit", one_process(tmp_path / "run", dit_folder, *arguments))
+
+
+def test_a_sharded_run_killed_inside_a_save_resumes_bit_for_bit(played, resumed):
+    _, printed, errors = resumed
+    assert errors == [None, None], printed
+    assert "Passing over step_00000004.tmp: its saving was cut off" in printed
+    assert_same_bits(played / "killed", played / "fsdp")
+
+
+def test_two_processes_resume_bit_for_bit(played, resumed):
+    assert_same_bits(played / "ddp-resumed", played / "ddp")
+
+
+def test_a_signal_to_one_rank_stops_all_at_the_same_step(played, resumed):
+    codes, printed, _ = resumed
+    assert codes == [143, 143], printed
+    assert "--resume_from_checkpoint latest" in printed
+    assert "Traceback" not in printed
+    (saved,) = (played / "stopped" / "checkpoints").iterdir()
+    assert metrics(played / "stopped")[-1] == (int(saved.name[5:]),)
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_another_number_of_processes_goes_on_with_the_same_images(played, alone, teacher_folder, tmp_path, kind):
+    folder = shutil.copytree(played / kind, tmp_path / "run")
+    shutil.rmtree(folder / "checkpoints" / "step_00000004")
+    resume = [*WHOLE, "--resume_from_checkpoint", "latest", "--gradient_accumulation_steps", 1]
+    size = "--per_device_train_batch_size"
+    if kind == "ddp":
+        with pytest.raises(InputError, match="with 8 images per update; 1 process"):
+            one_process(folder, teacher_folder, *resume, size, 4)
+        with pytest.raises(InputError, match="with FSDP2 and this run is without sharding"):
+            one_process(played / "fsdp", teacher_folder, *resume)
+        one_process(folder, teacher_folder, *resume)
+    else:
+        plan = tmp_path / "plan.json"
+        entries = [
+            entry(folder, teacher_folder, *resume, size, 4, sharded=True),
+            entry(folder, teacher_folder, *resume, size, 8, sharded=True),
+        ]
+        codes, printed = finish(plan, start(plan, entries, ranks=1))
+        assert codes == [0], printed
+        assert "with 8 images per update; 1 process(es)" in json.loads(plan.with_suffix(".0.json").read_text())[0]
+        assert "saved by 2 process(es), this run has 1, with the same 8 images" in printed
+    assert_same_trajectory(folder, alone)
+
+
+@pytest.mark.parametrize(
+    ("variables", "words"),
+    [
+        ({"ACCELERATE_MIXED_PRECISION": "fp16"}, "asks for mixed_precision=fp16, the run for no"),
+        ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}, "Accelerate does not shard"),
+        ({"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"}, "4 gradient accumulation steps: leave it at 1"),
+        ({"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"}, "give the script --compile"),
+    ],
+)
+def test_what_a_launcher_cannot_have_is_refused_before_any_work(
+    teacher_folder, tmp_path, monkeypatch, variables, words
+):
+    for name, value in variables.items():
+        monkeypatch.setitem(os.environ, name, value)
+    with pytest.raises(InputError, match=words):
+        distillation(teacher_folder, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
