@@ -49,10 +49,10 @@ def test_a_pair_comes_from_two_columns_of_one_row(tmp_path):
 def test_pairs_that_do_not_fit_are_named(tmp_path):
     wide, high = encoded(random_image(0)), encoded(random_image(1, 10, 6))
     for references, words in (
-        ([wide, high], r"Image number 1 of the data set has 10×6 pixels and its reference 6×10: the two of a pair"),
-        ([wide, None], "Reference number 1 of the data set is missing"),
-        ([wide, wide[:60]], "Reference number 1 of the data set cannot be read"),
-        ([encoded(random_image(2), "L"), wide], "have 1 channel and the images in 'photo' 3: a bridge needs the same"),
+        ([wide, high], r"Image number 1 of .* it has 10×6 pixels and its reference 6×10: the two of a pair"),
+        ([wide, None], "Image number 1 of .* its reference: it is missing"),
+        ([wide, wide[:60]], "Image number 1 of .* its reference: OSError"),
+        ([encoded(random_image(2), "L")] * 2, "have 1 channel and the images in 'photo' 3: a bridge needs the same"),
     ):
         config = pairs(tmp_path, [wide, wide], references)
         with pytest.raises(InputError, match=words):

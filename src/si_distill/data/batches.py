@@ -8,12 +8,21 @@ A data set's item, and a batch, is a dict:
 * `other_reference` (unpaired data, for students): a second one, independent of all.
 """
 
+import logging
+import os
+import signal
+import threading
+from collections.abc import Iterator
 from typing import Any, Protocol
 
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 
+from ..errors import TrainingStopped
+from .decoding import UnreadableImage
 from .sampler import GlobalBatchSampler
+
+logger = logging.getLogger(__name__)
 
 Batch = dict[str, torch.Tensor]
 
@@ -22,16 +31,31 @@ PICTURES = ("images", "reference", "other_reference")
 
 
 class BatchIterator(Protocol):
-    """One rank's endless batches.
+    """One rank's endless batches."""
 
-    `state_dict()` is plain data (JSON): what it takes to go on after the last batch that was handed out, on this rank.
-    """
+    def __next__(self) -> Batch:
+        """
+        Raises:
+            TrainingStopped: when the data cannot be read on, or too much of it is unreadable.
+        """
+        ...
 
-    def __next__(self) -> Batch: ...
+    def state_dict(self) -> dict[str, Any]:
+        """Plain data (JSON): what it takes to go on after the last batch that was handed out, on this rank."""
+        ...
 
-    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state: dict[str, Any] | None) -> None:
+        """Goes on from `state`; before the first batch.
 
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+        None: the state was lost, or saved by another number of ranks or workers. Data whose order is a function of `start`
+        lose nothing; others say that they start in a new order.
+        """
+        ...
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Totals of this rank for the log, by name; their sums over the ranks mean something."""
+        ...
 
 
 class TrainingData(Protocol):
@@ -42,12 +66,14 @@ class TrainingData(Protocol):
         channels: of an image.
         size: height and width of an image.
         class_names: names of the classes 0 … K − 1; empty for images without labels, whose label is always 0.
+        count: number of images, or None where only reading to the end would tell.
     """
 
     name: str
     channels: int
     size: int
     class_names: list[str]
+    count: int | None
 
     def batches(
         self, batch_size: int, rank: int = 0, world_size: int = 1, seed: int = 0, start: int = 0, num_workers: int = 0
@@ -65,12 +91,47 @@ class TrainingData(Protocol):
         ...
 
 
-class IndexedBatches:
-    """Batches of data that are read by index: a function of (seed, batch number, rank), so there is no state to save.
+class CorruptImages:
+    """Images that could not be read: each is told of once, and too many of them stop the training.
 
     Args:
-        data: indexed items, dicts.
+        limit: how many a rank may meet.
+        name: of the data.
+    """
+
+    def __init__(self, limit: int, name: str):
+        self.limit = limit
+        self.name = name
+        self.keys: set[str] = set()
+
+    def add(self, found: dict[str, str]) -> None:
+        """Adds images, a key that stays the same in every epoch to what is wrong.
+
+        Raises:
+            TrainingStopped: when these are too many.
+        """
+        for key, problem in found.items():
+            if key not in self.keys:
+                logger.warning("Skipping an image of %s that cannot be read: %s", self.name, problem)
+        self.keys |= found.keys()
+        if len(self.keys) > self.limit:
+            raise TrainingStopped(
+                f"{len(self.keys)} images of {self.name} cannot be read (the last one: {list(found.values())[-1]}), more "
+                f"than `data.max_corrupt_images` = {self.limit}. Earlier checkpoints are whole: mend the data, or raise the "
+                "limit, and resume with --resume_from_checkpoint latest."
+            )
+
+
+class IndexedBatches:
+    """Batches of data that are read by index: a function of (seed, batch number, rank).
+
+    In place of an image that cannot be read stands the next one that can, always the same.
+
+    Args:
+        data: indexed items, dicts; an item that cannot be read raises `UnreadableImage`.
         batch_size, rank, world_size, seed, start, num_workers: see `TrainingData.batches`.
+        max_corrupt: items that may be unreadable.
+        name: of the data.
     """
 
     def __init__(
@@ -82,24 +143,91 @@ class IndexedBatches:
         seed: int = 0,
         start: int = 0,
         num_workers: int = 0,
+        max_corrupt: int = 0,
+        name: str = "the data set",
     ):
         sampler = GlobalBatchSampler(len(data), batch_size, rank, world_size, seed, start)
-        self._batches = iter(DataLoader(data, batch_sampler=sampler, num_workers=num_workers))
+        self._loader = DataLoader(
+            _Substituting(data, max_corrupt),
+            batch_sampler=sampler,
+            num_workers=num_workers,
+            collate_fn=_collate,
+            worker_init_fn=leave_signals_to_parent,
+            pin_memory=torch.cuda.is_available(),
+        )
+        self._batches: Iterator | None = None
+        self._corrupt = CorruptImages(max_corrupt, name)
 
     def __next__(self) -> Batch:
-        return next(self._batches)
+        if self._batches is None:
+            self._batches = iter(self._loader)
+        batch, corrupt = next(self._batches)
+        self._corrupt.add(corrupt)
+        return batch
 
     def state_dict(self) -> dict[str, Any]:
-        return {}
+        return {"corrupt": sorted(self._corrupt.keys)}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        pass
+    def load_state_dict(self, state: dict[str, Any] | None) -> None:
+        self._corrupt.keys = set(state["corrupt"]) if state else set()
+
+    @property
+    def counts(self) -> dict[str, int]:
+        return {"corrupt_images": len(self._corrupt.keys)} if self._corrupt.keys else {}
+
+
+class _Substituting(Dataset):
+    def __init__(self, data: Dataset, max_corrupt: int):
+        self.data, self.max_corrupt = data, max_corrupt
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, index: int) -> tuple[dict[str, Any] | None, dict[str, str]]:
+        corrupt: dict[str, str] = {}
+        while len(corrupt) <= self.max_corrupt:
+            place = (index + len(corrupt)) % len(self.data)
+            try:
+                return self.data[place], corrupt
+            except UnreadableImage as error:
+                corrupt[str(place)] = str(error)
+        return None, corrupt
+
+
+def _collate(items: list[tuple[dict[str, Any] | None, dict[str, str]]]) -> tuple[Batch | None, dict[str, str]]:
+    corrupt = {key: problem for _, found in items for key, problem in found.items()}
+    # An item is missing only where there are more corrupt ones than the limit: the batch will not be used.
+    whole = [item for item, _ in items]
+    return (None if None in whole else default_collate(whole)), corrupt
+
+
+def leave_signals_to_parent(worker: int) -> None:
+    """Makes a reading process live as long as the one that trains wants it to.
+
+    Ctrl-C and Slurm's SIGTERM reach both, and the one that trains still needs batches then, to end its iteration. Its own
+    SIGTERM, with which Python ends the processes that it started, must be obeyed.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if not hasattr(signal, "sigwaitinfo"):  # not on macOS: there a SIGTERM to all processes costs the last iteration
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        return
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+
+    def obey() -> None:
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+            pass
+        os._exit(0)
+
+    threading.Thread(target=obey, daemon=True).start()
 
 
 def on_device(batch: Batch, device: torch.device) -> Batch:
     """The batch on the device, uint8 pictures as float32 in [-1, 1] (they travel in a quarter of the bytes)."""
     moved = {name: value.to(device, non_blocking=True) for name, value in batch.items()}
-    return {name: value.float() / 127.5 - 1 if value.dtype == torch.uint8 else value for name, value in moved.items()}
+    return {
+        name: value.float().div_(127.5).sub_(1) if value.dtype == torch.uint8 else value
+        for name, value in moved.items()
+    }
 
 
 def flipped(batch: Batch, flip: torch.Tensor) -> Batch:

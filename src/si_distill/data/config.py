@@ -14,16 +14,32 @@ COUPLINGS = ("independent", "optimal_transport")
 class DataConfig:
     """Where images come from."""
 
-    name: str = setting("digits", "`digits` (scikit-learn's 1,797 images), or what `datasets.load_dataset` takes.")
+    name: str = setting(
+        "digits",
+        "`digits` (scikit-learn's 1,797 images), or what `datasets.load_dataset` takes: a Hub id, a folder, a format.",
+    )
+    config_name: str | None = setting(None, "Configuration of a data set on the Hub that has several.")
     data_files: str | None = setting(None, "Files or a glob for `datasets.load_dataset`, e.g. `data/*.parquet`.")
     split: str = setting("train", "The split to read.")
+    streaming: bool = setting(False, "Read while training instead of downloading and indexing first.")
+    shuffle_buffer_size: int = setting(
+        1000, "Encoded images of a stream that are shuffled at once, in each process that reads."
+    )
     image_column: str | None = setting(None, "Column of the images; found by its type when not given.")
     label_column: str | None = setting(
         None, "Column of the labels; found by its type when not given. `none`: no labels."
     )
-    image_size: int = setting(8, "Height and width in pixels: centre crop and resize. `digits` is 8.")
+    num_classes: int | None = setting(
+        None, "Number of classes of a stream whose labels are plain numbers; the network's when not given."
+    )
+    image_size: int = setting(8, "Height and width in pixels: resize and centre crop. `digits` is 8.")
     random_flip: bool = setting(False, "Exchange left and right in half of the images that training reads.")
-    max_train_samples: int | None = setting(None, "Use only the first that many images.")
+    max_train_samples: int | None = setting(
+        None, "Use only the first that many images; of a stream as many, shared out evenly among its shards."
+    )
+    max_corrupt_images: int = setting(
+        100, "Images that each process may find unreadable, and skip, before training stops."
+    )
     reference_column: str | None = setting(
         None, "Column of each image's own reference (a pair); with `reference_name`, of that data set's images."
     )
@@ -44,9 +60,12 @@ class DataConfig:
     )
 
     def __post_init__(self) -> None:
-        at_least("data.image_size", self.image_size, 1)
-        if self.max_train_samples is not None:
-            at_least("data.max_train_samples", self.max_train_samples, 1)
+        for name in ("image_size", "shuffle_buffer_size"):
+            at_least(f"data.{name}", getattr(self, name), 1)
+        at_least("data.max_corrupt_images", self.max_corrupt_images, 0)
+        for name in ("max_train_samples", "num_classes"):
+            if getattr(self, name) is not None:
+                at_least(f"data.{name}", getattr(self, name), 1)
         self._check_references()
 
     def _check_references(self) -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import replace
+from itertools import chain
 from typing import Any, Protocol
 
 import torch
@@ -78,12 +79,8 @@ class UnpairedData:
 
     def __init__(self, images: TrainingData, references: TrainingData, further: bool = False):
         self.images, self.references, self.further = images, references, further
-        self.name, self.channels, self.size, self.class_names = (
-            images.name,
-            images.channels,
-            images.size,
-            images.class_names,
-        )
+        self.name, self.channels, self.size = images.name, images.channels, images.size
+        self.class_names, self.count = images.class_names, images.count
         if images.channels != references.channels:
             raise InputError(
                 f"The references ({references.name}) have {references.channels} channels and the images ({images.name}) "
@@ -125,9 +122,14 @@ class UnpairedBatches:
     def state_dict(self) -> dict[str, Any]:
         return {name: part.state_dict() for name, part in self._parts.items()}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: dict[str, Any] | None) -> None:
         for name, part in self._parts.items():
-            part.load_state_dict(state.get(name, {}))
+            part.load_state_dict(state and state[name])
+
+    @property
+    def counts(self) -> dict[str, int]:
+        parts = [part.counts for part in self._parts.values()]
+        return {name: sum(counts.get(name, 0) for counts in parts) for name in dict.fromkeys(chain(*parts))}
 
 
 def reference_source(config: DataConfig) -> DegradedReferences | TransportedReferences | None:
@@ -143,6 +145,7 @@ def references_config(config: DataConfig) -> DataConfig:
     return replace(
         config,
         name=config.reference_name,
+        config_name=None,
         data_files=config.reference_files,
         split=config.reference_split,
         image_column=config.reference_column,

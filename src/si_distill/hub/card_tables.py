@@ -129,7 +129,8 @@ def _space(facts: ModelFacts) -> str:
 def _data(facts: ModelFacts) -> str:
     data, recorded = facts.settings.get("data"), facts.recorded.get("data")
     if recorded:
-        return f"{recorded['name']}, split {recorded['split']}, {_number(recorded['images'])} images"
+        count = "a stream of" if recorded["images"] is None else _number(recorded["images"])
+        return f"{recorded['name']}, split {recorded['split']}, {count} images"
     if facts.recorded:  # the run says that it read none
         return "no images: generated samples only"
     return (

@@ -94,7 +94,7 @@ class TrainingConfig:
         "output_dir max_steps logging_steps eval_steps save_steps save_total_limit report_to resume_from_checkpoint "
         "per_device_train_batch_size gradient_accumulation_steps gradient_checkpointing "
         "overwrite_output_dir dataloader_num_workers ema_snapshot_steps eval_metric_steps metric_for_best_model evaluation "
-        "push_to_hub hub_model_id hub_private_repo dry_run profile teacher_model".split()
+        "push_to_hub hub_model_id hub_private_repo dry_run profile teacher_model data.max_corrupt_images".split()
     )
 
     def __post_init__(self) -> None:

@@ -78,7 +78,7 @@ class DistillationTrainer(Trainer):
         values = math.prod(self.sample_shape)
         self.references = reference_roles(settings, teacher)
         needs_data = self.objective.uses_real_data or self.adversarial is not None or self.references.needed
-        self.data = load_fitting_images(settings, teacher) if needs_data else None
+        self.data = load_fitting_images(settings, teacher, self.readers) if needs_data else None
         self.class_shares = class_shares(settings, teacher, self.data)
         critic = starting_critic(settings, teacher, self.objective)
         check_log_variance(settings, self.objective, self.timestep_type)

@@ -199,6 +199,11 @@ def class_shares(
     if settings.label_sampling != "empirical" or (data is not None and not shares):
         return None  # uniform, or the real images' own
     if not shares:
+        if settings.data.streaming:
+            raise InputError(
+                f"`label_sampling` is empirical, and how frequent the classes of the stream {settings.data.name!r} are "
+                "would be known only after reading all of it: give them as `class_frequencies`."
+            )
         images = load_images(settings.data)
         shares = torch.bincount(torch.tensor(images.labels), minlength=len(images.class_names)).tolist()
     if len(shares) != classes:
@@ -208,13 +213,18 @@ def class_shares(
     return (cumulative / cumulative[-1]).float()
 
 
-def load_fitting_images(settings: DistillConfig, teacher: InterpolantPipeline) -> TrainingData:
+def load_fitting_images(settings: DistillConfig, teacher: InterpolantPipeline, readers: int = 1) -> TrainingData:
     """The images, of the teacher's shape and classes, with references if the data have them.
+
+    Args:
+        settings: of the distillation.
+        teacher: its teacher.
+        readers: processes that read, over all ranks.
 
     Raises:
         InputError: when they cannot be loaded or do not fit.
     """
-    data = load_training_data(settings.data, further_references=True)
+    data = load_training_data(settings.data, readers, teacher.network.num_classes, further_references=True)
     if teacher.vae is not None:
         raise InputError(
             f"The objective {settings.objective!r} or the adversarial term {settings.adversarial.kind!r} uses real data and "

@@ -16,7 +16,7 @@ from diffusers import DiffusionPipeline
 from torch import nn
 
 from .. import __version__
-from ..data import ImageDataset
+from ..data import TrainingData
 from ..data.config import DataConfig
 from .sharding import plain_class
 
@@ -43,7 +43,7 @@ def describe_session(accelerator: Accelerator) -> dict[str, Any]:
     }
 
 
-def describe_data(config: DataConfig, data: ImageDataset | None) -> dict[str, Any] | None:
+def describe_data(config: DataConfig, data: TrainingData | None) -> dict[str, Any] | None:
     """The images that the training reads, or None when it reads none."""
     if data is None:
         return None
@@ -52,7 +52,7 @@ def describe_data(config: DataConfig, data: ImageDataset | None) -> dict[str, An
         "source": "hub" if "/" in config.name and not config.data_files and not Path(config.name).exists() else "local",
         "name": data.name,
         "split": config.split,
-        "images": len(data),
+        "images": data.count,
         "classes": len(data.class_names),
         "size": data.size,
         **({"references": config.describe_references()} if config.has_references else {}),

@@ -57,8 +57,8 @@ class RunFolder:
                 "give another --output_dir, or delete it with --overwrite_output_dir."
             )
         # Through the class, so that a setting that did not exist when the run was started has its default.
-        saved = settings_to_dict(settings_from_dict(type(self.settings), read_yaml(config)))
-        now = settings_to_dict(self.settings)
+        saved = _with_data_apart(settings_from_dict(type(self.settings), read_yaml(config)))
+        now = _with_data_apart(self.settings)
         changed = [key for key in now if key not in self.settings.RESUMABLE and saved[key] != now[key]]
         if changed:
             listing = "; ".join(f"{key}: {saved[key]!r} then, {now[key]!r} now" for key in changed)
@@ -153,3 +153,10 @@ def replace_text(path: Path, text: str) -> None:
     partial = path.with_name(path.name + ".tmp")
     partial.write_text(text, encoding="utf-8")
     os.replace(partial, path)
+
+
+def _with_data_apart(settings: TrainingConfig) -> dict[str, Any]:
+    """Settings by name, those of the data as `data.…`: not all of them decide the trajectory."""
+    values = settings_to_dict(settings)
+    data = values.pop("data")
+    return values | {f"data.{name}": value for name, value in data.items()}

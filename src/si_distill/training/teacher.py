@@ -37,7 +37,7 @@ class TeacherTrainer(Trainer):
         settings = self.settings
         self.interpolant = settings.build_interpolant()
         self.time_sampler = settings.build_time_sampler(self.interpolant, settings.timestep_type)
-        self.data = load_training_data(settings.data)
+        self.data = load_training_data(settings.data, self.readers, settings.model.get("num_classes"))
         network = self._build_network()
         self.class_dropout_prob, self.null_class = network.config.class_dropout_prob, network.null_class
         self.class_names = self.data.class_names if network.config.num_classes else []

@@ -71,6 +71,8 @@ class Trainer:
         self._saved_means: dict[str, float] = {}
         self._signal: int | None = None
         self._batches: BatchIterator | None = None
+        self._resumed = False
+        self._data_state: dict[str, Any] | None = None
         self._shown: Batch | None = None
         self._references = reference_source(settings.data)
         set_seed(settings.seed)
@@ -129,6 +131,11 @@ class Trainer:
         s = self.settings
         return s.per_device_train_batch_size * s.gradient_accumulation_steps * self.accelerator.num_processes
 
+    @property
+    def readers(self) -> int:
+        """Processes that read data, over all ranks."""
+        return self.accelerator.num_processes * max(1, self.settings.dataloader_num_workers)
+
     def indices(self, micro_batch: int) -> range:
         """This rank's places in the global batch."""
         size = self.settings.per_device_train_batch_size
@@ -150,6 +157,8 @@ class Trainer:
                 start=self.step * settings.gradient_accumulation_steps,
                 num_workers=settings.dataloader_num_workers,
             )
+            if self._resumed:
+                self._batches.load_state_dict(self._data_state)
         with self.throughput.waiting_for_data():
             batch = next(self._batches)
         batch, indices = on_device(batch, accelerator.device), self.indices(micro_batch)
@@ -248,6 +257,7 @@ class Trainer:
         found = self.checkpoints.find(settings.resume_from_checkpoint) if settings.resume_from_checkpoint else None
         if found:
             self.checkpoints.load(found)
+            self._resumed, self._data_state = True, self.checkpoints.rank_state(found)
             self.run.forget_metrics_after(self.step)
             self.run.write_config()
             accelerator.print(f"Resumed from {found} at step {self.step}.")
@@ -292,10 +302,23 @@ class Trainer:
         means = self.accelerator.reduce(totals, "mean") / torch.tensor([self._counts[name] for name in names], **kind)
         return dict(zip(names, means.tolist(), strict=True))
 
+    def _data_counts(self) -> dict[str, int]:
+        """Totals over all ranks, such as of images that could not be read; collective."""
+        counts = self._batches.counts if self._batches is not None else {}
+        return {
+            name: int(self.accelerator.reduce(torch.tensor(count, device=self.accelerator.device), "sum"))
+            for name, count in counts.items()
+        }
+
     def _log(self) -> dict[str, float]:
         means = self._means()
         self._totals, self._counts = {}, {}
-        values = {**means, **self.learning_rates(), **self.throughput.line(self.global_batch_size)}
+        values = {
+            **means,
+            **self.learning_rates(),
+            **self.throughput.line(self.global_batch_size),
+            **self._data_counts(),
+        }
         line = {"step": self.step, "images": self.step * self.global_batch_size}
         line |= dict.fromkeys(self.losses)  # null in lines in which a network did not learn
         line |= {name: value if math.isfinite(value) else None for name, value in values.items()}
@@ -307,7 +330,7 @@ class Trainer:
 
     def _save(self) -> None:
         self._saved_means = self._means()  # collective, so not inside `state_dict`
-        self.checkpoints.save(self.step)
+        self.checkpoints.save(self.step, self._batches and self._batches.state_dict())
         self.outputs.pipeline(self.step)
 
     def _on_signal(self, number: int, frame: Any) -> None:

@@ -1,0 +1,186 @@
+"""Opening a data set with `datasets`, with errors for people, finding its columns, and reading what is in a row."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..errors import InputError
+from .config import DataConfig
+from .decoding import UnreadableImage, decode, is_grey, stored_size, to_pixels
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Where images and labels are, and what the labels mean.
+
+    Args:
+        image: column of the images.
+        label: column of the labels, or None for images without.
+        class_names: of the classes 0 … K − 1; None when the labels are plain numbers.
+        reference: column of each image's own reference, or None.
+    """
+
+    image: str
+    label: str | None
+    class_names: list[str] | None
+    reference: str | None = None
+
+    @property
+    def names(self) -> list[str]:
+        """The columns that are read."""
+        return [name for name in (self.image, self.label, self.reference) if name is not None]
+
+
+def open_dataset(config: DataConfig) -> Any:
+    """The table, or with `streaming` the iterable, that `datasets.load_dataset` gives.
+
+    Raises:
+        InputError: when it cannot be found, is gated or the Hub cannot be reached; says what to do.
+    """
+    import datasets
+
+    try:
+        return datasets.load_dataset(
+            config.name,
+            config.config_name,
+            data_files=config.data_files,
+            split=config.split,
+            streaming=config.streaming,
+        )
+    except (OSError, ValueError, NotImplementedError, datasets.exceptions.DatasetsError) as error:
+        raise InputError(
+            f"Cannot load the data set {config.name!r} (data_files={config.data_files!r}, split={config.split!r}): "
+            f"{error}{_advice(config, error)}"
+        ) from error
+
+
+def _advice(config: DataConfig, error: Exception) -> str:
+    import datasets
+
+    terms = (
+        f"accept the terms on its page, https://huggingface.co/datasets/{config.name}, once, and set HF_TOKEN to a token of "
+        "that account."
+    )
+    if isinstance(error, datasets.exceptions.DatasetNotFoundError):
+        return f"\nIf the data set is gated: {terms}"
+    if isinstance(error, ConnectionError):
+        return (
+            "\nThe Hub cannot be reached from here: check the network, HF_HUB_OFFLINE and HF_ENDPOINT, or give files with "
+            f"`data.data_files`. If the data set is gated: {terms}"
+        )
+    return ""
+
+
+class RowReader:
+    """Decodes the images of a row.
+
+    Args:
+        columns: where they are.
+        size: height and width of what is made of them.
+        probe: encoded rows from the head of the data set, which tell whether it is grey: single grey images are usual
+            among coloured ones.
+
+    Attributes:
+        channels: 1 if all images of these rows are grey, otherwise 3.
+
+    Raises:
+        InputError: when none of these rows can be read, or references have other channels than images.
+    """
+
+    def __init__(self, columns: Columns, size: int, probe: list[dict[str, Any]]):
+        self.columns = columns
+        self.size = size
+        self.channels = _channels(columns.image, probe)
+        if columns.reference is not None and (found := _channels(columns.reference, probe)) != self.channels:
+            raise InputError(
+                f"The references in {columns.reference!r} have {found} channel{'s' if found > 1 else ''} and the images in "
+                f"{columns.image!r} {self.channels}: a bridge needs the same of both."
+            )
+
+    def image(self, row: dict[str, Any]) -> torch.Tensor:
+        """(C, size, size), uint8.
+
+        Raises:
+            UnreadableImage: when it cannot be decoded.
+        """
+        return to_pixels(decode(row[self.columns.image]), self.channels, self.size)
+
+    def reference(self, row: dict[str, Any]) -> torch.Tensor:
+        """(C, size, size), uint8: the same part of the picture as `image`.
+
+        Raises:
+            UnreadableImage: when it cannot be decoded, or has another shape than the image.
+        """
+        try:
+            reference = decode(row[self.columns.reference])
+        except UnreadableImage as error:
+            raise UnreadableImage(f"its reference: {error}") from error
+        width, height = stored_size(row[self.columns.image])
+        # Cropping and resizing would otherwise take different parts of the two.
+        if reference.width * height != reference.height * width:
+            raise UnreadableImage(
+                f"it has {width}×{height} pixels and its reference {reference.width}×{reference.height}: the two of a pair "
+                "must have the same shape"
+            )
+        return to_pixels(reference, self.channels, self.size)
+
+
+def _channels(column: str, rows: list[dict[str, Any]]) -> int:
+    grey, problem = [], "there are none"
+    for row in rows:
+        try:
+            grey.append(is_grey(decode(row[column])))
+        except UnreadableImage as error:
+            problem = str(error)
+    if not grey:
+        raise InputError(f"None of the first images in {column!r} can be read: {problem}.")
+    return 1 if all(grey) else 3
+
+
+def find_columns(config: DataConfig, features: dict[str, Any]) -> Columns:
+    """The columns that the settings name, or the only ones of their types.
+
+    A WebDataset's `cls` is taken for the label.
+
+    Args:
+        config: of the data.
+        features: the data set's, by column.
+
+    Raises:
+        InputError: when there is none, or more than one, or not the one that was named.
+    """
+    import datasets
+
+    label, reference = None if config.label_column == "none" else config.label_column, config.reference_column
+    for column in (config.image_column, label, reference):
+        if column is not None and column not in features:
+            raise InputError(f"The data set has no column {column!r}; its columns are {list(features)}.")
+    others = {name: feature for name, feature in features.items() if name != reference}
+    image = config.image_column or _only(others, "image", datasets.Image)
+    for column in filter(None, (image, reference)):
+        if not isinstance(features[column], datasets.Image) and features[column] != datasets.Value("binary"):
+            raise InputError(f"The column {column!r} holds {features[column]}, and no images.")
+    if config.label_column == "none":
+        return Columns(image, None, [], reference)
+    if label is None:
+        label = "cls" if "cls" in features else _only(features, "label", datasets.ClassLabel)
+    kind = features[label]
+    if isinstance(kind, datasets.ClassLabel):
+        return Columns(image, label, list(kind.names), reference)
+    if not isinstance(kind, datasets.Value) or "int" not in kind.dtype:
+        raise InputError(
+            f"The labels in {label!r} are {kind}: classes are ClassLabel or integers 0 … K − 1. Give another "
+            "`data.label_column`, or `none`."
+        )
+    return Columns(image, label, None, reference)
+
+
+def _only(features: dict[str, Any], kind: str, of: type) -> str:
+    found = [name for name, feature in features.items() if isinstance(feature, of)]
+    if len(found) != 1:
+        raise InputError(
+            f"{'No' if not found else 'More than one'} {kind} column among {list(features)}: "
+            f"set `data.{kind}_column`{' (`none`: images without labels)' if kind == 'label' else ''}."
+        )
+    return found[0]
