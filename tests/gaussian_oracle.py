@@ -1,11 +1,13 @@
 """Closed forms for Gaussian data and a Gaussian one-step generator: everything that training estimates is known exactly.
 
-Data N(m, diag S), reference N(0, I), generator G(z) = μ + diag(τ) z. All fields are affine in x_t and all losses
-quadratic in (z, x1), so that expectations over (z, x1) are EXACT means over the four nodes z = ±1, x1 = ±1 (two-point
-Gauss-Hermite quadrature, exact to degree 3). Dimensions decouple because everything is diagonal: the columns of one
-tensor may also be read as independent one-dimensional experiments.
+Data N(m, diag S), reference N(0, I), generator G(ε) = μ + diag(τ) ε. All fields are affine in x_t and all losses quadratic
+in (ε, x1, z), so that expectations over them are EXACT means over the eight nodes ε = ±1, x1 = ±1, z = ±1 (two-point
+Gauss-Hermite quadrature, exact to degree 3); z matters on a bridge, here an unpaired one: ε is another reference than x1.
+Dimensions decouple because everything is diagonal: the columns of one tensor may also be read as independent
+one-dimensional experiments.
 """
 
+import itertools
 from dataclasses import dataclass, replace
 
 import torch
@@ -13,7 +15,9 @@ import torch
 from si_distill.interpolants import Interpolant
 from si_distill.objectives import DistillationObjective
 
-NODES = torch.tensor([(z, x1) for z in (-1.0, 1.0) for x1 in (-1.0, 1.0)], dtype=torch.float64)
+NODES = torch.tensor(list(itertools.product((-1.0, 1.0), repeat=3)), dtype=torch.float64)
+#: The four nodes of (ε, x1), for paths without z.
+PLAIN_NODES = NODES[NODES[:, 2] > 0]
 #: The integral over t is a mean over these times; away from 0, where β' of `vp` and κ are infinite.
 TIMES = torch.linspace(0.05, 0.95, 7, dtype=torch.float64)
 
@@ -29,20 +33,26 @@ class Gaussian:
         return self.mean + self.std * z
 
     def x0_given(self, interpolant: Interpolant, x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        """E[x0 | x_t] = m + α S Σ⁻¹ (x_t − α m), Σ = α² S + β²."""
-        c = interpolant.at(t, x_t)
-        variance = self.std**2
-        return self.mean + c.alpha * variance / (c.alpha**2 * variance + c.beta**2) * (x_t - c.alpha * self.mean)
+        """E[x0 | x_t] = m + α S Σ⁻¹ (x_t − α m), Σ = α² S + β² + γ²."""
+        return self.mean + interpolant.at(t, x_t).alpha * self.std**2 * self._centred(interpolant, x_t, t)
 
     def x1_given(self, interpolant: Interpolant, x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         """E[x1 | x_t] = β Σ⁻¹ (x_t − α m)."""
+        return interpolant.at(t, x_t).beta * self._centred(interpolant, x_t, t)
+
+    def z_given(self, interpolant: Interpolant, x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        """E[z | x_t] = γ Σ⁻¹ (x_t − α m)."""
+        return interpolant.at(t, x_t).gamma * self._centred(interpolant, x_t, t)
+
+    def _centred(self, interpolant: Interpolant, x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         c = interpolant.at(t, x_t)
-        return c.beta / (c.alpha**2 * self.std**2 + c.beta**2) * (x_t - c.alpha * self.mean)
+        return (x_t - c.alpha * self.mean) / (c.alpha**2 * self.std**2 + c.beta**2 + c.gamma**2)
 
     def velocity(self, interpolant: Interpolant, x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         """E[İ | x_t], the minimiser of the matching loss."""
         c = interpolant.at(t, x_t)
-        return c.d_alpha * self.x0_given(interpolant, x_t, t) + c.d_beta * self.x1_given(interpolant, x_t, t)
+        velocity = c.d_alpha * self.x0_given(interpolant, x_t, t) + c.d_beta * self.x1_given(interpolant, x_t, t)
+        return velocity + c.d_gamma * self.z_given(interpolant, x_t, t)
 
     def field(self, interpolant: Interpolant, x_t: torch.Tensor, t: torch.Tensor, space: str) -> torch.Tensor:
         """The exact network in any parameterisation."""
@@ -72,7 +82,8 @@ class LinearField:
     intercept: torch.Tensor
 
     def __call__(self, x_t: torch.Tensor) -> torch.Tensor:
-        slope, intercept = (p.repeat_interleave(len(NODES), 0) for p in (self.slope, self.intercept))
+        nodes = len(x_t) // len(TIMES)
+        slope, intercept = (p.repeat_interleave(nodes, 0) for p in (self.slope, self.intercept))
         return slope * x_t + intercept
 
 
@@ -85,15 +96,19 @@ class Game:
     data: Gaussian
 
     @property
+    def nodes(self) -> torch.Tensor:
+        return NODES if self.interpolant.noisy else PLAIN_NODES
+
+    @property
     def times(self) -> torch.Tensor:
-        return TIMES.repeat_interleave(len(NODES))
+        return TIMES.repeat_interleave(len(self.nodes))
 
     def batch(self, law: Gaussian) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """(x_t, v*, target) of the samples of `law` at all times and nodes, (T · 4, D), in the objective's space."""
-        z, x1 = (NODES[:, i].repeat(len(TIMES))[:, None].expand(-1, len(self.data.mean)) for i in (0, 1))
-        x0 = law.samples(z)
-        x_t = self.interpolant.interpolate(x0, x1, self.times)
-        target = self.interpolant.target(x0, x1, self.times, self.objective.space)
+        """(x_t, v*, target) of the samples of `law` at all times and nodes, (T · N, D), in the objective's space."""
+        noise, x1, z = (nodes.repeat(len(TIMES))[:, None].expand(-1, len(self.data.mean)) for nodes in self.nodes.T)
+        x0 = law.samples(noise)
+        x_t = self.interpolant.interpolate(x0, x1, self.times, z)
+        target = self.interpolant.target(x0, x1, self.times, self.objective.space, z)
         return x_t, self.data.field(self.interpolant, x_t, self.times, self.objective.space), target
 
     def weight(self) -> torch.Tensor:
@@ -108,7 +123,7 @@ class Game:
         a, b, c = self.objective.critic
         sums = [0.0] * 4
         for source, (a_, b_, c_) in ((law, (a, b, c)), (self.data, (1 - a, 1 - b, 1 - c))):
-            x_t, teacher, target = (v.unflatten(0, (len(TIMES), len(NODES))) for v in self.batch(source))
+            x_t, teacher, target = (v.unflatten(0, (len(TIMES), -1)) for v in self.batch(source))
             residual = b_ * target - a_ * teacher
             terms = (c_ * x_t.square(), c_ * x_t, residual * x_t, residual)
             sums = [total + term.mean(1) for total, term in zip(sums, terms, strict=True)]
@@ -117,7 +132,7 @@ class Game:
         delta = LinearField((rx - x * r) / determinant, (xx * r - x * rx) / determinant)
         zero = torch.zeros(len(self.times), len(self.data.mean), dtype=torch.float64)
         at_0, at_1 = (
-            self.data.field(self.interpolant, x, self.times, self.objective.space)[:: len(NODES)]
+            self.data.field(self.interpolant, x, self.times, self.objective.space)[:: len(self.nodes)]
             for x in (zero, zero + 1)
         )
         return LinearField(delta.slope + at_1 - at_0, delta.intercept + at_0)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from gaussian_oracle import TIMES, Game, Gaussian, LinearField, without_sample_weight
 
-from si_distill.interpolants import GAUSSIAN_INTERPOLANTS, get_interpolant
+from si_distill.interpolants import INTERPOLANTS, get_interpolant
 from si_distill.objectives import PRESETS, DistillationObjective, get_objective
 
 CASES = [
@@ -25,7 +25,7 @@ every_case = pytest.mark.parametrize(("preset", "coefficients"), CASES, ids=IDS)
 #: Presets that feel the sample through the target alone.
 TARGET_ONLY = ["cross_term", "cross_term_detached", "dmd2"]
 
-every_interpolant = pytest.mark.parametrize("interpolant", GAUSSIAN_INTERPOLANTS)
+every_interpolant = pytest.mark.parametrize("interpolant", INTERPOLANTS)
 
 
 def double(*values: float) -> torch.Tensor:

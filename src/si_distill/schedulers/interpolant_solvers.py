@@ -8,7 +8,7 @@ from typing import Any
 
 SOLVERS = ("euler", "heun", "ddim", "edm_heun", "dpmpp_2m", "sde_euler", "sde_heun", "dopri5", "posterior")
 #: Solvers of a bridge: the others need the noise level β/α or the score of a Gaussian reference.
-BRIDGE_SOLVERS = ("posterior", "euler", "heun", "ddim")
+BRIDGE_SOLVERS = ("posterior", "euler", "heun")
 #: Paths whose β/α grows over many orders of magnitude, on which `dpmpp_2m` is the default.
 DIFFUSION_PATHS = ("vp", "ddpm", "edm")
 DIFFUSION_FORMS = ("sigma", "linear", "sbdm", "constant", "decreasing", "increasing-decreasing")
@@ -82,7 +82,7 @@ def check_solver(interpolant: Any, solver: str, prediction_type: str) -> None:
         raise ValueError(
             f"The solver {solver!r} is not defined on the interpolant {name!r}; choose one of: {', '.join(known)}."
         )
-    if prediction_type != "sample" and solver in ("posterior", "ddim"):
+    if prediction_type != "sample" and solver == "posterior":
         raise ValueError(
             f"The solver {solver!r} on the interpolant {name!r} needs a network that predicts the sample, and this one "
             f"predicts {prediction_type}; choose 'euler' or 'heun'."

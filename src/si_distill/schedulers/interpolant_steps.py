@@ -175,28 +175,17 @@ def first_bridge_step(now: Evaluation, to: torch.Tensor, noise: torch.Tensor) ->
 
 
 def pinned_step(now: Evaluation, to: torch.Tensor) -> Move:
-    """Euler's step of a paired bridge's ODE in the angle φ = arcsin √t: dx/dφ = (dt/dφ) v, dt/dφ = 2 √(t (1 − t)).
+    """The step of a paired bridge's ODE that is exact for constant x̂0: x_s = α_s x̂0 + β_s x1 + γ_s ẑ.
 
-    In t the velocity contains γ' z, which is infinite at the ends; in φ it is not.
+    It is Euler's step of dy/dη = x̂0 for y = (x − β x1) / γ and η = α / γ, in which γ' does not appear; corrected it is
+    Heun's (Zheng et al. 2024, "Diffusion Bridge Implicit Models", eq. 12 with ρ = 0 and section 4).
     """
-
-    def slope(e: Evaluation) -> torch.Tensor:
-        return 2 * torch.sqrt(e.t * (1 - e.t)) * e.predicts("velocity")
-
-    span = bridge_angle(to) - bridge_angle(now.t)
-    return Move(now.x + span * slope(now), slope, span)
+    at, end, x0 = now.at, now.interpolant.at(to, now.x), now.predicts("sample")
+    span = end.alpha - at.alpha * end.gamma / at.gamma
+    rest = end.gamma / at.gamma * (now.x - at.beta * now.reference)
+    return Move(end.beta * now.reference + rest + span * x0, lambda e: e.predicts("sample"), span)
 
 
 def bridge_angle(t: torch.Tensor) -> torch.Tensor:
     """φ = arcsin √t, in which √(t (1 − t)) = ½ sin 2φ is smooth."""
     return torch.asin(torch.sqrt(t))
-
-
-def pinned_noise_step(now: Evaluation, to: torch.Tensor) -> torch.Tensor:
-    """The step of a paired bridge's ODE that is exact for constant x̂0: x_s = α_s x̂0 + β_s x1 + γ_s ẑ.
-
-    Zheng et al. 2024, "Diffusion Bridge Implicit Models", eq. 12 with ρ = 0; ẑ = (x_t − α x̂0 − β x1) / γ.
-    """
-    x0, at = now.predicts("sample"), now.at
-    z = (now.x - at.alpha * x0 - at.beta * now.reference) / at.gamma
-    return now.interpolant.interpolate(x0, now.reference, to, z)

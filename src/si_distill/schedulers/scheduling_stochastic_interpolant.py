@@ -34,7 +34,6 @@ from .interpolant_steps import (
     first_bridge_step,
     multistep,
     noise_step,
-    pinned_noise_step,
     pinned_step,
     posterior_step,
     velocity_step,
@@ -76,11 +75,11 @@ class StochasticInterpolantScheduler(InterpolantForwardMixin, SchedulerMixin, Co
     | `dopri5` | as the tolerances need | adaptive; the ODE in an angle, solved by the pipeline |
     | `posterior` | N | Brownian motion between x_t and x̂0 (a bridge with noise; I²SB) |
 
-    Bridges have `posterior`, `euler`, `heun` and `ddim`. A PAIRED bridge's network predicts the sample and `step` is given
-    the `reference` x1. Its ODE (`euler` and `heun` in the angle arcsin √t; `ddim` exact for constant x̂0) takes the first of
-    its N steps, to t = 1 − `first_step_size`, with noise: from x1 alone it would give one sample only. An unpaired bridge is
-    sampled by the `posterior` from x̂0, or by `euler` and `heun` from the velocity. Times of an ODE are equally spaced in
-    that angle.
+    Bridges have `posterior`, `euler` and `heun`. A PAIRED bridge's network predicts the sample and `step` is given the
+    `reference` x1. Its ODE (first and second order in α/γ on x̂0, exact where that is constant) takes the first of its N
+    steps, to t = 1 − `first_step_size`, with noise: from x1 alone it would give one sample only. `heun` evaluates 2 N − 2
+    times there. An unpaired bridge is sampled by the `posterior` from x̂0, or by its ODE in t from the velocity. Steps
+    are equal in the angle arcsin √t, in which γ is smooth.
 
     Args:
         num_train_timesteps (`int`): what `len(scheduler)` reports; times are continuous.
@@ -252,8 +251,8 @@ class StochasticInterpolantScheduler(InterpolantForwardMixin, SchedulerMixin, Co
         self._set_times(torch.cat([starts, torch.zeros(1)]), device)
 
     def _equal_steps(self, count: int) -> torch.Tensor:
-        """Ends of `count` steps to 0, (count + 1,): equal in t, of a bridge's ODE in the angle arcsin √t."""
-        if not self.interpolant.noisy or self.solver == "posterior":
+        """Ends of `count` steps to 0, (count + 1,): equal in t, on a bridge with noise in the angle arcsin √t."""
+        if not self.interpolant.noisy:
             return torch.linspace(self._start_time, 0.0, count + 1)
         first = [1.0] if self._pinned and count > 1 else []
         start = torch.tensor(1 - self.config.first_step_size if first else 1.0, dtype=torch.float64)
@@ -369,8 +368,6 @@ class StochasticInterpolantScheduler(InterpolantForwardMixin, SchedulerMixin, Co
             return posterior_step(now, to, self._noise(now.x, generator, variance_noise))
         if self._pinned and float(now.at.gamma) == 0:
             return first_bridge_step(now, to, self._noise(now.x, generator, variance_noise))
-        if self._pinned and self.solver == "ddim":
-            return pinned_noise_step(now, to)
         if self.diffusion:
             noise = self._noise(now.x, generator, variance_noise)
             move = self.diffusion.step(now, to, noise, corrected=self.order == 2)
