@@ -4,8 +4,11 @@
     python pipelines/generate.py --pipeline runs/digits-student --labels 3 7 --out grid.png
     python pipelines/generate.py --pipeline runs/digits-student --labels 3 7 --images_per_label 8 --seed 1 --out images/
     python pipelines/generate.py --pipeline user/student --revision 0123abc --labels goldfish --dtype bfloat16 --out fish.png
+    python pipelines/generate.py --pipeline runs/digits-superres-student --image small/*.png --out large.png
 
-A class is a number or a name; quote names that hold spaces. An --out that ends with / (or is a folder) takes single files.
+A class is a number or a name; quote names that hold spaces. A student that turns images into others takes --image, files of
+one size; with classes, one of --labels for each, or one for all. An --out that ends with / (or is a folder) takes single
+files.
 """
 
 from dataclasses import dataclass
@@ -18,7 +21,8 @@ class GenerateConfig:
     pipeline: str = setting("", "The student: a pipeline folder or a Hub id.")
     revision: str | None = setting(None, "Commit, tag or branch of a Hub id; a commit cannot change later.")
     labels: list[str] = setting([], "Classes by number or name; when not given, ten spread over all.")
-    images_per_label: int = setting(8, "Images of each class, or of an unconditional student.")
+    image: list[str] = setting([], "Image files that a student starts from, where it does.")
+    images_per_label: int = setting(8, "Images of each class, of an unconditional student, or of each --image.")
     seed: int = setting(0, "Image n of every class is drawn from seed + n, on any device.")
     batch_size: int = setting(64, "Images generated at once.")
     dtype: str = setting("float32", "Precision of the network.", ("float32", "bfloat16", "float16"))
@@ -37,7 +41,7 @@ def main(argv: list[str]) -> None:
     from si_distill import OneStepInterpolantPipeline
     from si_distill.errors import InputError
     from si_distill.loading import load_pipeline
-    from si_distill.sampling import class_names, sample_rows, spread_labels
+    from si_distill.sampling import class_names, open_images, sample_rows, spread_labels
     from si_distill.settings import at_least
     from si_distill.visualization import image_grid
 
@@ -63,15 +67,29 @@ def main(argv: list[str]) -> None:
     pipeline = load_pipeline(
         OneStepInterpolantPipeline, "student", settings.pipeline, dtype=getattr(torch, settings.dtype), **where
     )
+    inputs = open_images(settings.image, pipeline.image_channels) if settings.image else None
+    if inputs is None and pipeline.image_channels:
+        raise InputError(f"The student {settings.pipeline!r} turns images into others: give --image FILE …")
     labels = None  # an unconditional network
     if pipeline.network.num_classes or settings.labels:
+        if inputs and len(settings.labels) not in (1, len(inputs)):
+            raise InputError(
+                f"There are {len(inputs)} images and {len(settings.labels)} labels: give --labels one for each image, or "
+                "one for all."
+            )
         names = settings.labels or spread_labels(pipeline.network.num_classes)
+        names = names * len(inputs) if inputs and len(names) == 1 else names
         try:
             labels = pipeline.get_label_ids([int(name) if str(name).isdecimal() else name for name in names])
         except (ValueError, TypeError) as error:
             raise InputError(str(error)) from error
     pipeline.to(device)
-    rows = sample_rows(pipeline, labels, settings.images_per_label, settings.seed, settings.batch_size)
+    try:
+        rows = sample_rows(
+            pipeline, labels, settings.images_per_label, settings.seed, settings.batch_size, images=inputs
+        )
+    except ValueError as error:
+        raise InputError(str(error)) from error
     titles = labels and class_names(pipeline, labels)
     count = sum(map(len, rows))
     if singly:
@@ -79,7 +97,13 @@ def main(argv: list[str]) -> None:
         for row, images in enumerate(rows):
             for column, image in enumerate(images):
                 name = f"{labels[column]}_{re.sub(r'[^A-Za-z0-9-]+', '-', titles[column])}_" if labels else ""
+                name += f"{column}_{Path(settings.image[column]).stem}_" if inputs else ""
                 image.save(out / f"{name}seed{settings.seed + row}.png")
+    elif inputs:
+        size = rows[0][0].size
+        shown = [[image.resize(size, 0) for image in inputs], *rows]  # 0: each pixel as a square
+        names = ["input", *(f"seed {settings.seed + row}" for row in range(len(rows)))]
+        image_grid(shown, names, titles or [Path(file).stem for file in settings.image]).save(out)
     else:
         image_grid(rows, column_titles=titles).save(out)
     print(f"Saved {count} image{'s' if count > 1 else ''}, one network evaluation each: {out}")

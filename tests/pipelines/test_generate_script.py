@@ -1,16 +1,20 @@
 """`pipelines/generate.py`: labels, seeds, batches and places of its images, and what it refuses."""
 
 import runpy
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+import torch
 from helpers import tiny_sit
 from PIL import Image, ImageChops
 
 from si_distill import OneStepInterpolantPipeline, StochasticInterpolantScheduler
 from si_distill.errors import InputError
 
-generate = runpy.run_path(str(Path(__file__).parent.parent.parent / "pipelines" / "generate.py"))["main"]
+SCRIPT = Path(__file__).parent.parent.parent / "pipelines" / "generate.py"
+generate = runpy.run_path(str(SCRIPT))["main"]
 NAMES = {0: "goldfish, Carassius auratus", 1: "tench", 2: "great white shark"}
 
 
@@ -79,3 +83,81 @@ def test_what_cannot_work_is_refused_in_a_sentence(student, tmp_path, arguments,
     with pytest.raises(InputError, match=words):
         call(student, tmp_path / "grid.png", *arguments)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture(scope="module")
+def bridge(tmp_path_factory):
+    """A student of grey 8×8 images from 4×4 ones, with three classes."""
+    folder = tmp_path_factory.mktemp("bridge")
+    scheduler = StochasticInterpolantScheduler(interpolant="bridge", prediction_type="sample", noise_channels=1)
+    OneStepInterpolantPipeline(
+        tiny_sit(condition_channels=2), scheduler, image_upsampling={"factor": 2, "mode": "nearest"}
+    ).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("small")
+    for n, mode in enumerate(("L", "RGB", "RGBA")):
+        Image.new("RGB", (4, 4), (60 * n + 40,) * 3).convert(mode).save(folder / f"{n}.png")
+    Image.new("L", (5, 4)).save(folder / "wide.png")
+    (folder / "broken.png").write_bytes(b"no image")
+    return folder
+
+
+def test_files_are_enlarged_by_the_script(bridge, small, tmp_path):
+    """The real script, in a process of its own: a file for each input and seed, which is the pipeline's own."""
+    files = [str(small / f"{n}.png") for n in range(3)]
+    command = [sys.executable, str(SCRIPT), "--pipeline", str(bridge), "--image", *files, "--labels", "2"]
+    options = ["--images_per_label", "2", "--seed", "4", "--out", f"{tmp_path}/"]
+    done = subprocess.run([*command, *options], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "Saved 6 images" in done.stdout
+    names = {f"2_2_{n}_{n}_seed{seed}.png" for n in range(3) for seed in (4, 5)}
+    assert {path.name for path in tmp_path.iterdir()} == names
+    pipeline = OneStepInterpolantPipeline.from_pretrained(bridge)
+    with Image.open(files[1]) as image:
+        wanted = pipeline([2], image=image.convert("L"), generator=torch.Generator().manual_seed(5)).images[0]
+    difference = ImageChops.difference(wanted, Image.open(tmp_path / "2_2_1_1_seed5.png"))
+    assert difference.getextrema()[1] <= 1
+    wrong = subprocess.run([*command, "--image", files[0], "gone.png"], capture_output=True, text=True, timeout=120)
+    assert wrong.returncode == 2
+    assert "error: The image gone.png cannot be read" in wrong.stderr
+    assert "Traceback" not in wrong.stderr
+
+
+def test_the_grid_of_a_bridge_begins_with_its_inputs(bridge, small, tmp_path):
+    images = [str(small / f"{n}.png") for n in range(3)]
+    call(bridge, tmp_path / "grid.png", "--image", *images, "--labels", "0", "1", "2", "--images_per_label", "3")
+    grid = Image.open(tmp_path / "grid.png")
+    assert grid.height > 4 * 48  # inputs and three seeds
+    left = grid.width - 3 * (48 + 4)
+    levels = [grid.getpixel((left + n * 52 + 24, 24 + 24))[0] for n in range(3)]
+    assert levels == [40, 100, 160]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], "turns images into others: give --image FILE"),
+        (["--image", "0.png", "1.png", "--labels", "0", "1", "2"], "There are 2 images and 3 labels"),
+        (["--image", "0.png"], "There are 1 images and 0 labels"),
+        (
+            ["--image", "wide.png", "--labels", "0"],
+            r"`image` has 5×4 pixels, but this network takes 8×8, or the small ones",
+        ),
+        (["--image", "0.png", "wide.png", "--labels", "0"], r"different sizes \(4×4, 5×4\)"),
+        (["--image", "broken.png", "--labels", "0"], "broken.png cannot be read"),
+    ],
+)
+def test_images_that_do_not_fit_are_refused_in_a_sentence(bridge, small, tmp_path, monkeypatch, arguments, words):
+    monkeypatch.chdir(small)
+    with pytest.raises(InputError, match=words):
+        call(bridge, tmp_path / "grid.png", *arguments)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_student_on_noise_takes_no_image(student, small, tmp_path):
+    with pytest.raises(InputError, match="generates from noise alone: leave it out"):
+        call(student, tmp_path / "grid.png", "--image", str(small / "0.png"), "--labels", "0")
