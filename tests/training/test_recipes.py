@@ -120,7 +120,7 @@ def test_critic_and_generator_may_have_times_of_their_own(tmp_path):
     trainer.critic.unwrapped.network.register_forward_hook(keep)
     _, finite = trainer.iteration()
     assert finite
-    assert trainer.init_time == pytest.approx(trainer.interpolant.time_of_ratio(2.5))
+    assert trainer.start.init_time == pytest.approx(trainer.interpolant.time_of_ratio(2.5))
     critic, generator = (torch.cat(seen[name]).double() for name in ("critic", "generator"))
     sigma = trainer.interpolant.coefficients(critic).beta
     assert sigma.log().mean() == pytest.approx(-1.2, abs=5 * 1.2 / 16)  # five standard errors of 256 draws
@@ -132,7 +132,7 @@ def test_a_finished_student_is_the_start_and_the_critic_starts_from_the_teacher(
     student = save_student(tmp_path / "student")
     trainer = recipe("sid2a", teacher_folder, tmp_path / "run", "--student", student)
     started = OneStepInterpolantPipeline.from_pretrained(student)
-    assert trainer.init_time == started.scheduler.config.init_time == 0.8
+    assert trainer.start.init_time == started.scheduler.config.init_time == 0.8
     for network, expected in (
         (trainer.generator.unwrapped, started.transformer),
         (trainer.averages.network, started.transformer),
