@@ -134,6 +134,7 @@ class TestBitsPerDimension:
         [
             (dict(init_time=0.7), "init_time is 0.7, where .* is 2.33"),
             (dict(interpolant="ddpm", timestep_type="discrete"), "discrete timesteps"),
+            (dict(interpolant="bridge"), "starts from, or sees, a reference image"),
         ],
     )
     def test_refuses_a_pipeline_that_has_none(self, settings, message):

@@ -9,6 +9,7 @@ import torch
 from si_distill.evaluation.metrics import (
     DigitsClassifier,
     Moments,
+    diversity,
     frechet_distance,
     frechet_from_moments,
     frechet_interval,
@@ -138,3 +139,13 @@ def test_classifier_knows_what_it_was_shown():
     classifier = DigitsClassifier(shown, labels)
     assert classifier.accuracy(shown, labels) == 1
     assert classifier.accuracy(shown, [1] * 10 + labels[10:]) == 0.5
+
+
+def test_diversity_is_the_deviation_of_the_samples_of_one_input():
+    random = torch.Generator().manual_seed(0)
+    centres, noise = (torch.randn(shape, generator=random) for shape in ((400, 1, 2), (400, 8, 2)))
+    # Deviations 0.3 and 0.4 of the two values: √((0.09 + 0.16) / 2), however far the inputs lie apart.
+    assert diversity(50 * centres + noise * torch.tensor([0.3, 0.4])) == pytest.approx(0.125**0.5, rel=0.03)
+    assert diversity(centres.expand(-1, 8, -1)) < 1e-6
+    with pytest.raises(ValueError, match=r"K ≥ 2, got \(400, 1, 2\)"):
+        diversity(centres)

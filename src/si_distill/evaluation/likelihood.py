@@ -131,8 +131,8 @@ def bits_per_dimension(
         rtol, atol: tolerances, see `log_density`.
 
     Raises:
-        InputError: when the pipeline has no likelihood (a VAE, discrete timesteps, a start among the data), or images or
-            labels do not fit it.
+        InputError: when the pipeline has no likelihood (a VAE, a reference image, discrete timesteps, a start among the
+            data), or images or labels do not fit it.
     """
     _check(pipeline, images, labels, probes)
     draws = SampleNoise(seed, pipeline._execution_device)
@@ -177,6 +177,11 @@ def _check(pipeline, images, labels, probes) -> None:
     network, scheduler = pipeline.network, pipeline.scheduler
     if pipeline.vae is not None:
         raise InputError("A pipeline with a VAE has no likelihood of images: its density is one of latents.")
+    if not scheduler.interpolant.gaussian_reference or network.condition_channels:
+        raise InputError(
+            "The likelihood needs a teacher that generates from noise alone; this one starts from, or sees, a "
+            "reference image."
+        )
     if scheduler.config.timestep_type == "discrete":
         raise InputError(
             "The likelihood needs a network that knows all times in [0, 1]; this one has discrete timesteps "

@@ -163,6 +163,25 @@ def precision_recall(features: torch.Tensor, real: torch.Tensor) -> tuple[float,
     return found[KEY_METRIC_PRECISION], found[KEY_METRIC_RECALL]
 
 
+def diversity(samples: torch.Tensor) -> float:
+    """How much the samples of one input differ, in the unit of their values: the square root of the mean, over inputs and
+    values, of the unbiased variance over an input's samples. 0 is a deterministic map.
+
+    Of a law x0 | x1 it estimates √(E tr Cov(x0 | x1) / d), so that a student's may be read beside its teacher's.
+
+    Args:
+        samples: (N, K, …), K samples of each of N inputs: images, or features of them.
+
+    Raises:
+        ValueError: for fewer than two samples of an input.
+    """
+    if samples.ndim < 3 or samples.shape[1] < 2:
+        raise ValueError(
+            f"Diversity needs at least two samples of each input, shape (N, K, …) with K ≥ 2, got {tuple(samples.shape)}."
+        )
+    return float(samples.double().var(1).mean().sqrt())
+
+
 def inception_score(logits: torch.Tensor) -> tuple[float, float]:
     """exp E KL(p(y|x) ‖ p(y)), Salimans et al. 2016: mean and standard deviation over ten splits."""
     found = isc_features_to_metric(logits, splits=min(10, len(logits)))
