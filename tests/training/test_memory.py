@@ -1,15 +1,20 @@
 """The memory estimate against counts done another way."""
 
+import itertools
+
 import pytest
 import torch
 from helpers import tiny_sit
 from torch import nn
+from trainer_builders import distillation
 
+from si_distill import InterpolantPipeline, StochasticInterpolantScheduler
 from si_distill.models import EDM2UNet2DModel, EDMUNet2DModel, SiTTransformer2DModel
 from si_distill.objectives import get_objective
 from si_distill.pipelines import view_network
 from si_distill.training.config import AdversarialConfig, DistillConfig
 from si_distill.training.memory import (
+    Devices,
     average_count,
     checkpoint_bytes,
     distillation_activations,
@@ -80,16 +85,79 @@ def test_activations_of_any_batch_follow_from_two(kind):
 
 
 def test_parts_are_parameters_times_what_each_needs():
-    trained, frozen = [on_meta(*NETWORKS["sit"]) for _ in range(2)], on_meta(*NETWORKS["edm"])
-    count = sum(p.numel() for p in trained[0].parameters())
-    other = sum(p.numel() for p in frozen.parameters())
-    assert (parameter_count(trained), parameter_count([frozen])) == (2 * count, other)
-    parts = training_memory(trained, [frozen], trained[0], 3, activations=1000)
-    assert list(parts.values()) == [8 * count, 8 * count, 16 * count, 12 * count, 4 * other, 1000]
-    assert checkpoint_bytes(parts) == 4 * (2 * count + 4 * count + 3 * count)
-    halves = training_memory(trained, [frozen], trained[0], 3, activations=1000, shards=2)
-    assert list(halves.values()) == [4 * count, 4 * count, 8 * count, 6 * count, 2 * other, 1000]
+    trained, teacher = [on_meta(*NETWORKS["sit"]) for _ in range(2)], on_meta(*NETWORKS["sit"])
+    vae = on_meta(*NETWORKS["edm"])
+    count, other = (sum(p.numel() for p in network.parameters()) for network in (teacher, vae))
+    assert (parameter_count(trained), parameter_count([vae])) == (2 * count, other)
+
+    def parts(devices, vae=None, **values):
+        values = settings(ema_extra=[0.9, 0.99], **values)
+        return training_memory(trained, teacher, trained[0], values, 1000, devices, vae)
+
+    one = parts(Devices(), vae)
+    assert list(one.values()) == [8 * count, 4 * count, 16 * count, 12 * count, 4 * count, 4 * other, 1000]
+    assert checkpoint_bytes(one, Devices()) == 4 * (2 * count + 4 * count + 3 * count)
+    # DDP's buckets hold the gradients of both networks; the rest is as on one device.
+    assert parts(Devices(8), vae) == one | {"gradients": 8 * count}
+    # Of a teacher in bfloat16 only the blocks are.
+    block = parameter_count([teacher.transformer_blocks[0]])
+    assert parts(Devices(), mixed_precision="bf16")["teacher"] == 4 * count - 2 * 2 * block
+
+    cut = parts(Devices(2, sharded=True), vae)
+    gathered = 3 * 4 * (count - 2 * block) + 2 * block * (4 + 4 + 4)
+    halves = [4 * count, 2 * count, 8 * count, 6 * count, 2 * count]
+    assert list(cut.values()) == [*halves, 4 * other, gathered, 1000]
+    assert checkpoint_bytes(cut, Devices(2, sharded=True)) == checkpoint_bytes(one, Devices())
     assert average_count(settings(ema_extra=[0.9, 0.99], ema_power_sigmas=[0.05])) == 4
+
+
+def test_checkpointed_blocks_keep_their_inputs_and_one_block_more():
+    def activations(layers, **values):
+        arguments = dict(sample_size=16, num_layers=layers, in_channels=3, num_classes=4)
+        return teacher_activations(on_meta(SiTTransformer2DModel, arguments), settings(**values))
+
+    block = activations(7) - activations(6)
+    each = activations(7, gradient_checkpointing=True) - activations(6, gradient_checkpointing=True)
+    assert each == 4 * 64 * 384 * 4  # float32 tokens of 4 samples, which go from block to block
+    # What is kept of the whole network beside the blocks, the blocks' inputs, and one block's insides.
+    kept, outside = activations(6, gradient_checkpointing=True), activations(6) - 6 * block
+    assert kept == pytest.approx(outside + 6 * each + block, rel=0.1)
+
+
+def measured_peak(call) -> int:
+    """The most bytes that torch's allocator holds in a call above what it held before."""
+    with torch.profiler.profile(profile_memory=True) as profiler:
+        call()
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    changes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
+    return max(itertools.accumulate(changes))
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_estimate_is_what_a_real_iteration_needs(tmp_path, checkpointing):
+    network = SiTTransformer2DModel(sample_size=16, num_layers=4, in_channels=3, num_classes=4)
+    InterpolantPipeline(network, StochasticInterpolantScheduler()).save_pretrained(tmp_path / "teacher")
+    arguments = "--objective cross_term_detached --guidance_scale 2 --per_device_train_batch_size 16".split()
+    arguments += ["--gradient_checkpointing", str(checkpointing).lower()]
+    trainer = distillation(tmp_path / "teacher", tmp_path / "run", *arguments)
+    trained = (trainer.critic, trainer.generator)
+    teacher = trainer.teacher_field.network
+    activations = distillation_activations(teacher, trainer.objective, False, trainer.settings)
+    networks = [one.unwrapped for one in trained]
+    parts = training_memory(networks, teacher, networks[1], trainer.settings, activations, Devices())
+
+    trainer.iteration()
+    trainer.step += 1
+    held = [p for network in (*networks, teacher, trainer.averages.network) for p in network.parameters()]
+    held += [value for one in trained for state in one.optimizer.state.values() for value in state.values()]
+    expected = sum(tensor.numel() * tensor.element_size() for tensor in held)
+    # Weights, moments and averages to the byte, but for Adam's counters.
+    fixed = sum(size for name, size in parts.items() if name not in ("gradients", "activations"))
+    assert fixed == pytest.approx(expected, rel=1e-3)
+    # Activations are all there when a backward begins, gradients when it ends: their sum is not reached.
+    peak = measured_peak(trainer.iteration)
+    assert max(parts["gradients"], parts["activations"]) < 1.1 * peak
+    assert peak < 1.1 * (parts["gradients"] + parts["activations"])
 
 
 def test_peak_of_a_distillation_is_the_larger_of_its_two_updates():

@@ -1,14 +1,19 @@
 """The parts of training, each against its definition."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
+from diffusers_models import tiny_dit, tiny_unet
+from helpers import tiny_edm, tiny_edm2, tiny_sit
 from interpolant_families import TIMES, every_family, noise, truth
 
 from si_distill.data import GlobalBatchSampler
 from si_distill.errors import InputError
 from si_distill.interpolants import GAUSSIAN_INTERPOLANTS, get_interpolant
+from si_distill.pipelines import view_network
+from si_distill.training.blocks import keep_in_bfloat16
 from si_distill.training.config import TeacherConfig
 from si_distill.training.loss_weights import LOSS_WEIGHTS, regression_weight
 from si_distill.training.sample_noise import STREAMS, SampleNoise, sample_seed
@@ -208,3 +213,30 @@ def test_likelihood_weight_of_vp_is_half_its_beta_over_the_variance():
 def test_loss_weights_that_cannot_work_are_refused(changes, message):
     with pytest.raises(InputError, match=message):
         TeacherConfig(**{"output_dir": "unset", "loss_weight": "velocity", **changes})
+
+
+@pytest.mark.parametrize("kind", ["sit", "dit", "unet", "edm", "edm2"])
+def test_a_teacher_kept_in_bfloat16_says_what_autocast_says(kind):
+    networks = {
+        "sit": partial(tiny_sit, learn_sigma=True),
+        "dit": tiny_dit,
+        "unet": tiny_unet,
+        "edm": partial(tiny_edm, "ddpmpp"),
+        "edm2": tiny_edm2,
+    }
+    network = networks[kind]()
+    view = view_network(network)
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(2, *view.sample_shape, generator=generator), torch.tensor([0.3, 0.9]), torch.tensor([0, 1])
+
+    @torch.no_grad()
+    def prediction():
+        with torch.autocast("cpu", torch.bfloat16):
+            return view(*inputs)[0]
+
+    expected, before = prediction(), sum(p.numel() * p.element_size() for p in network.parameters())
+    keep_in_bfloat16(network)
+    assert prediction().equal(expected)
+    after = sum(p.numel() * p.element_size() for p in network.parameters())
+    # EDM2's weights are normalised in float32 in every forward, and UNet2DModel names no repeated blocks.
+    assert after == before if kind in ("edm2", "unet") else after < before

@@ -76,6 +76,23 @@ def check_compiler(settings: TrainingConfig, device: torch.device) -> None:
         ) from error
 
 
+def half_precision_weights(network: nn.Module) -> list[nn.Parameter]:
+    """Weights and biases of the layers in the repeated blocks that autocast runs in bfloat16.
+
+    Outside the blocks networks look at their weights' dtype, e.g. to round an embedding of the time.
+    """
+    layers = {
+        module for block in blocks(network) for module in block.modules() if type(module) in (nn.Linear, nn.Conv2d)
+    }
+    return [parameter for layer in layers for parameter in layer.parameters(recurse=False)]
+
+
+def keep_in_bfloat16(network: nn.Module) -> None:
+    """Rounds these weights of a frozen network in place: every forward under autocast would do so, in other memory."""
+    for parameter in half_precision_weights(network):
+        parameter.data = parameter.data.to(torch.bfloat16)
+
+
 def prepare_blocks(network: nn.Module, settings: TrainingConfig, differentiated: bool = True) -> None:
     """What the settings want of a network's blocks.
 

@@ -14,7 +14,7 @@ from ..data.batches import Batch
 from ..pipelines import OneStepInterpolantPipeline
 from ..velocity import Field
 from ..visualization import image_grid
-from .blocks import prepare_blocks
+from .blocks import keep_in_bfloat16, prepare_blocks
 from .config import DistillConfig
 from .distillation_inputs import (
     check_log_variance,
@@ -111,6 +111,8 @@ class DistillationTrainer(Trainer):
             if teacher.vae is not None:
                 teacher.vae.to(self.accelerator.device)
         else:
+            if settings.mixed_precision == "bf16":
+                keep_in_bfloat16(network)
             teacher.to(self.accelerator.device)
         self.teacher_field = self._field(network, settings.guidance_scale)
         self.game_losses = DistillationLosses(

@@ -23,7 +23,7 @@ from .config import DistillConfig, TeacherConfig, TrainingConfig
 from .distillation_inputs import check_guidance, fitting_objective, starting_critic, starting_student
 from .distillation_references import reference_roles
 from .memory import (
-    average_count,
+    Devices,
     checkpoint_bytes,
     distillation_activations,
     parameter_count,
@@ -58,7 +58,9 @@ def print_dry_run(settings: TrainingConfig) -> None:
 def _teacher_training(settings: TeacherConfig) -> Lines:
     interpolant = settings.build_interpolant()
     network = _trained_network(settings)
-    parts = training_memory([network], [], network, average_count(settings), teacher_activations(network, settings))
+    devices = Devices.of_launcher()
+    activations = teacher_activations(network, settings, devices.sharded)
+    parts = training_memory([network], None, network, settings, activations, devices)
     return {
         "network": _network(network),
         "path": _path(interpolant, settings.prediction_type, settings.timestep_type),
@@ -102,9 +104,9 @@ def _distillation(settings: DistillConfig) -> Lines:
             None if term is None else term.kind,
             settings.critic_log_variance,
         )
-    frozen = [network] if teacher.vae is None else [network, teacher.vae]
-    activations = distillation_activations(network, objective, term is not None, settings)
-    parts = training_memory([critic, student], frozen, student, average_count(settings), activations)
+    devices = Devices.of_launcher()
+    activations = distillation_activations(network, objective, term is not None, settings, devices.sharded)
+    parts = training_memory([critic, student], network, student, settings, activations, devices, teacher.vae)
     view = teacher.network
     real = objective.uses_real_data or term is not None or roles.needed
     latent = "; as latents of the teacher's autoencoder" if real and view.sample_shape[0] > 3 else ""
@@ -223,7 +225,7 @@ def _memory(parts: dict[str, int]) -> Lines:
 
 
 def _files(settings: TrainingConfig, parts: dict[str, int], pipeline_network: nn.Module) -> Lines:
-    checkpoint = checkpoint_bytes(parts)
+    checkpoint = checkpoint_bytes(parts, Devices.of_launcher())
     pipeline = parameter_count([pipeline_network]) * 4
     kept = min(settings.save_total_limit, -(-settings.max_steps // settings.save_steps))
     return {

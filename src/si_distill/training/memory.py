@@ -1,16 +1,22 @@
 """What a training needs in the memory of one device, from the networks' shapes alone: they may be on the meta device.
 
-    parameters        4 bytes for each of the trained networks, their averages and the frozen networks (float32)
-    gradients         4 bytes for each trained parameter
+    parameters        4 bytes for each of the trained networks and their averages; 4 of the frozen networks, 2 of a teacher
+                      that runs in bfloat16
+    gradients         4 bytes for each parameter of the largest trained network, which are cleared after each update; with
+                      DDP of all trained networks, whose gradients live in its buckets
     Adam's moments    8 bytes for each trained parameter
     activations       what autograd keeps for the backward passes that are open at one time
+    gathered blocks   with FSDP2, which cuts all of the above but the activations over the devices: the weights and gradients
+                      that are whole for a while
 
-Left out: the libraries' workspaces, the allocator's fragments, the communication of several devices.
+Left out: the libraries' workspaces, the allocator's fragments.
 """
 
 import functools
 import json
+import os
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -19,9 +25,12 @@ from torch import nn
 
 from ..objectives import DistillationObjective
 from ..pipelines import view_network
+from .blocks import blocks, checkpoint_blocks, half_precision_weights
 from .config import DistillConfig, TrainingConfig
 
-FLOAT32 = 4
+FLOAT32, BFLOAT16 = 4, 2
+#: Parts of the memory, beside the averages, that are in a checkpoint.
+CHECKPOINTED = ("trained parameters", "Adam's moments")
 
 
 def parameter_count(networks: Iterable[nn.Module]) -> int:
@@ -29,33 +38,85 @@ def parameter_count(networks: Iterable[nn.Module]) -> int:
     return sum(parameter.numel() for network in networks for parameter in network.parameters())
 
 
+@dataclass(frozen=True)
+class Devices:
+    """Over what a run is spread.
+
+    Args:
+        count: processes, one on each device.
+        sharded: whether the networks are cut over them (FSDP2); else each device has them whole (DDP).
+    """
+
+    count: int = 1
+    sharded: bool = False
+
+    @classmethod
+    def of_launcher(cls) -> "Devices":
+        """As a launcher's environment says."""
+        count = int(os.environ.get("WORLD_SIZE", "1"))
+        return cls(count, count > 1 and os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true")
+
+
 def training_memory(
     trained: Sequence[nn.Module],
-    frozen: Sequence[nn.Module],
+    teacher: nn.Module | None,
     averaged: nn.Module,
-    averages: int,
+    settings: TrainingConfig,
     activations: int,
-    shards: int = 1,
+    devices: Devices,
+    autoencoder: nn.Module | None = None,
 ) -> dict[str, int]:
     """Bytes on one device by purpose; their sum is the estimate.
 
     Args:
         trained: networks with an optimizer: the teacher in its own training; critic and student when distilling.
-        frozen: networks that are only called: the teacher when distilling, a VAE.
+        teacher: the frozen network of a distillation.
         averaged: the network whose moving averages are kept.
-        averages: how many.
+        settings: their number, and the precision.
         activations: bytes of `distillation_activations` or `teacher_activations`.
-        shards: devices over which parameters, gradients, moments and averages are cut (FSDP); 1 with DDP.
+        devices: over which parameters, gradients, moments and averages are cut, or not.
+        autoencoder: frozen too, and never cut.
     """
-    learned = parameter_count(trained) * FLOAT32
+    counts = [parameter_count([network]) for network in trained]
+    whole_gradients = devices.count > 1 and not devices.sharded
+    averages = average_count(settings)
     parts = {
-        "trained parameters": learned,
-        "gradients": learned,
-        "Adam's moments": 2 * learned,
+        "trained parameters": sum(counts) * FLOAT32,
+        "gradients": (sum(counts) if whole_gradients else max(counts)) * FLOAT32,
+        "Adam's moments": 2 * sum(counts) * FLOAT32,
         f"moving averages ({averages})": averages * parameter_count([averaged]) * FLOAT32,
-        "frozen networks": parameter_count(frozen) * FLOAT32,
+        "teacher": 0 if teacher is None else teacher_bytes(teacher, settings, devices),
     }
-    return {name: -(-value // shards) for name, value in parts.items()} | {"activations": activations}
+    shards = devices.count if devices.sharded else 1
+    parts = {name: -(-size // shards) for name, size in parts.items()}
+    if autoencoder is not None:
+        parts["autoencoder"] = parameter_count([autoencoder]) * FLOAT32
+    if devices.sharded:
+        parts["gathered blocks"] = _gathered([*trained, *([] if teacher is None else [teacher])], settings)
+    return parts | {"activations": activations}
+
+
+def teacher_bytes(teacher: nn.Module, settings: TrainingConfig, devices: Devices) -> int:
+    """Bytes of a frozen teacher's weights, all devices together where it is cut."""
+    whole = parameter_count([teacher]) * FLOAT32
+    if settings.mixed_precision != "bf16" or devices.sharded:
+        return whole
+    return whole - sum(p.numel() for p in half_precision_weights(teacher)) * (FLOAT32 - BFLOAT16)
+
+
+def _gathered(networks: Sequence[nn.Module], settings: TrainingConfig) -> int:
+    """Bytes of what FSDP2 has whole on each device.
+
+    Of every network what lies outside its blocks, which stays after the first forward; of one network two blocks (the next
+    one is gathered ahead), with gradients and their float32 copies to be summed.
+    """
+    width = BFLOAT16 if settings.mixed_precision == "bf16" else FLOAT32
+    outside, largest = 0, 0
+    for network in networks:
+        sizes = [parameter_count([block]) for block in blocks(network)]
+        outside += parameter_count([network]) - sum(sizes)
+        largest = max([largest, *sizes])
+    return outside * width + 2 * largest * (2 * width + FLOAT32)
 
 
 def average_count(settings: TrainingConfig) -> int:
@@ -63,9 +124,10 @@ def average_count(settings: TrainingConfig) -> int:
     return 1 + len(settings.ema_extra) + len(settings.ema_power_sigmas)
 
 
-def checkpoint_bytes(parts: dict[str, int]) -> int:
-    """Of one checkpoint: trained networks, their moments and averages."""
-    return sum(size for name, size in parts.items() if name not in ("gradients", "frozen networks", "activations"))
+def checkpoint_bytes(parts: dict[str, int], devices: Devices) -> int:
+    """Of one checkpoint: trained networks, their moments and averages; of all devices together where they are cut."""
+    saved = [size for name, size in parts.items() if name in CHECKPOINTED or name.startswith("moving averages")]
+    return sum(saved) * (devices.count if devices.sharded else 1)
 
 
 def graph_bytes(network: nn.Module, forward: Callable[[], object]) -> int:
@@ -113,13 +175,17 @@ class _FusedAttentionMode(torch.overrides.TorchFunctionMode):
         )
 
 
-def teacher_activations(network: ModelMixin, settings: TrainingConfig) -> int:
-    """Bytes at the backward pass of one micro-batch of a teacher's training."""
-    return _graph(network, settings, settings.per_device_train_batch_size)
+def teacher_activations(network: ModelMixin, settings: TrainingConfig, sharded: bool = False) -> int:
+    """Bytes at the backward pass of one micro-batch of a teacher's training; `sharded`: cut over devices."""
+    return sum(_graph(network, settings, settings.per_device_train_batch_size, sharded))
 
 
 def distillation_activations(
-    network: ModelMixin, objective: DistillationObjective, adversarial: bool, settings: DistillConfig
+    network: ModelMixin,
+    objective: DistillationObjective,
+    adversarial: bool,
+    settings: DistillConfig,
+    sharded: bool = False,
 ) -> int:
     """Bytes at the larger of the two peaks of one iteration.
 
@@ -133,39 +199,64 @@ def distillation_activations(
     Args:
         network: the teacher's; critic and student are copies of it. A `head` is too small to count.
         objective, adversarial: what is played, and whether there is an adversarial term.
-        settings: batch sizes, guidance and precision.
+        settings: batch sizes, guidance, precision and checkpointing.
+        sharded: whether the networks are cut over devices.
     """
     batch = settings.per_device_train_batch_size
     own_times = settings.adversarial.t_min is not None
     views = 1 + (objective.uses_real_data or (adversarial and not own_times)) + 2 * own_times
-    student = _graph(network, settings, batch)
-    waiting = student if settings.gradient_accumulation_steps == 1 else 0
-    in_critic_update = waiting + _graph(network, settings, batch * views)
-    passed = []  # samples that the frozen networks pass the gradient through
+
+    def graph(samples: int, frozen: bool = False) -> tuple[int, int]:
+        return _graph(network, settings, samples, sharded, frozen)
+
+    student = graph(batch)
+    waiting = [student] if settings.gradient_accumulation_steps == 1 else []
+    in_critic_update = [*waiting, graph(batch * views)]
+    in_generator_update = [student]
     if objective.needs_field_gradient:
-        passed.append(batch * (1 + (settings.guidance_scale != 1)))
+        in_generator_update.append(graph(batch * (1 + (settings.guidance_scale != 1)), frozen=True))
     if objective.needs_field_gradient or adversarial:
-        passed.append(batch * (1 + own_times) * (1 + (settings.critic_guidance_scale != 1)))
-    in_generator_update = student + sum(_graph(network, settings, count, frozen=True) for count in passed)
-    return max(in_critic_update, in_generator_update)
+        guided = 1 + (settings.critic_guidance_scale != 1)
+        in_generator_update.append(graph(batch * (1 + own_times) * guided, frozen=True))
+    # Every graph waits with what it keeps; one block at a time is run again.
+    return max(
+        sum(kept for kept, _ in graphs) + max(again for _, again in graphs)
+        for graphs in (in_critic_update, in_generator_update)
+    )
 
 
-def _graph(network: ModelMixin, settings: TrainingConfig, batch: int, frozen: bool = False) -> int:
-    """Bytes of a forward of `batch` samples; `frozen`: the gradient goes through the network into its input."""
+def _graph(
+    network: ModelMixin, settings: TrainingConfig, batch: int, sharded: bool, frozen: bool = False
+) -> tuple[int, int]:
+    """Bytes that a forward of `batch` samples keeps, and those of the block that is run again when it is checkpointed.
+
+    Args:
+        network: the module.
+        settings: precision and checkpointing.
+        batch: samples.
+        sharded: whether the network is cut over devices.
+        frozen: the gradient goes through the network into its input.
+    """
     described = json.dumps({k: v for k, v in network.config.items() if not k.startswith("_")}, sort_keys=True)
-    constant, each = _graph_sizes(type(network), described, frozen)
-    size = constant + batch * each
-    # bfloat16: activations take about half, and autocast keeps copies of the weights.
-    return size // 2 + parameter_count([network]) * 2 if settings.mixed_precision == "bf16" else size
+    sizes = _graph_sizes(type(network), described, frozen, settings.gradient_checkpointing)
+    kept, again = (constant + batch * each for constant, each in sizes)
+    if settings.mixed_precision != "bf16":
+        return kept, again
+    # bfloat16: activations take about half. Autocast keeps copies of the weights, unless FSDP2 gathers such copies.
+    copies = [network] if not settings.gradient_checkpointing else blocks(network)[:1]
+    return kept // 2 + (0 if sharded else parameter_count(copies) * BFLOAT16), again // 2
 
 
 @functools.lru_cache(maxsize=32)
-def _graph_sizes(cls: type[ModelMixin], described: str, frozen: bool) -> tuple[int, int]:
-    """`graph_bytes` of a forward: what does not depend on the batch (normalised weights), and what each sample adds.
+def _graph_sizes(
+    cls: type[ModelMixin], described: str, frozen: bool, checkpointed: bool
+) -> tuple[tuple[int, int], tuple[int, int]]:
+    """What a forward keeps, and what its largest block keeps when that is run again: each what does not depend on the batch
+    (normalised weights), and what a sample adds.
 
     Args:
         cls, described: the network's class and, as JSON, its config; a copy is built on the meta device.
-        frozen: see `_graph`.
+        frozen, checkpointed: see `_graph`.
     """
     with torch.device("meta"):
         network = cls.from_config(json.loads(described)).requires_grad_(not frozen)
@@ -178,8 +269,29 @@ def _graph_sizes(cls: type[ModelMixin], described: str, frozen: bool) -> tuple[i
             seen = {"condition": torch.zeros(batch, channels, *view.sample_shape[1:])} if channels else {}
             return graph_bytes(network, lambda: view(x, t, labels, **seen))
 
-        one, two = size(1), size(2)
+        again = (0, 0)
+        if checkpointed:
+            again = _line(*(_largest_block(network, functools.partial(size, batch)) for batch in (1, 2)))
+            checkpoint_blocks(network)
+        return _line(size(1), size(2)), again
+
+
+def _line(one: int, two: int) -> tuple[int, int]:
+    """Constant and slope of sizes at batches of 1 and 2."""
     return 2 * one - two, two - one
+
+
+def _largest_block(network: nn.Module, forward: Callable[[], int]) -> int:
+    """Bytes that the network's largest block keeps in `forward`."""
+    sizes: list[int] = []
+
+    def measure(block: nn.Module, args: tuple, kwargs: dict) -> None:
+        handles[block].remove()  # not in the call below
+        sizes.append(graph_bytes(network, lambda: block(*args, **kwargs)))
+
+    handles = {block: block.register_forward_pre_hook(measure, with_kwargs=True) for block in blocks(network)}
+    forward()
+    return max(sizes, default=0)
 
 
 def _storage(tensor: torch.Tensor) -> int:
