@@ -47,6 +47,8 @@ def main(argv: list[str]) -> None:
     facts = read_facts(run)
     if settings.space and not facts.is_student:
         raise InputError(f"{run} holds a {facts.pipeline_class}: a Space shows a student.")
+    if settings.space and facts.takes_image:
+        raise InputError(f"{run} holds a student that takes images, which the Space cannot upload: leave out --space.")
     pipeline = load_pipeline(
         OneStepInterpolantPipeline if facts.is_student else InterpolantPipeline, "pipeline", str(run)
     )

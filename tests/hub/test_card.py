@@ -8,12 +8,14 @@ import pytest
 import yaml
 from helpers import tiny_sit
 from huggingface_hub import ModelCard
+from PIL import Image
 
 from si_distill import InterpolantPipeline, OneStepInterpolantPipeline, StochasticInterpolantScheduler
 from si_distill.errors import InputError
 from si_distill.hub.card import GENERATED, TEMPLATES, render_card, write_card
 from si_distill.hub.card_tables import MISSING
 from si_distill.hub.facts import read_facts, without_paths
+from si_distill.hub.staging import stage_model
 from si_distill.settings import settings_to_dict
 from si_distill.training.config import DistillConfig
 
@@ -195,6 +197,38 @@ def test_the_code_of_the_card_runs(run, monkeypatch):
         exec(block, found)
         assert len(found["images"]) == 2
     assert len(blocks) == 2
+
+
+@pytest.mark.parametrize(
+    ("interpolant", "start"),
+    [
+        ("bridge", "the reference image, with 1 channels of noise"),
+        ("linear", "noise; the network sees a reference image"),
+    ],
+)
+def test_the_code_of_a_card_for_images_runs(interpolant, start, tmp_path, monkeypatch):
+    bridge = interpolant == "bridge"
+    scheduler = StochasticInterpolantScheduler(
+        interpolant=interpolant, prediction_type="sample", noise_channels=int(bridge)
+    )
+    network = tiny_sit(num_classes=10, condition_channels=1 + bridge)
+    OneStepInterpolantPipeline(network, scheduler).save_pretrained(tmp_path / "student")
+    card = render_card(read_facts(tmp_path / "student"))
+    assert card.data.pipeline_tag == "image-to-image"
+    assert "image-generation" not in card.data.tags
+    assert rows_of(card)["Starts from"] == start
+    monkeypatch.chdir(tmp_path)
+    Image.new("L", (8, 8), 90).save("input.png")
+    blocks = re.findall(r"```python\n(.*?)```", card.text, re.DOTALL)
+    for block in blocks:
+        found = {}
+        exec(block, found)
+        assert len(found["images"]) == 2
+    assert len(blocks) == 2
+    # Publishing makes no picture: nobody here knows images that may be shown.
+    pipeline = OneStepInterpolantPipeline.from_pretrained(tmp_path / "student")
+    stage_model(pipeline, tmp_path / "hub", "user/student")
+    assert not list((tmp_path / "hub").rglob("*.png"))
 
 
 def test_what_is_no_pipeline_or_damaged_is_named(run, tmp_path):

@@ -14,7 +14,7 @@ from hub_double import READ_TOKEN, TOKEN, Hub
 from huggingface_hub import ModelCard, SpaceCardData
 from PIL import Image, ImageChops
 
-from si_distill import InterpolantPipeline, OneStepInterpolantPipeline
+from si_distill import InterpolantPipeline, OneStepInterpolantPipeline, StochasticInterpolantScheduler
 
 ROOT = Path(__file__).parent.parent.parent
 WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
@@ -185,6 +185,9 @@ def test_every_failure_is_a_sentence_and_what_was_staged_is_kept(hub, student, t
     teacher = tmp_path / "teacher"
     shutil.copytree(teacher_folder, teacher)
     (tmp_path / "empty").mkdir()
+    bridge = tmp_path / "bridge"
+    scheduler = StochasticInterpolantScheduler(interpolant="bridge", prediction_type="sample")
+    OneStepInterpolantPipeline(tiny_sit(condition_channels=1), scheduler).save_pretrained(bridge)
     hub.add("user/taken", {"weights.bin": b"somebody's"})
     hub.add("user/teacher", {"model_index.json": json.dumps({"_class_name": "InterpolantPipeline"}).encode()})
     hub.add("user/public", {".gitattributes": b""})
@@ -194,6 +197,7 @@ def test_every_failure_is_a_sentence_and_what_was_staged_is_kept(hub, student, t
         (TOKEN, tmp_path / "nowhere", "user/x", [], "There is no folder"),
         (TOKEN, tmp_path / "empty", "user/x", [], "is not a pipeline folder"),
         (TOKEN, teacher, "user/x", ["--space"], "a Space shows a student"),
+        (TOKEN, bridge, "user/x", ["--space"], "a student that takes images, which the Space cannot upload"),
         (TOKEN, teacher, "user/x", ["--variant", "fp8"], "`variant` is 'fp8'"),
     ]
     refused = [

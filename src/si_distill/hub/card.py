@@ -103,6 +103,7 @@ def render_card(
         picture=picture,
         pipeline_class=facts.pipeline_class,
         call=_call_arguments(facts),
+        takes_image=facts.takes_image,
         variants=variants,
         classes=facts.num_classes,
         guided=facts.num_classes and facts.network.get("class_dropout_prob", 1) > 0,
@@ -127,7 +128,8 @@ def card_data(
 ) -> ModelCardData:
     """The metadata at the top of the card, in huggingface_hub's own classes, which check them."""
     conditional = facts.num_classes != 0
-    tags = ["stochastic-interpolant", facts.scheduler.get("interpolant"), "image-generation"]
+    tags = ["stochastic-interpolant", facts.scheduler.get("interpolant")]
+    tags.append(None if facts.takes_image else "image-generation")
     tags.append("class-conditional-image-generation" if conditional else None)
     tags += ["one-step", "distillation", facts.settings.get("objective")] if facts.is_student else ["teacher"]
     data = facts.recorded.get("data") or {}
@@ -135,7 +137,7 @@ def card_data(
     return ModelCardData(
         library_name="diffusers",
         # The Hub has no tag of its own for generation by class.
-        pipeline_tag="unconditional-image-generation",
+        pipeline_tag="image-to-image" if facts.takes_image else "unconditional-image-generation",
         license=license,
         base_model=teacher_repo_id,
         datasets=[data["name"]] if data.get("source") == "hub" else None,
@@ -163,8 +165,8 @@ def eval_results(facts: ModelFacts) -> list[EvalResult]:
             arguments = {**how, "interval": (row.get("intervals") or {}).get(figure)}
             results.append(
                 EvalResult(
-                    task_type="unconditional-image-generation",
-                    task_name="image generation",
+                    task_type="image-to-image" if facts.takes_image else "unconditional-image-generation",
+                    task_name="image to image" if facts.takes_image else "image generation",
                     dataset_type=data["name"] if data.get("source") == "hub" else str(reference.get("name")),
                     dataset_name=str(reference.get("name")),
                     dataset_split=reference.get("split"),
@@ -204,14 +206,19 @@ def _picture(folder: Path) -> str | None:
 
 
 def _call_arguments(facts: ModelFacts) -> str:
-    """What to pass to the pipeline: labels by name and by number, or a batch size."""
+    """What to pass to the pipeline: labels by name and by number, or a batch size; of one that takes an image, two samples
+    of it.
+    """
     classes = facts.num_classes
     if classes == 0:
-        arguments = "batch_size=4"
+        arguments = "" if facts.takes_image else "batch_size=4"
     else:
         first = (facts.id2label or {}).get("0")
         names = [0 if first is None else first.split(",")[0].strip(), min(7, (classes or 1) - 1)]
+        names = names[:1] if facts.takes_image else names
         arguments = f"class_labels={json.dumps(names, ensure_ascii=False)}"
+    if facts.takes_image:
+        arguments = ", ".join(filter(None, ["image=image", "num_images_per_input=2", arguments]))
     return arguments if facts.is_student else f"{arguments}, num_inference_steps=50"
 
 

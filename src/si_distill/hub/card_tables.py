@@ -25,6 +25,12 @@ def model_rows(facts: ModelFacts) -> list[Row]:
         ("The network predicts", _text(scheduler.get("prediction_type"))),
         ("It is given the time as", _text(scheduler.get("timestep_type"))),
     ]
+    if facts.takes_image:
+        start = "the reference image" if facts.starts_from_image else "noise; the network sees a reference image"
+        if facts.starts_from_image and facts.is_student:
+            channels = scheduler.get("noise_channels")
+            start += f", with {channels} channels of noise" if channels else "; a deterministic map"
+        rows.append(("Starts from", start))
     if facts.is_student:
         rows += [
             ("Network evaluations", "1 per image, without guidance"),

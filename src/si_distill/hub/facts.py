@@ -57,6 +57,16 @@ class ModelFacts:
         return 0 if value is None and self.network_class == "UNet2DModel" else value
 
     @property
+    def starts_from_image(self) -> bool:
+        """Whether sampling starts at an image: a bridge."""
+        return self.scheduler.get("interpolant") == "bridge"
+
+    @property
+    def takes_image(self) -> bool:
+        """Whether each call is given an image: what a bridge starts from, or a network on noise sees."""
+        return self.starts_from_image or bool(self.network.get("condition_channels"))
+
+    @property
     def images_seen(self) -> int | None:
         """Samples over all updates of the trained network, by the last line of metrics.jsonl."""
         return self.metrics[-1].get("images") if self.metrics else None

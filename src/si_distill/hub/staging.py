@@ -62,7 +62,8 @@ def stage_model(
                 config.write_bytes(text)  # the second one names this folder
     facts = read_facts(folder, training=False)
     kind = pipeline_kind(facts)
-    _sample_grid(pipeline, kind).save(folder / SAMPLES)
+    if not facts.takes_image:  # whose images could be shown, nobody here knows
+        _sample_grid(pipeline, kind).save(folder / SAMPLES)
     own_text = None
     if run is not None and _same_weights(folder / "transformer", run / "transformer"):
         _take_results(run, folder)
