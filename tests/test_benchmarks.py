@@ -246,3 +246,17 @@ def test_the_seeds_schedule_calls_its_networks_as_often_as_its_loop_does():
     seed_schedule(teacher, range(2), batch=3)
     critic_update, generator_update = [(6, False), (3, True)], [(6, True), (3, False), (3, False)]
     assert calls == 2 * (5 * critic_update + generator_update)
+
+
+def test_data_rates_are_of_both_in_one_run(tmp_path):
+    import data_rate
+
+    few = "--made 12 --images 8 --rounds 2 --workers 1 --batch_size 4 --image_size 32".split()
+    data_rate.main([*few, "--output", str(tmp_path)])
+    rows = table_rows(tmp_path / "data_rate.md")
+    assert list(rows) == ["decode and crop alone", "streamed batches", "ratio of a round"]
+    result = json.loads((tmp_path / "data_rate.json").read_text())
+    alone, streamed = result["rates"].values()
+    assert result["ratios"] == [s / a for s, a in zip(streamed, alone, strict=True)]
+    assert len(alone) == 2
+    assert min(alone + streamed) > 0

@@ -19,7 +19,7 @@ from PIL import Image
 from ..data import load_images
 from ..errors import InputError
 from ..evaluation.features import load_extractor
-from ..evaluation.generators import Pipeline, balanced_labels, check_images
+from ..evaluation.generators import Pipeline, balanced_labels, check_images, image_shape
 from ..evaluation.metrics import Moments, frechet_from_moments, kernel_distance
 from ..evaluation.reference import check_reference, data_reference, read_reference
 from ..evaluation.samples import DatasetSource, PipelineSource
@@ -55,13 +55,17 @@ class BestModel:
         ):  # networks of features are initialised before their weights are loaded
             with accelerator.main_process_first():
                 self.extractor = load_extractor(how.features, how.feature_weights, accelerator.device)
-                data = load_images(settings.data)
+                # A stream has no index; the settings insist on a reference then.
+                data = None if settings.data.streaming else load_images(settings.data)
             now = pipeline()
-            check_images(now, data, "run's pipeline")
-            real = DatasetSource(data, settings_to_dict(settings.data))
+            real = None
+            if data is not None:
+                check_images(now, data, "run's pipeline")
+                real = DatasetSource(data, settings_to_dict(settings.data))
             if how.reference:
                 self.reference = read_reference(Path(how.reference), self.extractor.name)
-                check_reference(self.reference, how.reference, self.extractor, data.channels, data.size, real)
+                channels, size, _ = image_shape(now)
+                check_reference(self.reference, how.reference, self.extractor, channels, size, real)
             else:
                 cache = Path(how.cache_dir).expanduser()
                 self.reference = data_reference(real, self.extractor, cache, PartialState(), how.batch_size)
@@ -72,7 +76,7 @@ class BestModel:
             )
         classes = now.network.num_classes
         self.count = how.num_samples
-        self.labels = balanced_labels(self.count, classes, data.labels) if classes else None
+        self.labels = balanced_labels(self.count, classes, data and data.labels) if classes else None
         self.best = math.inf
 
     def resume(self, step: int) -> None:

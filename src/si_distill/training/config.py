@@ -114,6 +114,11 @@ class TrainingConfig:
         for name in ("adam_beta1", "adam_beta2", "ema_decay"):
             if not 0 <= getattr(self, name) < 1:
                 raise InputError(f"`{name}` must lie in [0, 1), got {getattr(self, name)}.")
+        if self.eval_metric_steps is not None and self.data.streaming and not self.evaluation.reference:
+            raise InputError(
+                "`eval_metric_steps` measures against real images, and a stream of them (`data.streaming`) has no index to "
+                "compute statistics with: give `evaluation.reference`, a file of them, or leave `eval_metric_steps` out."
+            )
         if not 0 <= self.augment_prob <= 1:
             raise InputError(f"`augment_prob` must lie in [0, 1], got {self.augment_prob}.")
         if self.profile and self.max_steps < WARM_UP + RECORDED:

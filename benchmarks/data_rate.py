@@ -1,0 +1,145 @@
+"""How fast images are streamed, beside how fast the same cores can decode and crop them at all.
+
+    python benchmarks/data_rate.py --data_files 'PATH/*.parquet'
+
+Both are measured in turns in one run. The decoder's processes hold encoded images in memory, decode and crop them, and drop
+them. The stream reads, shuffles, decodes, crops and hands batches over as trainers take them: bytes, which become numbers in
+[-1, 1] on the device. Without files the benchmark makes JPEGs.
+"""
+
+import io
+import statistics
+import tempfile
+import time
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+import torch
+from bench_tools import hardware, hardware_line, markdown_table, write_json, write_text
+from PIL import Image, ImageFilter
+
+from si_distill.data import DataConfig, load_training_data
+from si_distill.data.decoding import decode, to_pixels
+from si_distill.settings import at_least, parse_settings, script_main, setting
+
+
+@dataclass
+class DataRateConfig:
+    """Settings of the benchmark."""
+
+    data_files: str | None = setting(None, "Parquet files of encoded images, or JPEGs are made.")
+    image_size: int = setting(256, "Height and width of the batches.")
+    batch_size: int = setting(32, "Images in a batch.")
+    workers: int = setting(2, "Processes that decode; the cores that both rates are of.")
+    images: int = setting(800, "Images of a measurement.")
+    rounds: int = setting(5, "Measurements of each.")
+    made: int = setting(256, "JPEGs to make, of ImageNet's usual 500 × 375 pixels.")
+    output: str = setting("benchmarks/results", "Folder of data_rate.md and .json.")
+
+    def __post_init__(self) -> None:
+        for name in ("image_size", "batch_size", "workers", "images", "rounds", "made"):
+            at_least(name, getattr(self, name), 1)
+
+
+def make_jpegs(folder: Path, count: int, shards: int) -> str:
+    """Photograph-like JPEGs (smoothed noise, quality 90) in Parquet files; their glob."""
+    import datasets
+
+    random = np.random.default_rng(0)
+    images = []
+    for _ in range(count):
+        coarse = Image.fromarray(random.integers(0, 256, (94, 125, 3), dtype=np.uint8)).resize((500, 375), 3)
+        buffer = io.BytesIO()
+        coarse.filter(ImageFilter.GaussianBlur(1)).save(buffer, "JPEG", quality=90)
+        images.append({"bytes": buffer.getvalue(), "path": None})
+    table = datasets.Dataset.from_dict({"image": images}, features=datasets.Features({"image": datasets.Image()}))
+    for shard in range(shards):
+        table.shard(shards, shard).to_parquet(str(folder / f"{shard}.parquet"))
+    return str(folder / "*.parquet")
+
+
+def decode_all(connection, encoded: list[bytes], size: int) -> None:
+    """A process that decodes and crops as many images as it is asked for, and answers when it has."""
+    torch.set_num_threads(1)
+    while count := connection.recv():
+        for n in range(count):
+            to_pixels(decode(encoded[n % len(encoded)]), 3, size)
+        connection.send(True)
+
+
+def measure(config: DataRateConfig, files: str) -> dict[str, list[float]]:
+    """Images per second of each round."""
+    data = load_training_data(
+        DataConfig(name="parquet", data_files=files, label_column="none", streaming=True, image_size=config.image_size),
+        readers=config.workers,
+    )
+    encoded = []
+    for chunk in data.source.iter(batch_size=100):
+        encoded += [value["bytes"] for value in chunk[data.reader.columns.image]]
+    context, decoders = get_context("fork"), []
+    for number in range(config.workers):
+        here, there = context.Pipe()
+        process = context.Process(
+            target=decode_all, args=(there, encoded[number :: config.workers], config.image_size), daemon=True
+        )
+        process.start()
+        decoders.append(here)
+
+    def decoder(count: int) -> float:
+        started = time.perf_counter()
+        for connection in decoders:
+            connection.send(count // config.workers)
+        for connection in decoders:
+            connection.recv()
+        return count // config.workers * config.workers / (time.perf_counter() - started)
+
+    def stream(count: int) -> float:
+        batches = data.batches(config.batch_size, num_workers=config.workers, seed=1)
+        for _ in range(config.workers):  # each worker has started, and is at the beginning of a batch again
+            next(batches)
+        started = time.perf_counter()
+        steps = config.workers * max(1, count // (config.batch_size * config.workers))
+        for _ in range(steps):
+            next(batches)
+        return steps * config.batch_size / (time.perf_counter() - started)
+
+    rates = {"decode and crop alone": [], "streamed batches": []}
+    decoder(len(encoded))  # every image once: both sides then find the files' pages and their own memory warm
+    for _ in range(config.rounds):
+        rates["decode and crop alone"].append(decoder(config.images))
+        rates["streamed batches"].append(stream(config.images))
+    for connection in decoders:
+        connection.send(0)
+    return rates
+
+
+def main(argv: list[str]) -> None:
+    config = parse_settings(DataRateConfig, argv, __doc__)
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        files = config.data_files or make_jpegs(Path(folder), config.made, 2 * config.workers)
+        rates = measure(config, files)
+    alone, streamed = rates.values()
+    ratios = [s / a for a, s in zip(alone, streamed, strict=True)]
+    facts = hardware(config.workers)
+    rows = [
+        [name, f"{statistics.median(values):.0f}", f"{min(values):.0f} to {max(values):.0f}"]
+        for name, values in rates.items()
+    ]
+    rows.append(["ratio of a round", f"{statistics.median(ratios):.3f}", f"{min(ratios):.3f} to {max(ratios):.3f}"])
+    source = "the files given" if config.data_files else "JPEGs of 500 × 375 made here"
+    text = (
+        markdown_table([f"images per second, to {config.image_size} × {config.image_size}", "median", "range"], rows)
+        + f"\n\nBatches of {config.batch_size} from {source}; {config.rounds} rounds of {config.images} images. "
+        + hardware_line(facts)
+        + "\n"
+    )
+    write_json(Path(config.output) / "data_rate.json", {"rates": rates, "ratios": ratios, **facts})
+    write_text(Path(config.output) / "data_rate.md", text)
+    print(text)
+
+
+if __name__ == "__main__":
+    script_main(main)
