@@ -260,3 +260,34 @@ def test_data_rates_are_of_both_in_one_run(tmp_path):
     assert result["ratios"] == [s / a for s, a in zip(streamed, alone, strict=True)]
     assert len(alone) == 2
     assert min(alone + streamed) > 0
+
+
+def test_the_page_on_scaling_is_what_its_command_prints(capsys):
+    from scaling import SIZES, forward_operations, main, network_of
+
+    main([])
+    page = (ROOT / "docs/scaling.md").read_text(encoding="utf-8")
+    for section in capsys.readouterr().out.strip().split("\n\n"):
+        assert section in page
+    # DiT's published multiply-adds of XL/2 (Peebles & Xie 2023, table 1) are half of the operations.
+    assert forward_operations(network_of(SIZES[-1])) == pytest.approx(2 * 118.6e9, rel=0.01)
+
+
+def test_rings_send_what_their_operations_need():
+    from si_distill import get_objective
+    from si_distill.training.communication import transfers
+    from si_distill.training.config import DistillConfig
+    from si_distill.training.memory import Devices
+
+    def sent(name, devices, **values):
+        settings = DistillConfig(output_dir="run", teacher="teacher", critic_steps=2, generator_steps=3, **values)
+        found = transfers(1000, get_objective(name), settings, devices)
+        return sum(transfer.sent(devices.count) for transfer in found)
+
+    assert sent("gap", Devices()) == 0
+    assert sent("gap", Devices(4)) == pytest.approx(2 * 3 / 4 * 4000 * (2 + 3))
+    # Detached: critic 2 · 2 + 3 gathers, student 2 · 3, teacher 3; 2 + 3 sums of gradients.
+    cut = Devices(4, sharded=True)
+    assert sent("cross_term_detached", cut) == pytest.approx(3 / 4 * (4000 * (7 + 6 + 3) + 4000 * 5))
+    assert sent("cross_term_detached", cut, mixed_precision="bf16") == pytest.approx(3 / 4 * (2000 * 16 + 4000 * 5))
+    assert sent("gap", cut) == pytest.approx(3 / 4 * (4000 * (10 + 6 + 6) + 4000 * 5))

@@ -19,6 +19,7 @@ from ..interpolants import Interpolant
 from ..pipelines import InterpolantPipeline, view_network
 from ..schedulers.scheduling_stochastic_interpolant import StochasticInterpolantScheduler
 from ..settings import parse_settings
+from .communication import Transfer, transfers
 from .config import DistillConfig, TeacherConfig, TrainingConfig
 from .distillation_inputs import check_guidance, fitting_objective, starting_critic, starting_student
 from .distillation_references import reference_roles
@@ -127,6 +128,7 @@ def _distillation(settings: DistillConfig) -> Lines:
         if real
         else "no images: neither the objective nor an adversarial term uses any",
         **_memory(parts),
+        **_communication(transfers(parameter_count([student]), objective, settings, devices), devices),
         **_files(settings, parts, student),
     }
 
@@ -224,6 +226,14 @@ def _memory(parts: dict[str, int]) -> Lines:
     return {"memory": f"about {_size(sum(parts.values()))} per device, without libraries' workspaces", "of this": each}
 
 
+def _communication(found: list[Transfer], devices: Devices) -> Lines:
+    if not found:
+        return {}
+    sent = sum(transfer.sent(devices.count) for transfer in found)
+    kind = "FSDP2" if devices.sharded else "DDP"
+    return {"communication": f"each device sends {_size(sent)} in an iteration, at one micro-batch ({kind})"}
+
+
 def _files(settings: TrainingConfig, parts: dict[str, int], pipeline_network: nn.Module) -> Lines:
     checkpoint = checkpoint_bytes(parts, Devices.of_launcher())
     pipeline = parameter_count([pipeline_network]) * 4
@@ -235,7 +245,7 @@ def _files(settings: TrainingConfig, parts: dict[str, int], pipeline_network: nn
     }
 
 
-def _size(count: int) -> str:
+def _size(count: float) -> str:
     """Bytes in binary units."""
     for unit in ("B", "KiB", "MiB"):
         if count < 1024:
