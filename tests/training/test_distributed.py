@@ -16,7 +16,7 @@ from diffusers_models import tiny_dit
 from helpers import tiny_edm2
 from safetensors.torch import load_file
 from script_runs import DISTILL, ROOT, environment, metrics
-from trainer_builders import distillation
+from trainer_builders import distillation, teaching
 
 from si_distill import InterpolantPipeline, OneStepInterpolantPipeline, StochasticInterpolantScheduler
 from si_distill.errors import InputError
@@ -34,6 +34,13 @@ SHORT = ["--max_steps", "3"]
 SMOOTH = ["--adam_epsilon", "1e-3"]
 EDM2 = "--objective sid --augment_prob 0 --critic_log_variance true --data.image_size 8".split()
 DIT = "--objective cross_term --augment_prob 0 --gradient_checkpointing true".split()
+TEACH = [
+    "--data.name",
+    "digits",
+    "--model",
+    "{patch_size: 4, num_layers: 1, num_attention_heads: 2, attention_head_dim: 8}",
+]
+TEACH += "--learning_rate 1e-3 --augment_prob 0.3 --logging_steps 1 --max_steps 3".split()
 
 
 def start(plan, entries, ranks=2) -> list[subprocess.Popen]:
@@ -78,6 +85,11 @@ def entry(folder, teacher, *arguments, sharded=False, die=None):
     return {"script": "train_distill", "arguments": list(map(str, arguments)), "sharded": sharded, "die": die}
 
 
+def teaching_entry(folder):
+    arguments = [*TEACH, *SMOOTH, *CUT, "--output_dir", folder]
+    return {"script": "train_teacher", "arguments": list(map(str, arguments)), "sharded": True, "die": None}
+
+
 @pytest.fixture(scope="module")
 def edm2_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("edm2")
@@ -104,11 +116,12 @@ def played(teacher_folder, edm2_folder, dit_folder, tmp_path_factory):
         entry(folder / "fsdp", teacher_folder, *WHOLE, sharded=True),
         entry(folder / "edm2", edm2_folder, *EDM2, *SHORT, sharded=True),
         entry(folder / "dit", dit_folder, *DIT, *SHORT, sharded=True),
+        teaching_entry(folder / "teacher"),
         entry(folder / "killed", teacher_folder, *WHOLE, sharded=True, die=[4, "writing"]),
     ]
     codes, printed = finish(plan, start(plan, entries))
     assert codes[0] == -signal.SIGKILL, printed
-    assert json.loads(plan.with_suffix(".0.json").read_text()) == [None] * 4, printed
+    assert json.loads(plan.with_suffix(".0.json").read_text()) == [None] * 5, printed
     return folder
 
 
@@ -139,9 +152,9 @@ def weights(folder):
     return load_file(folder / "transformer" / "diffusion_pytorch_model.safetensors")
 
 
-def assert_same_trajectory(folder, expected):
+def assert_same_trajectory(folder, expected, names=LOSSES):
     """Equal up to the order of sums in float32."""
-    for found, wanted in zip(metrics(folder, *LOSSES), metrics(expected, *LOSSES), strict=True):
+    for found, wanted in zip(metrics(folder, *names), metrics(expected, *names), strict=True):
         assert found == pytest.approx(wanted, rel=2e-4, abs=1e-6)
     found, wanted = weights(folder), weights(expected)
     assert found.keys() == wanted.keys()
@@ -202,6 +215,11 @@ def test_gradients_flow_through_a_sharded_teacher_of_diffusers_own_class(played,
     """With checkpointing on the shards and without it in one process."""
     arguments = [*DIT, "--gradient_checkpointing", "false", *SHORT]
     assert_same_trajectory(played / "dit", one_process(tmp_path / "run", dit_folder, *arguments))
+
+
+def test_a_teacher_is_trained_in_shards(played, tmp_path):
+    teaching(tmp_path / "run", *TEACH, *SMOOTH, "--per_device_train_batch_size", 8).train()
+    assert_same_trajectory(played / "teacher", tmp_path / "run", ("loss", "grad_norm"))
 
 
 def test_a_sharded_run_killed_inside_a_save_resumes_bit_for_bit(played, resumed):

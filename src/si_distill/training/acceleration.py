@@ -1,6 +1,7 @@
 """The accelerator of a run, as its settings and its launcher want it."""
 
 import os
+import warnings
 
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, DistributedType, DynamoBackend
@@ -18,6 +19,8 @@ def build_accelerator(settings: TrainingConfig) -> Accelerator:
     Raises:
         InputError: when the settings and the launcher do not go together.
     """
+    # torch 2.15 has another name for it, which Accelerate 1.15 does not know yet.
+    warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")
     try:
         accelerator = Accelerator(
             mixed_precision=settings.mixed_precision,

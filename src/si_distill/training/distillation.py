@@ -108,12 +108,12 @@ class DistillationTrainer(Trainer):
         prepare_blocks(network, settings, self.objective.needs_field_gradient)
         if self.accelerator.is_fsdp2:
             shard(self.accelerator, network)
-            if teacher.vae is not None:
-                teacher.vae.to(self.accelerator.device)
         else:
             if settings.mixed_precision == "bf16":
                 keep_in_bfloat16(network)
-            teacher.to(self.accelerator.device)
+            network.to(self.accelerator.device)
+        if teacher.vae is not None:
+            teacher.vae.to(self.accelerator.device)
         self.teacher_field = self._field(network, settings.guidance_scale)
         self.game_losses = DistillationLosses(
             self.objective,
