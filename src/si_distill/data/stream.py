@@ -100,8 +100,14 @@ def load_training_data(
             data sets differ in channels.
     """
     if config.reference_name is not None:
-        images = replace(config, reference_name=None, reference_files=None, reference_split="train")
-        images = replace(images, reference_column=None, coupling="independent")
+        images = replace(
+            config,
+            reference_name=None,
+            reference_files=None,
+            reference_split="train",
+            reference_column=None,
+            coupling="independent",
+        )
         return UnpairedData(
             load_training_data(images, readers, num_classes),
             load_training_data(references_config(config), readers),
