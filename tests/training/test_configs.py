@@ -5,7 +5,10 @@ from pathlib import Path
 
 import pytest
 import yaml
+from latent_caches import tiny_autoencoder
 
+from si_distill.data.latents_config import LatentsConfig
+from si_distill.data.latents_encoding import dry_run as plan
 from si_distill.settings import parse_settings
 from si_distill.training.config import DistillConfig, TeacherConfig, TrainingConfig
 from si_distill.training.dry_run import dry_run
@@ -14,6 +17,7 @@ ROOT = Path(__file__).parent.parent.parent
 CONFIGS = ROOT / "configs"
 RUNS = sorted(path for path in CONFIGS.glob("*/*.yaml") if path.stem.startswith(("teacher", "distill")))
 RECIPES = sorted((CONFIGS / "recipes").glob("*.yaml"))
+LATENTS = sorted(CONFIGS.glob("*/latents.yaml"))
 BASES = sorted((CONFIGS / "bases").glob("*.yaml"))
 
 #: Parameters in millions. EDM: 55.7, 61.8 and 295.9; EDM2: 125, 280, 498, 777, 1119 and 1523; SiT: 33 and 675.
@@ -82,6 +86,25 @@ def test_every_run_is_accepted_and_dry_run(path, monkeypatch):
         assert round(parameters / 1e6, 1) == pytest.approx(PUBLISHED[name(path)], abs=0.11)
 
 
+@pytest.mark.parametrize(
+    ("path", "pixels", "shape", "size"),
+    [
+        (LATENTS[0], 256, "4 × 32 × 32", "32 KiB"),
+        (LATENTS[1], 512, "4 × 64 × 64", "128 KiB"),
+    ],
+    ids=["256", "512"],
+)
+def test_latents_are_those_that_the_runs_beside_them_read(path, pixels, shape, size, tmp_path):
+    tiny_autoencoder(levels=4).save_pretrained(tmp_path / "vae")
+    settings = parse_settings(LatentsConfig, ["--config", str(path), "--vae", str(tmp_path / "vae")])
+    assert f"{shape}, mean and standard deviation, float16, of each image and its mirror image: {size}" in plan(
+        settings
+    )
+    runs = [read(run) for run in RUNS if run.parent == path.parent]
+    assert {(run.data.name, run.data.image_size) for run in runs} == {(settings.output_dir, pixels)}
+    assert settings.data.image_size == pixels
+
+
 @pytest.mark.parametrize("recipe", RECIPES, ids=name)
 def test_every_recipe_lies_over_a_run(recipe):
     base = CONFIGS / ("imagenet512/distill_xs.yaml" if recipe.stem.endswith("edm2") else "digits/distill.yaml")
@@ -96,10 +119,10 @@ def test_every_file_is_tested():
     read_here = set().union(*(with_includes(path) for path in (*RUNS, *RECIPES)))
     assert {path.resolve() for path in BASES} <= read_here
     launcher = set((CONFIGS / "accelerate").glob("*.yaml"))  # see test_settings
-    assert {*RUNS, *RECIPES, *BASES} | launcher == {path for path in CONFIGS.rglob("*") if path.is_file()}
+    assert {*RUNS, *RECIPES, *BASES, *LATENTS} | launcher == {path for path in CONFIGS.rglob("*") if path.is_file()}
 
 
-@pytest.mark.parametrize("path", [*RUNS, *RECIPES, *BASES], ids=name)
+@pytest.mark.parametrize("path", [*RUNS, *RECIPES, *BASES, *LATENTS], ids=name)
 def test_every_file_says_where_its_values_are_from(path):
     text = path.read_text(encoding="utf-8")
     assert text.startswith("# ")

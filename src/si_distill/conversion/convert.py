@@ -9,7 +9,7 @@ from .config import ConvertConfig
 from .converted import Converted
 from .diffusers_teachers import convert_diffusers, saved_class
 from .edm import convert_edm
-from .output import check_output, load_id2label, load_vae, write_pipeline
+from .output import check_output, fitting_vae, load_id2label, write_pipeline
 from .sit import convert_sit, is_sit
 from .torchcfm import convert_torchcfm, is_torchcfm
 
@@ -28,7 +28,7 @@ def convert_checkpoint(settings: ConvertConfig) -> None:
     check_output(folder, settings.overwrite)
     converted = _convert(settings)
     if settings.vae is not None:
-        converted.vae = load_vae(settings.vae, converted.transformer)
+        converted.vae = fitting_vae(settings.vae, converted.transformer)
     if settings.id2label is not None:
         converted.id2label = load_id2label(settings.id2label, view_network(converted.transformer).num_classes)
     rms = write_pipeline(converted, folder)

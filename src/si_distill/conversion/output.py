@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoModel
 from diffusers.models.modeling_utils import ModelMixin
 from safetensors import SafetensorError
 
 from ..errors import InputError
+from ..loading import load_vae
 from ..pipelines import view_network
 from ..settings import read_yaml
 from ..velocity import Field
@@ -33,17 +33,13 @@ def check_output(folder: Path, overwrite: bool) -> None:
         raise InputError(f"`out` {folder} cannot be written: {error}.") from error
 
 
-def load_vae(name: str, transformer: ModelMixin) -> ModelMixin:
+def fitting_vae(name: str, transformer: ModelMixin) -> ModelMixin:
     """The autoencoder in a folder (its own, or the `vae` of a pipeline) or of a Hub id.
 
     Raises:
         InputError: when it cannot be loaded, or its latents have other channels than the network.
     """
-    subfolder = "vae" if (Path(name) / "vae").is_dir() else None
-    try:
-        vae = AutoModel.from_pretrained(name, subfolder=subfolder)
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"Cannot load the autoencoder {name!r}: {error}") from error
+    vae, _ = load_vae(name)
     found, wanted = vae.config.get("latent_channels"), transformer.config.in_channels
     if found != wanted:
         raise InputError(

@@ -10,6 +10,9 @@ from PIL import Image
 
 from ..errors import InputError
 
+#: What `to_pixels` does, for what is made of its images and kept.
+CROP = "ADM: halved by averaging while at least twice the size, bicubic, centre square"
+
 
 class UnreadableImage(InputError):
     """Bytes that are no image, or one that is cut off."""

@@ -11,6 +11,7 @@ from .batches import IndexedBatches
 from .columns import Columns, RowReader, find_columns, open_dataset
 from .config import DataConfig
 from .decoding import UnreadableImage
+from .latents_format import images_of, is_latent_cache
 
 #: Images at the head of a data set that tell whether it is grey.
 PROBE = 16
@@ -82,6 +83,11 @@ def load_images(config: DataConfig) -> ImageDataset:
         InputError: when they cannot be found or read, have no labels and `label_column` does not say `none`, are a stream,
             or cannot be degraded as the settings say.
     """
+    if is_latent_cache(config.name):
+        raise InputError(
+            f"{config.name} is a cache of latents, and images are needed here: give the data set that it was made from, "
+            f"{images_of(config).name}."
+        )
     if config.streaming:
         raise InputError(
             f"Images of {config.name!r} are needed by index here, which `data.streaming` does not give: set it to false, or "

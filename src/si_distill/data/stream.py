@@ -12,6 +12,8 @@ from ..errors import InputError
 from .batches import BatchIterator, TrainingData
 from .columns import Columns, RowReader, find_columns, open_dataset
 from .config import DataConfig
+from .latents import LatentDataset
+from .latents_format import is_latent_cache
 from .references import UnpairedData, references_config
 from .sources import PROBE, ImageDataset, check_degradation, indexed, load_images
 from .stream_reading import CHUNK, StreamBatches, rows_of
@@ -87,7 +89,7 @@ class ImageStream:
 def load_training_data(
     config: DataConfig, readers: int = 1, num_classes: int | None = None, further_references: bool = False
 ) -> TrainingData:
-    """What a trainer reads: the images, beside those of a second data set if references are unpaired.
+    """What a trainer reads: images, beside those of a second data set if references are unpaired, or a cache of latents.
 
     Args:
         config: of the data.
@@ -99,6 +101,8 @@ def load_training_data(
         InputError: when the data cannot be found or read, lack labels, or have fewer shards than there are readers; when two
             data sets differ in channels.
     """
+    if is_latent_cache(config.name):
+        return LatentDataset(config)
     if config.reference_name is not None:
         images = replace(
             config,

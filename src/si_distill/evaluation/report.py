@@ -10,13 +10,13 @@ from typing import Any
 
 import torch
 import torch_fidelity
-from accelerate import Accelerator, PartialState
+from accelerate import PartialState
 
 from ..data import DataConfig, ImageDataset, load_images
 from ..errors import InputError
 from ..hub.card import write_card
 from ..hub.facts import EVALUATION
-from ..launching import check_processes
+from ..launching import join_processes
 from ..settings import settings_to_dict
 from .config import EvaluationConfig
 from .features import Extractor, load_extractor
@@ -40,7 +40,7 @@ def evaluate(settings: EvaluationConfig) -> dict[str, Any] | None:
         InputError: when a pipeline, the data or the features cannot be loaded, or they do not fit each other.
     """
     started = time.perf_counter()
-    state = _processes()
+    state = join_processes()
     output = _output_path(settings)
     with state.main_process_first():  # a download is made once
         extractor = load_extractor(settings.features, settings.feature_weights, state.device)
@@ -178,14 +178,6 @@ def _how(
         "torch": torch.__version__,
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
     }
-
-
-def _processes() -> PartialState:
-    """The processes of the launcher; through `Accelerator`, which alone reads what the launcher says of CPUs."""
-    Accelerator()
-    state = PartialState()
-    check_processes(state.num_processes)
-    return state
 
 
 def _count(settings: EvaluationConfig, reference: Reference, data: ImageDataset | None, pipelines: Pipelines) -> int:

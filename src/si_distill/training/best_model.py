@@ -17,6 +17,7 @@ from accelerate import Accelerator, PartialState
 from PIL import Image
 
 from ..data import load_images
+from ..data.latents_format import images_of
 from ..errors import InputError
 from ..evaluation.features import load_extractor
 from ..evaluation.generators import Pipeline, balanced_labels, check_images, image_shape
@@ -55,13 +56,14 @@ class BestModel:
         ):  # networks of features are initialised before their weights are loaded
             with accelerator.main_process_first():
                 self.extractor = load_extractor(how.features, how.feature_weights, accelerator.device)
-                # A stream has no index; the settings insist on a reference then.
-                data = None if settings.data.streaming else load_images(settings.data)
+                images = images_of(settings.data)  # pictures are compared with pictures, not with latents
+                # A stream has no index: only a reference can stand for it.
+                data = None if images.streaming and how.reference else load_images(images)
             now = pipeline()
             real = None
             if data is not None:
                 check_images(now, data, "run's pipeline")
-                real = DatasetSource(data, settings_to_dict(settings.data))
+                real = DatasetSource(data, settings_to_dict(images))
             if how.reference:
                 self.reference = read_reference(Path(how.reference), self.extractor.name)
                 channels, size, _ = image_shape(now)

@@ -6,8 +6,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
-from ..data import TrainingData, load_images, load_training_data
+from ..data import TrainingData, load_training_data
 from ..data.augmentation import AUGMENT_LABELS
+from ..data.latents import LatentDataset
+from ..data.latents_format import is_latent_cache
 from ..errors import InputError
 from ..loading import load_pipeline
 from ..models.extension import extend_network
@@ -199,12 +201,12 @@ def class_shares(
     if settings.label_sampling != "empirical" or (data is not None and not shares):
         return None  # uniform, or the real images' own
     if not shares:
-        if settings.data.streaming:
+        if settings.data.streaming and not is_latent_cache(settings.data.name):
             raise InputError(
                 f"`label_sampling` is empirical, and how frequent the classes of the stream {settings.data.name!r} are "
                 "would be known only after reading all of it: give them as `class_frequencies`."
             )
-        images = load_images(settings.data)
+        images = load_training_data(settings.data)
         shares = torch.bincount(torch.tensor(images.labels), minlength=len(images.class_names)).tolist()
     if len(shares) != classes:
         source = "`class_frequencies` has" if settings.class_frequencies else f"the data set {settings.data.name} has"
@@ -224,13 +226,22 @@ def load_fitting_images(settings: DistillConfig, teacher: InterpolantPipeline, r
     Raises:
         InputError: when they cannot be loaded or do not fit.
     """
-    data = load_training_data(settings.data, readers, teacher.network.num_classes, further_references=True)
-    if teacher.vae is not None:
+    name = settings.data.name
+    if teacher.vae is not None and not is_latent_cache(name):
         raise InputError(
             f"The objective {settings.objective!r} or the adversarial term {settings.adversarial.kind!r} uses real data and "
-            "the teacher works on latents: real images cannot be used without precomputed latents. Choose an objective "
-            "without real data, e.g. sid, and no adversarial term."
+            f"the teacher works on latents, but {name} are images. Encode them first: python "
+            f"training/precompute_latents.py --vae {settings.teacher} --data.name {name} --output_dir FOLDER; then give "
+            "--data.name FOLDER. Or choose an objective without real data, e.g. sid, and no adversarial term."
         )
+    data = load_training_data(settings.data, readers, teacher.network.num_classes, further_references=True)
+    if isinstance(data, LatentDataset):
+        if teacher.vae is None:
+            raise InputError(
+                f"{name} holds latents, and the teacher {settings.teacher!r} has no autoencoder to say whether they are its "
+                "own: add it (`--vae` of training/convert_teacher.py), or give images if the teacher's are pixels."
+            )
+        data.check_vae(teacher.vae, teacher.config.vae_pixel_min, f"that of the teacher {settings.teacher!r}")
     wanted, classes = teacher.network.sample_shape, teacher.network.num_classes
     found = (data.channels, data.size, data.size)
     if found != wanted or (classes and len(data.class_names) != classes):  # unconditional: labels are ignored

@@ -14,11 +14,14 @@ import torch
 from torch import nn
 
 from ..critic import CriticNetwork
+from ..data.latents_format import VAE_FOLDER, is_latent_cache, read_manifest
 from ..errors import InputError
 from ..interpolants import Interpolant
+from ..loading import describe_vae
 from ..pipelines import InterpolantPipeline, view_network
 from ..schedulers.scheduling_stochastic_interpolant import StochasticInterpolantScheduler
 from ..settings import parse_settings
+from ..units import binary_size
 from .communication import Transfer, transfers
 from .config import DistillConfig, TeacherConfig, TrainingConfig
 from .distillation_inputs import check_guidance, fitting_objective, starting_critic, starting_student
@@ -61,7 +64,9 @@ def _teacher_training(settings: TeacherConfig) -> Lines:
     network = _trained_network(settings)
     devices = Devices.of_launcher()
     activations = teacher_activations(network, settings, devices.sharded)
-    parts = training_memory([network], None, network, settings, activations, devices)
+    cache = settings.data.name
+    vae = describe_vae(f"{cache}/{VAE_FOLDER}")[0] if is_latent_cache(cache) else None
+    parts = training_memory([network], None, network, settings, activations, devices, vae)
     return {
         "network": _network(network),
         "path": _path(interpolant, settings.prediction_type, settings.timestep_type),
@@ -75,7 +80,12 @@ def _teacher_training(settings: TeacherConfig) -> Lines:
 def _trained_network(settings: TeacherConfig) -> nn.Module:
     """The network of a teacher's training, on the meta device; the data set is not opened."""
     arguments = {"sample_size": settings.data.image_size, **settings.model}
-    if settings.data.name == "digits":
+    if is_latent_cache(settings.data.name):
+        manifest = read_manifest(settings.data.name)
+        channels, size, _ = manifest.recipe.latent_shape
+        shape = {"sample_size": size, "in_channels": channels, "num_classes": len(manifest.class_names)}
+        arguments = {**shape, **settings.model}
+    elif settings.data.name == "digits":
         arguments = {"in_channels": 1, "num_classes": 10, **arguments}
     missing = [name for name in ("in_channels", "num_classes") if name not in arguments]
     if missing:
@@ -110,7 +120,8 @@ def _distillation(settings: DistillConfig) -> Lines:
     parts = training_memory([critic, student], network, student, settings, activations, devices, teacher.vae)
     view = teacher.network
     real = objective.uses_real_data or term is not None or roles.needed
-    latent = "; as latents of the teacher's autoencoder" if real and view.sample_shape[0] > 3 else ""
+    images = view.sample_shape[0] > 3 and not is_latent_cache(settings.data.name)
+    latent = "; to be encoded first (training/precompute_latents.py)" if images else ""
     return {
         "teacher": f"{settings.teacher} ({source})",
         "network": _network(network),
@@ -215,6 +226,13 @@ def _batch(settings: TrainingConfig) -> Lines:
 
 def _data(settings: TrainingConfig) -> str:
     data = settings.data
+    if is_latent_cache(data.name):
+        manifest = read_manifest(data.name)
+        images = manifest.recipe.data
+        return (
+            f"{data.name}: {manifest.images:,} latents of {images['name']}, split {images['split']}, {data.image_size} × "
+            f"{data.image_size} pixels, by {manifest.recipe.vae['name']}"
+        )
     files = f" ({data.data_files})" if data.data_files else ""
     limit = f", the first {data.max_train_samples:,}" if data.max_train_samples else ""
     references = f"; references: {data.describe_references()}" if data.has_references else ""
@@ -222,8 +240,11 @@ def _data(settings: TrainingConfig) -> str:
 
 
 def _memory(parts: dict[str, int]) -> Lines:
-    each = ", ".join(f"{name} {_size(size)}" for name, size in parts.items() if size)
-    return {"memory": f"about {_size(sum(parts.values()))} per device, without libraries' workspaces", "of this": each}
+    each = ", ".join(f"{name} {binary_size(size)}" for name, size in parts.items() if size)
+    return {
+        "memory": f"about {binary_size(sum(parts.values()))} per device, without libraries' workspaces",
+        "of this": each,
+    }
 
 
 def _communication(found: list[Transfer], devices: Devices) -> Lines:
@@ -231,7 +252,7 @@ def _communication(found: list[Transfer], devices: Devices) -> Lines:
         return {}
     sent = sum(transfer.sent(devices.count) for transfer in found)
     kind = "FSDP2" if devices.sharded else "DDP"
-    return {"communication": f"each device sends {_size(sent)} in an iteration, at one micro-batch ({kind})"}
+    return {"communication": f"each device sends {binary_size(sent)} in an iteration, at one micro-batch ({kind})"}
 
 
 def _files(settings: TrainingConfig, parts: dict[str, int], pipeline_network: nn.Module) -> Lines:
@@ -240,15 +261,6 @@ def _files(settings: TrainingConfig, parts: dict[str, int], pipeline_network: nn
     kept = min(settings.save_total_limit, -(-settings.max_steps // settings.save_steps))
     return {
         "writes": f"{settings.output_dir}/: config.yaml, metrics.jsonl every {settings.logging_steps:,} iterations, "
-        f"samples/ every {settings.eval_steps:,}, checkpoints/ every {settings.save_steps:,} ({_size(checkpoint)} each, "
-        f"{kept} kept and one more while saving), the pipeline ({_size(pipeline)})"
+        f"samples/ every {settings.eval_steps:,}, checkpoints/ every {settings.save_steps:,} ({binary_size(checkpoint)} "
+        f"each, {kept} kept and one more while saving), the pipeline ({binary_size(pipeline)})"
     }
-
-
-def _size(count: float) -> str:
-    """Bytes in binary units."""
-    for unit in ("B", "KiB", "MiB"):
-        if count < 1024:
-            return f"{count:.3g} {unit}" if unit != "B" else f"{count} B"
-        count /= 1024
-    return f"{count:.3g} GiB" if count < 1000 else f"{count:.0f} GiB"

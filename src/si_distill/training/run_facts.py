@@ -18,6 +18,7 @@ from torch import nn
 from .. import __version__
 from ..data import TrainingData
 from ..data.config import DataConfig
+from ..data.latents_format import images_of
 from .sharding import plain_class
 
 
@@ -47,6 +48,7 @@ def describe_data(config: DataConfig, data: TrainingData | None) -> dict[str, An
     """The images that the training reads, or None when it reads none."""
     if data is None:
         return None
+    config = images_of(config)
     return {
         # On the Hub, as far as one can tell: `user/name` that is no folder here and no format with files.
         "source": "hub" if "/" in config.name and not config.data_files and not Path(config.name).exists() else "local",
@@ -54,7 +56,7 @@ def describe_data(config: DataConfig, data: TrainingData | None) -> dict[str, An
         "split": config.split,
         "images": data.count,
         "classes": len(data.class_names),
-        "size": data.size,
+        "size": config.image_size,
         **({"references": config.describe_references()} if config.has_references else {}),
     }
 

@@ -15,6 +15,7 @@ STREAMS = (
     "teacher",
     "augmentation",
     "flip",
+    "latents",
     "degradation",
     "labels",
     "generator_noise",

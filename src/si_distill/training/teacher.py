@@ -8,6 +8,7 @@ from PIL import Image
 from torch import nn
 
 from ..data import load_training_data
+from ..data.latents import LatentDataset
 from ..errors import InputError
 from ..pipelines import InterpolantPipeline, network_condition
 from ..schedulers.scheduling_stochastic_interpolant import StochasticInterpolantScheduler
@@ -38,6 +39,7 @@ class TeacherTrainer(Trainer):
         self.interpolant = settings.build_interpolant()
         self.time_sampler = settings.build_time_sampler(self.interpolant, settings.timestep_type)
         self.data = load_training_data(settings.data, self.readers, settings.model.get("num_classes"))
+        self.vae, self.vae_pixel_min = self._load_vae()
         network = self._build_network()
         self.class_dropout_prob, self.null_class = network.config.class_dropout_prob, network.null_class
         self.class_names = self.data.class_names if network.config.num_classes else []
@@ -46,6 +48,18 @@ class TeacherTrainer(Trainer):
             self.accelerator, network, settings, settings.learning_rate, total_updates=settings.max_steps
         )
         self.averages.prepare(self.accelerator)
+
+    def _load_vae(self) -> tuple[ModelMixin | None, float]:
+        """The autoencoder of latents, and the darkest of its pixels."""
+        if not isinstance(self.data, LatentDataset):
+            return None, -1.0
+        if self.settings.augment_prob > 0:
+            raise InputError(
+                f"`augment_prob` is {self.settings.augment_prob}, but {self.settings.data.name} holds latents, which cannot "
+                "be flipped or moved: set it to 0."
+            )
+        vae = self.data.load_vae().requires_grad_(False).eval()
+        return vae.to(self.accelerator.device), self.data.scaling.pixel_min
 
     def _build_network(self) -> ModelMixin:
         arguments = dict(self.settings.model)
@@ -111,7 +125,9 @@ class TeacherTrainer(Trainer):
         return InterpolantPipeline(
             network,
             scheduler,
+            vae=self.vae,
             id2label=dict(enumerate(self.class_names)) or None,
+            vae_pixel_min=self.vae_pixel_min,
             image_upsampling=degradation and degradation.image_upsampling,
         )
 

@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 from ..data import TrainingData
 from ..data.augmentation import AUGMENT_NUMBERS, Augmentation
 from ..data.batches import Batch, BatchIterator, flipped, on_device
+from ..data.latents import LatentDataset, sampled
 from ..data.references import reference_source
 from ..errors import TrainingInterrupted, TrainingStopped
 from ..hub.publishing import check_ready
@@ -143,7 +144,8 @@ class Trainer:
         return range(start, start + size)
 
     def next_batch(self, data: TrainingData, micro_batch: int) -> Batch:
-        """This rank's next batch on the device: `images` (B, C, H, W) in [-1, 1], `labels` (B,), and what else `data` gives.
+        """This rank's next batch on the device: `images` (B, C, H, W), in [-1, 1] or latents as the network sees them,
+        `labels` (B,), and what else `data` gives.
 
         The same whether the run was resumed or not.
         """
@@ -162,8 +164,13 @@ class Trainer:
         with self.throughput.waiting_for_data():
             batch = next(self._batches)
         batch, indices = on_device(batch, accelerator.device), self.indices(micro_batch)
-        if settings.data.random_flip:
-            batch = flipped(batch, self.noise.uniform("flip", self.step, indices=indices) < 0.5)
+        random_flip = settings.data.random_flip
+        flip = self.noise.uniform("flip", self.step, indices=indices) < 0.5 if random_flip else None
+        if isinstance(data, LatentDataset):
+            shape = batch["latents_mean"].shape[2:]
+            batch = sampled(batch, flip, self.noise.normal(shape, "latents", self.step, indices=indices), data.scaling)
+        elif flip is not None:
+            batch = flipped(batch, flip)
         if self._references is not None:
             batch = self._references(batch, self.noise, self.step, indices=indices)
         return batch
