@@ -7,13 +7,14 @@ from typing import Any
 
 import torch
 
-from ..data import ImageDataset
+from ..data import DataConfig, ImageDataset
 from ..errors import InputError
 from ..loading import load_pipeline
 from ..pipelines import InterpolantPipeline, OneStepInterpolantPipeline
 from ..settings import read_yaml
 from .config import EvaluationConfig
-from .samples import FileSource, PipelineSource, Source
+from .inputs import Inputs
+from .samples import FileSource, InputSource, PipelineSource, Source
 
 Pipeline = InterpolantPipeline | OneStepInterpolantPipeline
 
@@ -29,7 +30,7 @@ class Generator:
 
     Args:
         name: as the table shows it.
-        kind: `teacher`, `student` or `images`.
+        kind: `input`, `teacher`, `student` or `images`.
         source: the images.
         facts: how they were made, for the result.
     """
@@ -61,6 +62,11 @@ class Pipelines:
         found = [load_pipeline(kind, role, name).to(device) if name else None for kind, role, name in kinds]
         shapes = {image_shape(pipeline) for pipeline in found if pipeline}
         classes = {pipeline.network.num_classes for pipeline in found if pipeline}
+        if len({pipeline.image_channels for pipeline in found if pipeline}) > 1:
+            raise InputError(
+                f"Of the student {settings.pipeline!r} and the teacher {settings.teacher!r} one turns images into others "
+                "and the other does not: evaluate them one by one."
+            )
         if len(shapes) > 1 or len(classes) > 1:
             raise InputError(
                 f"The student {settings.pipeline!r} and the teacher {settings.teacher!r} make different images: (channels, "
@@ -121,29 +127,72 @@ def balanced_labels(count: int, num_classes: int, training_labels: list[int] | N
     """
     if training_labels is None:
         return [i % num_classes for i in range(count)]
-    whole = count - count % len(training_labels)
-    order = torch.randperm(len(training_labels), generator=torch.Generator().manual_seed(LABEL_SEED)).tolist()
-    return [training_labels[i % len(training_labels)] for i in range(whole)] + [
-        training_labels[order[i]] for i in range(count - whole)
-    ]
+    return [training_labels[place] for place in balanced_places(count, len(training_labels))]
+
+
+def balanced_places(count: int, available: int) -> list[int]:
+    """Which of the available images stands behind each of `count`: whole passes in their order, then a fixed random part."""
+    whole = count - count % available
+    order = torch.randperm(available, generator=torch.Generator().manual_seed(LABEL_SEED)).tolist()
+    return [i % available for i in range(whole)] + [order[i] for i in range(count - whole)]
+
+
+def inputs_of(
+    pipeline: Pipeline | None,
+    data: ImageDataset | None,
+    config: DataConfig,
+    count: int,
+    seed: int,
+    uniform: bool = False,
+) -> Inputs | None:
+    """What the generated images start from, or None for pipelines that take no images.
+
+    Args:
+        pipeline: that is evaluated; None without one.
+        data: the images of the settings, if there are any.
+        config: the settings.
+        count: number of generated images.
+        seed: of random masks.
+        uniform: whether equally many images of each class were asked for.
+
+    Raises:
+        InputError: when the pipeline takes images and the data do not say which.
+    """
+    if pipeline is None or not pipeline.image_channels:
+        return None
+    if data is None or not config.has_references or uniform:
+        raise InputError(
+            "The pipeline turns images into others, so its inputs must be known: set `data` with `data.degradation`, "
+            "`data.reference_column` or `data.reference_name`, as in its training, and leave class_balance at data."
+        )
+    return Inputs(data, config, balanced_places(count, len(data)), seed)
 
 
 def build_generators(
-    settings: EvaluationConfig, pipelines: Pipelines, files: FileSource | None, labels: list[int] | None, count: int
+    settings: EvaluationConfig,
+    pipelines: Pipelines,
+    files: FileSource | None,
+    labels: list[int] | None,
+    count: int,
+    inputs: Inputs | None = None,
 ) -> list[Generator]:
-    """The rows, teachers first and the student last but for finished images.
+    """The rows: inputs, if there are any, teachers, the student, and finished images last.
 
     Args:
         settings: the teacher's steps, solvers and guidance; the seed.
         pipelines: loaded.
         files: finished images, if there are any.
-        labels: of the generated images; None for unconditional pipelines.
+        labels: of the generated images; None for unconditional pipelines on noise.
         count: number of generated images.
+        inputs: of pipelines that take images.
 
     Raises:
         InputError: when the teacher refuses a solver or guidance.
     """
     rows: list[Generator] = []
+    if inputs is not None:
+        facts = {"references": inputs.config.describe_references()}
+        rows.append(Generator("input", "input", InputSource(inputs, labels), facts))
     for solver in (settings.solver or [pipelines.teacher.scheduler.solver]) if pipelines.teacher else []:
         # An adaptive solver chooses its own steps.
         for steps in settings.teacher_steps if solver != ADAPTIVE_SOLVER else [None]:
@@ -160,7 +209,7 @@ def build_generators(
                 Generator(
                     ", ".join(words),
                     "teacher",
-                    _source(pipelines.teacher, sampler, settings, labels, count),
+                    _source(pipelines.teacher, sampler, settings, labels, count, inputs),
                     {"pipeline": settings.teacher, **sampler, **_facts(settings.teacher, pipelines.teacher)},
                 )
             )
@@ -170,7 +219,7 @@ def build_generators(
                 raise InputError(f"The row `{rows[-1].name}` cannot be made: {error}") from error
     if pipelines.student:
         run = {"pipeline": settings.pipeline, **_facts(settings.pipeline, pipelines.student)}
-        source = _source(pipelines.student, {}, settings, labels, count)
+        source = _source(pipelines.student, {}, settings, labels, count, inputs)
         rows.append(Generator("student, 1 step", "student", source, run))
     if files:
         rows.append(Generator("images", "images", files, {"images": settings.images}))
@@ -178,11 +227,15 @@ def build_generators(
 
 
 def _source(
-    pipeline: Pipeline, sampler: dict[str, Any], settings: EvaluationConfig, labels: list[int] | None, count: int
+    pipeline: Pipeline,
+    sampler: dict[str, Any],
+    settings: EvaluationConfig,
+    labels: list[int] | None,
+    count: int,
+    inputs: Inputs | None,
 ) -> PipelineSource:
-    return PipelineSource(
-        pipeline, partial(pipeline, output_type="pt", **sampler), labels, settings.seed, count, settings=sampler
-    )
+    call = partial(pipeline, output_type="pt", **sampler)
+    return PipelineSource(pipeline, call, labels, settings.seed, count, sampler, inputs)
 
 
 def _facts(name: str, pipeline: Pipeline) -> dict[str, Any]:

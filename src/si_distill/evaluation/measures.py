@@ -36,6 +36,8 @@ FIGURES = (
     "inception score deviation",
     "label accuracy",
     "nearest real distance",
+    "PSNR",
+    "diversity",
 )
 
 
@@ -83,6 +85,10 @@ class Judge:
             accuracy = float((predicted == made.labels).mean())
             figures["label accuracy"] = accuracy
             intervals |= self._share("label accuracy", accuracy, count)
+        if "psnr" in made.compared:
+            figures["PSNR"] = float(made.compared["psnr"].mean())
+        if "spread" in made.compared:
+            figures["diversity"] = float(np.sqrt(np.nanmean(made.compared["spread"])))
         if self.reference.features is not None:
             real = self.reference.features.to(self.device).float()
             self.neighbours = nearest(features.float(), real, min(SHOWN_NEIGHBOURS, len(real)))

@@ -87,6 +87,16 @@ def frechet_distance(images: torch.Tensor, reference: torch.Tensor) -> float:
     return frechet_from_moments(*moments)
 
 
+def peak_signal_to_noise(images: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
+    """PSNR of each image in decibels, 10 log₁₀(255² / mean squared difference), (N,), float64; at most that of one level.
+
+    Args:
+        images, truth: (N, C, H, W), uint8.
+    """
+    squares = (images.double() - truth.double()).square().mean((1, 2, 3))
+    return 10 * torch.log10(255**2 / squares.clamp(min=1.0))
+
+
 def default_resamples(width: int) -> int:
     """Resamples of a Fréchet distance on so many features: each is a product and an eigenvalue problem of that size."""
     return 200 if width <= 512 else 20

@@ -20,7 +20,16 @@ from ..launching import join_processes
 from ..settings import settings_to_dict
 from .config import EvaluationConfig
 from .features import Extractor, load_extractor
-from .generators import Generator, Pipelines, balanced_labels, build_generators, check_images, image_shape
+from .generators import (
+    Generator,
+    Pipelines,
+    balanced_labels,
+    build_generators,
+    check_images,
+    image_shape,
+    inputs_of,
+)
+from .inputs import Inputs
 from .measures import Judge
 from .metrics import DigitsClassifier
 from .pictures import COLUMNS_OF_PICTURES, draw_neighbours, draw_quality, draw_samples
@@ -70,11 +79,17 @@ def evaluate(settings: EvaluationConfig) -> dict[str, Any] | None:
     count = _count(settings, reference, data, pipelines)
     training_labels = list(data.labels) if settings.class_balance == "data" and data else None
     labels = balanced_labels(count, pipelines.num_classes, training_labels) if pipelines.num_classes else None
+    uniform = settings.class_balance == "uniform"
+    inputs = inputs_of(pipelines.any, data, settings.data, count, settings.seed, uniform)
+    if (
+        inputs and data.class_names
+    ):  # also where the network has none: what an image shows should be what its input shows
+        labels = [data.labels[place] for place in inputs.places]
     is_digits = data is not None and data.name == "sklearn-digits" and data.class_names
     # Trained on all of them, also when the reference is a part.
     classifier = DigitsClassifier(*load_images(DataConfig()).read_all()) if is_digits else None
 
-    generators = build_generators(settings, pipelines, files, labels, count)
+    generators = build_generators(settings, pipelines, files, labels, count, inputs)
     work = output.with_name(f"{output.stem}_features")
     shards = []
     for generator in generators:
@@ -100,7 +115,7 @@ def evaluate(settings: EvaluationConfig) -> dict[str, Any] | None:
         "seconds": time.perf_counter() - started,
         "rows": rows,
     }
-    _write(result, generators, judge, real, output)
+    _write(result, generators, judge, real, inputs, output)
     _forget_others(work, shards)
     if output.name == EVALUATION and (output.parent / "model_index.json").exists():
         write_card(output.parent)
@@ -108,7 +123,12 @@ def evaluate(settings: EvaluationConfig) -> dict[str, Any] | None:
 
 
 def _write(
-    result: dict[str, Any], generators: list[Generator], judge: Judge, real: DatasetSource | None, output: Path
+    result: dict[str, Any],
+    generators: list[Generator],
+    judge: Judge,
+    real: DatasetSource | None,
+    inputs: Inputs | None,
+    output: Path,
 ) -> None:
     for suffix, text in (
         (".json", json.dumps(result, indent=1, ensure_ascii=False) + "\n"),
@@ -128,7 +148,9 @@ def _write(
         chosen = [labels.index(c) for c in range(min(len(names), COLUMNS_OF_PICTURES)) if c in labels]
         titles = [names[labels[i]].split(",")[0] for i in chosen]
     pictures = [(g.name, g.source.read([i for i in chosen if i < len(g.source)]).images) for g in generators]
-    if real:
+    if inputs and inputs.config.is_paired:
+        pictures.append(("truth", inputs.truth(chosen)))
+    elif real:
         wanted = [labels[i] for i in chosen] if titles else []
         places = [real.labels.index(c) for c in wanted if c in real.labels] or chosen
         pictures.append(("real", real.read([i for i in places if i < len(real)]).images))

@@ -3,7 +3,7 @@
 import time
 import zipfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,7 +17,11 @@ from ..errors import InputError
 from ..pipelines import InterpolantPipeline, OneStepInterpolantPipeline
 from ..training.sample_noise import SampleNoise, sample_seed
 from ..visualization import to_uint8
+from .inputs import Inputs
+from .metrics import peak_signal_to_noise
 
+#: Of the first inputs, so many images are made of each, to see how they differ.
+SPREAD_INPUTS, SPREAD_DRAWS = 64, 8
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 
@@ -30,12 +34,14 @@ class Batch:
         labels: the class of each, or None.
         rows: rows that went through the network for them; a guided evaluation counts twice.
         seconds: that it took to make them, decoding included.
+        compared: figures of each image beside its input's truth and its like (see `PipelineSource`), each (B,).
     """
 
     images: torch.Tensor
     labels: list[int] | None = None
     rows: int = 0
     seconds: float = 0.0
+    compared: dict[str, np.ndarray] = field(default_factory=dict)
 
 
 class Source(Protocol):
@@ -65,10 +71,13 @@ class PipelineSource:
         pipeline: its `transformer` is watched.
         call: `call(class_labels=…, latents=…, generator=[…])` returns a pipeline output whose images are (B, C, H, W) in
             [0, 1] (`output_type="pt"`). A pipeline without classes gets `batch_size` in place of the labels.
-        labels: a class for each image; None with `count` for a pipeline without classes.
+        labels: a class for each image; None with `count` for a pipeline without classes. One that takes images may have
+            none itself: then these are the classes of its inputs.
         seed: of the noise.
         count: number of images when there are no labels.
         settings: of the sampler, for the identity.
+        inputs: of a pipeline that takes images. Each image is then compared: `psnr` with the input's truth (of pairs), and
+            of the first inputs `spread`, the variance of a pixel in [0, 1] over further images of the same input.
     """
 
     def __init__(
@@ -79,14 +88,15 @@ class PipelineSource:
         seed: int,
         count: int | None = None,
         settings: dict[str, Any] | None = None,
+        inputs: Inputs | None = None,
     ):
         self.pipeline = pipeline
         self.call = call
         self.labels = labels
         self.seed = seed
         self.settings = settings or {}
+        self.inputs = inputs
         self._count = len(labels) if labels is not None else count
-        self._shape = pipeline.network.sample_shape
         self._noise = SampleNoise(seed, pipeline._execution_device)
 
     def __len__(self) -> int:
@@ -101,6 +111,7 @@ class PipelineSource:
             "sampler": self.settings,
             "seed": self.seed,
             "dtype": str(self.pipeline.transformer.dtype),
+            **({} if self.inputs is None else {"inputs": self.inputs.identity}),
         }
 
     def read(self, indices: Sequence[int]) -> Batch:
@@ -111,17 +122,66 @@ class PipelineSource:
             rows += len(result[0])
 
         started = time.perf_counter()
-        latents = self._noise.normal(self._shape, "evaluation", indices=indices)
-        generators = [torch.Generator().manual_seed(sample_seed(self.seed, "evaluation", 1, i)) for i in indices]
-        labels = None if self.labels is None else [self.labels[i] for i in indices]
-        which = {"batch_size": len(latents)} if labels is None else {"class_labels": labels}
         hook = self.pipeline.transformer.register_forward_hook(count)
         try:
-            images = self.call(**which, latents=latents, generator=generators).images
+            images = self._draw(indices, 0)
         finally:
             hook.remove()
-        images = to_uint8(images * 2 - 1).cpu()
-        return Batch(images, labels, rows, time.perf_counter() - started)
+        seconds = time.perf_counter() - started
+        labels = None if self.labels is None else [self.labels[i] for i in indices]
+        return Batch(images, labels, rows, seconds, self._compared(indices, images))
+
+    def _draw(self, indices: Sequence[int], draw: int) -> torch.Tensor:
+        """Images (B, C, H, W), uint8, on the CPU; another `draw` is other noise for the same labels and inputs."""
+        pipeline = self.pipeline
+        given: dict[str, Any] = {}
+        counters = (0, draw) if draw else ()
+        if pipeline.noise_shape is not None:
+            given["latents"] = self._noise.normal(pipeline.noise_shape, "evaluation", *counters, indices=indices)
+        if pipeline.network.num_classes:
+            given["class_labels"] = [self.labels[i] for i in indices]
+        if self.inputs is not None:
+            given["image"] = self.inputs.read(indices)
+        elif not pipeline.network.num_classes:
+            given["batch_size"] = len(indices)
+        seeds = [sample_seed(self.seed, "evaluation", 1 + draw, i) for i in indices]
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        return to_uint8(self.call(**given, generator=generators).images * 2 - 1).cpu()
+
+    def _compared(self, indices: Sequence[int], images: torch.Tensor) -> dict[str, np.ndarray]:
+        if self.inputs is None:
+            return {}
+        found, truth = {}, self.inputs.truth(indices)
+        if truth is not None:
+            found["psnr"] = peak_signal_to_noise(images, truth).numpy()
+        found["spread"] = np.full(len(images), np.nan)
+        first = [place for place, index in enumerate(indices) if index < SPREAD_INPUTS]
+        if first:
+            again = [self._draw([indices[place] for place in first], draw) for draw in range(1, SPREAD_DRAWS)]
+            draws = torch.stack([images[first], *again]).double() / 255
+            found["spread"][first] = draws.var(0).mean((1, 2, 3)).numpy()
+        return found
+
+
+class InputSource:
+    """What bridges start from, as images: how far the data are before anything is done."""
+
+    def __init__(self, inputs: Inputs, labels: list[int] | None):
+        self.inputs, self.labels = inputs, labels
+
+    def __len__(self) -> int:
+        return len(self.inputs.places)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        return {"inputs": self.inputs.identity}
+
+    def read(self, indices: Sequence[int]) -> Batch:
+        started = time.perf_counter()
+        images, truth = to_uint8(self.inputs.read(indices)), self.inputs.truth(indices)
+        labels = None if self.labels is None else [self.labels[i] for i in indices]
+        compared = {} if truth is None else {"psnr": peak_signal_to_noise(images, truth).numpy()}
+        return Batch(images, labels, 0, time.perf_counter() - started, compared)
 
 
 class DatasetSource:

@@ -10,7 +10,7 @@ import os
 import re
 import zipfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -28,6 +28,8 @@ from .samples import Source
 #: Images in a shard; a batch never crosses its border.
 SHARD = 512
 MANIFEST = "manifest.json"
+#: Figures of single images beside their inputs' truth.
+COMPARED = ("psnr", "spread")
 
 
 class Classifier(Protocol):
@@ -51,6 +53,7 @@ class Collected:
         predicted: N classes as the classifier sees them, or None.
         rows: rows that went through the network.
         seconds: that generation took, added up over the processes.
+        compared: figures of each image of a pipeline that takes images, (N,) by name (see `PipelineSource`).
     """
 
     features: torch.Tensor
@@ -59,6 +62,7 @@ class Collected:
     predicted: np.ndarray | None
     rows: int
     seconds: float
+    compared: dict[str, np.ndarray] = field(default_factory=dict)
 
 
 class Shards:
@@ -145,6 +149,8 @@ class Shards:
                 parts["labels"].append(np.array(batch.labels, dtype=np.int64))
             if self.classifier is not None:
                 parts["predicted"].append(self.classifier.predict(batch.images))
+            for name, values in batch.compared.items():
+                parts.setdefault(name, []).append(values)
             if self.keep_images:
                 parts["images"].append(batch.images.numpy())
             if self.pictures is not None:
@@ -191,7 +197,7 @@ class Shards:
     def collect(self) -> Collected:
         """Everything but the images."""
         parts: dict[str, list[np.ndarray]] = {}
-        for arrays in self.arrays("features", "logits", "labels", "predicted", "rows", "seconds"):
+        for arrays in self.arrays("features", "logits", "labels", "predicted", "rows", "seconds", *COMPARED):
             for name, value in arrays.items():
                 parts.setdefault(name, []).append(value)
         joined = {name: np.concatenate(values) for name, values in parts.items() if values[0].ndim}
@@ -202,6 +208,7 @@ class Shards:
             predicted=joined.get("predicted"),
             rows=int(sum(parts["rows"])),
             seconds=float(sum(parts["seconds"])),
+            compared={name: joined[name] for name in COMPARED if name in joined},
         )
 
     def write_npz(self, path: Path) -> None:

@@ -11,6 +11,8 @@ _COLUMNS = (
     ("recall", "recall", ".3f", None),
     ("inception score", "inception score", ".2f", "inception score deviation"),
     ("label accuracy", "label accuracy", ".3f", None),
+    ("PSNR", "PSNR", ".2f", None),
+    ("diversity", "diversity", ".3f", None),
     ("images per second", "images per second", ",.0f", None),
 )
 
@@ -18,7 +20,7 @@ _COLUMNS = (
 def format_table(result: dict[str, Any]) -> str:
     """The rows as a Markdown table, how they were measured, and the figures of the last generator by class."""
     rows = result["rows"]
-    columns = [c for c in _COLUMNS if any(row[c[1]] is not None for row in rows)]
+    columns = [c for c in _COLUMNS if any(row.get(c[1]) is not None for row in rows)]
     titles = ["generator", *(title or result["distance"] for title, *_ in columns)]
     lines = [_line(titles), _line(["---"] * len(titles))]
     lines += [_line([row["generator"], *(_cell(row, *column[1:]) for column in columns)]) for row in rows]
@@ -33,6 +35,12 @@ def format_table(result: dict[str, Any]) -> str:
         f"{reference['name']} ({count} images); [ ] {result['intervals']}; ± over subsets; {result['device']}, "
         f"{result['date']}.",
     ]
+    if any(row.get("diversity") is not None for row in rows):
+        lines += [
+            "",
+            "PSNR is that of each image beside its input's truth, in decibels; diversity the standard deviation of a pixel "
+            "in [0, 1] over images of one input.",
+        ]
     by_class = next((row for row in reversed(rows) if row.get("per class")), None)
     if by_class:
         lines += ["", f"By class, {by_class['generator']}:", "", *_class_table(by_class["per class"])]
@@ -51,7 +59,7 @@ def _class_table(per_class: dict[str, dict[str, Any]]) -> list[str]:
 
 
 def _cell(row: dict[str, Any], figure: str, form: str, deviation: str | None) -> str:
-    if row[figure] is None:
+    if row.get(figure) is None:  # evaluations of older versions lack the newer figures
         return ""
     text = f"{row[figure]:{form}}"
     if deviation:

@@ -20,7 +20,7 @@ from ..data import load_images
 from ..data.latents_format import images_of
 from ..errors import InputError
 from ..evaluation.features import load_extractor
-from ..evaluation.generators import Pipeline, balanced_labels, check_images, image_shape
+from ..evaluation.generators import Pipeline, balanced_labels, check_images, image_shape, inputs_of
 from ..evaluation.metrics import Moments, frechet_from_moments, kernel_distance
 from ..evaluation.reference import check_reference, data_reference, read_reference
 from ..evaluation.samples import DatasetSource, PipelineSource
@@ -79,6 +79,7 @@ class BestModel:
         classes = now.network.num_classes
         self.count = how.num_samples
         self.labels = balanced_labels(self.count, classes, data and data.labels) if classes else None
+        self.inputs = inputs_of(now, data, settings.data, self.count, settings.seed)
         self.best = math.inf
 
     def resume(self, step: int) -> None:
@@ -144,7 +145,7 @@ class BestModel:
         steps = settings.evaluation.num_inference_steps
         sampler = {} if isinstance(pipeline, OneStepInterpolantPipeline) else {"num_inference_steps": steps}
         call = partial(pipeline, output_type="pt", **sampler)
-        source = PipelineSource(pipeline, call, self.labels, settings.seed, self.count)
+        source = PipelineSource(pipeline, call, self.labels, settings.seed, self.count, inputs=self.inputs)
         ranks, rank = accelerator.num_processes, accelerator.process_index
         size = min(settings.evaluation.batch_size, -(-self.count // ranks))
         found = []
