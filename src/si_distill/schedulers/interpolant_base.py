@@ -105,9 +105,9 @@ class Interpolant:
         """
         if not t.is_floating_point():
             raise TypeError(f"Times must be floating point numbers in [0, 1], got dtype {t.dtype}.")
-        precise = _precise(t)
-        alpha, beta, d_alpha, d_beta = self._path(precise)
-        gamma, d_gamma = self._gamma(precise)
+        wide = precise(t)
+        alpha, beta, d_alpha, d_beta = self._path(wide)
+        gamma, d_gamma = self._gamma(wide)
         return Coefficients(*(value.to(t.dtype) for value in (alpha, beta, gamma, d_alpha, d_beta, d_gamma)))
 
     def at(self, t: torch.Tensor, x: torch.Tensor) -> Coefficients:
@@ -239,7 +239,7 @@ class Interpolant:
         if timestep_type == "time":
             return t
         if timestep_type == "discrete":
-            return (_precise(t) * (self.num_train_timesteps - 1)).round().long()
+            return (precise(t) * (self.num_train_timesteps - 1)).round().long()
         c = self.coefficients(t.to(torch.promote_types(t.dtype, torch.float32)))
         log_sigma = 0.25 * torch.log(c.beta / c.alpha)
         if not torch.isfinite(log_sigma).all():
@@ -257,7 +257,7 @@ class Interpolant:
         """
         if timestep_type != "discrete":
             return t
-        return (_precise(self.network_time(t, timestep_type)) / (self.num_train_timesteps - 1)).to(t.dtype)
+        return (precise(self.network_time(t, timestep_type)) / (self.num_train_timesteps - 1)).to(t.dtype)
 
     def check_predictions(self, *kinds: str) -> None:
         """Raises ValueError for an unknown kind of prediction, or one that means nothing on this path."""
@@ -336,7 +336,7 @@ class Interpolant:
 
         Raises ValueError when the interpolant does not reach a ratio within [0, 1].
         """
-        wanted = _precise(ratios)
+        wanted = precise(ratios)
         grid = torch.linspace(0, 1, 257, dtype=wanted.dtype, device=wanted.device)
         c = self.coefficients(grid[[0, -1]])
         first, last = c.beta / c.alpha
@@ -382,6 +382,6 @@ class Interpolant:
         return prediction_type not in ("epsilon", "score") or float(alpha) > 1e-6
 
 
-def _precise(values: torch.Tensor) -> torch.Tensor:
+def precise(values: torch.Tensor) -> torch.Tensor:
     """In float64, or float32 where the device has no float64."""
     return values.to(torch.float32 if values.device.type == "mps" else torch.float64)

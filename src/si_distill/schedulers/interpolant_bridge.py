@@ -11,7 +11,7 @@ import math
 
 import torch
 
-from .interpolant_base import Interpolant, Noise
+from .interpolant_base import Interpolant, Noise, precise
 
 
 class BridgeInterpolant(Interpolant):
@@ -130,7 +130,8 @@ class BrownianBridge(BridgeInterpolant):
             x_t, x0, noise: (B, …); n is standard normal.
             t, s: times of shape (B,) or ().
         """
-        later, share = (self._broadcast(value, x_t) for value in (t, s / t))
+        later, earlier = precise(t), precise(s)
+        later, share = (self._broadcast(value, x_t) for value in (later, earlier / later))
         std = self.scale * torch.sqrt(share * (1 - share) * later)
         return share * x_t + (1 - share) * x0 + std * noise
 

@@ -204,7 +204,7 @@ class StochasticInterpolantScheduler(InterpolantForwardMixin, SchedulerMixin, Co
                 where β/α = 80 if α is 0 at `init_time`.
             device: where `timesteps` live.
             timesteps: instead of a number, the start of each step: falling times in (0, 1], without the final 0, which may
-                be given where the path begins with noise (`ddpm`, `edm`).
+                be given where the path begins with noise (`ddpm`, `edm`). On a bridge the first is 1.
 
         Times of a network with discrete timesteps are moved to its nearest steps.
 
@@ -243,6 +243,8 @@ class StochasticInterpolantScheduler(InterpolantForwardMixin, SchedulerMixin, Co
         )
         if not len(starts) or not (least <= starts[-1] and starts[0] <= 1 and bool((starts.diff() < 0).all())):
             raise ValueError(f"`timesteps` must fall strictly and lie in (0, 1], got {starts.tolist()}.")
+        if starts[0] != 1 and not self.interpolant.gaussian_reference:
+            raise ValueError(f"On a bridge `timesteps` start at 1, at its reference, got {starts.tolist()}.")
         if self.diffusion and starts[0] > self._start_time:
             raise ValueError(
                 f"`timesteps` start at {float(starts[0]):g}, where the SDE's diffusion is infinite; start at most at "
