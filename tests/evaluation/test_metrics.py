@@ -17,6 +17,7 @@ from si_distill.evaluation.metrics import (
     kernel_distance,
     precision_recall,
     share_interval,
+    spread,
 )
 
 
@@ -143,9 +144,12 @@ def test_classifier_knows_what_it_was_shown():
 
 def test_diversity_is_the_deviation_of_the_samples_of_one_input():
     random = torch.Generator().manual_seed(0)
-    centres, noise = (torch.randn(shape, generator=random) for shape in ((400, 1, 2), (400, 8, 2)))
+    centres, noise = (torch.randn(shape, generator=random) for shape in ((1, 400, 2), (8, 400, 2)))
     # Deviations 0.3 and 0.4 of the two values: √((0.09 + 0.16) / 2), however far the inputs lie apart.
-    assert diversity(50 * centres + noise * torch.tensor([0.3, 0.4])) == pytest.approx(0.125**0.5, rel=0.03)
-    assert diversity(centres.expand(-1, 8, -1)) < 1e-6
-    with pytest.raises(ValueError, match=r"K ≥ 2, got \(400, 1, 2\)"):
-        diversity(centres)
+    spreads = spread(50 * centres + noise * torch.tensor([0.3, 0.4])).numpy()
+    assert spreads.shape == (400,)
+    assert diversity(spreads) == pytest.approx(0.125**0.5, rel=0.03)
+    assert diversity(np.append(spreads, np.nan)) == diversity(spreads)
+    assert diversity(spread(centres.expand(8, -1, -1)).numpy()) < 1e-6
+    with pytest.raises(ValueError, match=r"K ≥ 2, got \(1, 400, 2\)"):
+        spread(centres)

@@ -12,6 +12,7 @@ from .metrics import (
     NEIGHBOUR,
     Moments,
     default_resamples,
+    diversity,
     frechet_from_moments,
     frechet_interval,
     inception_score,
@@ -88,7 +89,7 @@ class Judge:
         if "psnr" in made.compared:
             figures["PSNR"] = float(made.compared["psnr"].mean())
         if "spread" in made.compared:
-            figures["diversity"] = float(np.sqrt(np.nanmean(made.compared["spread"])))
+            figures["diversity"] = diversity(made.compared["spread"])
         if self.reference.features is not None:
             real = self.reference.features.to(self.device).float()
             self.neighbours = nearest(features.float(), real, min(SHOWN_NEIGHBOURS, len(real)))

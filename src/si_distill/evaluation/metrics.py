@@ -173,23 +173,28 @@ def precision_recall(features: torch.Tensor, real: torch.Tensor) -> tuple[float,
     return found[KEY_METRIC_PRECISION], found[KEY_METRIC_RECALL]
 
 
-def diversity(samples: torch.Tensor) -> float:
-    """How much the samples of one input differ, in the unit of their values: the square root of the mean, over inputs and
-    values, of the unbiased variance over an input's samples. 0 is a deterministic map.
-
-    Of a law x0 | x1 it estimates √(E tr Cov(x0 | x1) / d), so that a student's may be read beside its teacher's.
+def spread(samples: torch.Tensor) -> torch.Tensor:
+    """How much the samples of each input differ: the unbiased variance over them, averaged over the values, (N,) float64.
 
     Args:
-        samples: (N, K, …), K samples of each of N inputs: images, or features of them.
+        samples: (K, N, …), K samples of each of N inputs: images, or features of them.
 
     Raises:
         ValueError: for fewer than two samples of an input.
     """
-    if samples.ndim < 3 or samples.shape[1] < 2:
+    if samples.ndim < 3 or len(samples) < 2:
         raise ValueError(
-            f"Diversity needs at least two samples of each input, shape (N, K, …) with K ≥ 2, got {tuple(samples.shape)}."
+            f"A spread needs at least two samples of each input, shape (K, N, …) with K ≥ 2, got {tuple(samples.shape)}."
         )
-    return float(samples.double().var(1).mean().sqrt())
+    return samples.double().var(0).flatten(1).mean(1)
+
+
+def diversity(spreads: np.ndarray) -> float:
+    """√ of the mean `spread`, in the unit of the values; NaN is an input without one, 0 a deterministic map.
+
+    Of a law x0 | x1 it estimates √(E tr Cov(x0 | x1) / d), so that a student's may be read beside its teacher's.
+    """
+    return float(np.sqrt(np.nanmean(spreads)))
 
 
 def inception_score(logits: torch.Tensor) -> tuple[float, float]:

@@ -18,7 +18,7 @@ from ..pipelines import InterpolantPipeline, OneStepInterpolantPipeline
 from ..training.sample_noise import SampleNoise, sample_seed
 from ..visualization import to_uint8
 from .inputs import Inputs
-from .metrics import peak_signal_to_noise
+from .metrics import peak_signal_to_noise, spread
 
 #: Of the first inputs, so many images are made of each, to see how they differ.
 SPREAD_INPUTS, SPREAD_DRAWS = 64, 8
@@ -159,7 +159,7 @@ class PipelineSource:
         if first:
             again = [self._draw([indices[place] for place in first], draw) for draw in range(1, SPREAD_DRAWS)]
             draws = torch.stack([images[first], *again]).double() / 255
-            found["spread"][first] = draws.var(0).mean((1, 2, 3)).numpy()
+            found["spread"][first] = spread(draws).numpy()
         return found
 
 
