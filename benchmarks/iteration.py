@@ -43,7 +43,7 @@ class IterationConfig:
     warm_up: int = setting(2, "Iterations of each row before them.")
     peer: str = setting("", "A checkout of WladGrm/si-adistill, whose own code is then the baseline.")
     compile: bool = setting(False, "Rows with --compile too.")
-    objectives: list[str] = setting([], "Rows with these objectives too.")
+    rows: dict = setting({}, "Further rows: a name, and settings of training/train_distill.py as on its command line.")
     matrix: int = setting(4096, "Side of the matrices whose product is the machine's rate.")
     output: str = setting("benchmarks/results", "Folder of iteration_DEVICE_SIZE.md and .json.")
 
@@ -69,7 +69,9 @@ def loops(config: IterationConfig) -> list[Loop]:
     if config.compile:
         rows.append(Loop("ours, bf16, compiled", "ours", "bf16", ("--compile",)))
     own = "bf16" if config.device == "cuda" else "fp32"
-    rows += [Loop(f"ours, {own}, {name}", "ours", own, ("--objective", name)) for name in config.objectives]
+    rows += [
+        Loop(f"ours, {own}, {name}", "ours", own, tuple(str(words).split())) for name, words in config.rows.items()
+    ]
     return rows + [Loop(f"matrix product, {p}", "matrices", p) for p in dict.fromkeys((baseline, "bf16"))]
 
 

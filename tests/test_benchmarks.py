@@ -212,8 +212,8 @@ TINY = "{num_layers: 1, num_attention_heads: 2, attention_head_dim: 8, num_class
 
 
 def test_iterations_are_timed_in_turns_and_ours_computes_less(tmp_path):
-    arguments = ["--model", TINY, "--rounds", 2, "--warm_up", 1, "--threads", 1, "--matrix", 64, "--objectives", "gap"]
-    run("iteration.py", *arguments, "--output", tmp_path)
+    arguments = ["--model", TINY, "--rounds", 2, "--warm_up", 1, "--threads", 1, "--matrix", 64]
+    run("iteration.py", *arguments, "--rows", "{gap: --objective gap}", "--output", tmp_path)
 
     rows = table_rows(tmp_path / "iteration_cpu_sit-s-2.md")
     products = ["matrix product, fp32", "matrix product, bf16"]
@@ -291,3 +291,14 @@ def test_rings_send_what_their_operations_need():
     assert sent("cross_term_detached", cut) == pytest.approx(3 / 4 * (4000 * (7 + 6 + 3) + 4000 * 5))
     assert sent("cross_term_detached", cut, mixed_precision="bf16") == pytest.approx(3 / 4 * (2000 * 16 + 4000 * 5))
     assert sent("gap", cut) == pytest.approx(3 / 4 * (4000 * (10 + 6 + 6) + 4000 * 5))
+
+
+def test_the_pipelines_overhead_is_what_is_outside_the_network(tmp_path, capsys):
+    from generation_overhead import main
+
+    threads = torch.get_num_threads()
+    main(["--model", TINY, "--batch", "3", "--rounds", "2", "--threads", str(threads), "--output", str(tmp_path)])
+    rows = table_rows(tmp_path / "generation_overhead_cpu.md")
+    assert list(rows) == ["bare forward", 'pipeline, output_type="latent"', 'pipeline, output_type="pt"']
+    found = json.loads((tmp_path / "generation_overhead_cpu.json").read_text(encoding="utf-8"))["seconds"]
+    assert all(0 < outside < whole for times in found.values() for whole, outside in times)
