@@ -1,9 +1,11 @@
-"""One rank of several that play a list of trainings one after the other, without a launcher.
+"""Ranks that play trainings one after the other, without a launcher and with one import of the libraries for all.
 
-    RANK=… WORLD_SIZE=… MASTER_ADDR=… LOCAL_RANK=… python ranks.py PLAN.json
+    python ranks.py PLAN.json
 
-PLAN is a list of {"script", "arguments", "sharded", "port", "die": [step, moment] or null}. Each rank writes
-PLAN.rank.json: for each training the error that ended it, or null. The last one runs as the script does, with its exit code.
+PLAN is a list of groups of processes, {"ranks": number, "copies": [[from, to], …], "trainings": […]}, each training
+{"script", "arguments", "sharded", "port", "die": [step, moment] or null}. Before a group starts, its copies are made without
+their newest checkpoint. Beside the plan are left, for group G and rank R: `G.pids`, `G.codes` (exit codes), `G.R.log`, and
+`G.R.errors`, for each training but the last the error that ended it, or null. The last one ends as the script does.
 
 Accelerate shards on accelerators only. Here it is told that this is such a training, with the settings of
 configs/accelerate/fsdp2.yaml; the code that shards, trains, saves and samples is the real one. `die` intercepts the
@@ -13,8 +15,10 @@ operating system's rename or the writing of shards, to be killed inside a save.
 import importlib.util
 import json
 import os
+import shutil
 import signal
 import sys
+import traceback
 from pathlib import Path
 
 import accelerate
@@ -27,7 +31,7 @@ from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 
 from si_distill.errors import InputError
 from si_distill.settings import script_main
-from si_distill.training import acceleration
+from si_distill.training import acceleration, distillation, teacher  # noqa: F401 - imported once, for all ranks
 
 ROOT = Path(__file__).parent.parent.parent
 CONFIG = yaml.safe_load((ROOT / "configs" / "accelerate" / "fsdp2.yaml").read_text())["fsdp_config"]
@@ -65,23 +69,60 @@ def script(name: str):
     return module.main
 
 
-plan = Path(sys.argv[1])
-entries = json.loads(plan.read_text())
-errors = []
-for number, entry in enumerate(entries):
-    os.environ["MASTER_PORT"] = str(entry["port"])  # a rank must not meet the training before
-    acceleration.Accelerator = ShardingAccelerator if entry["sharded"] else accelerate.Accelerator
-    if entry["die"] and os.environ["RANK"] == "0":
-        die_in_save(*entry["die"])
-    if number == len(entries) - 1:
-        plan.with_suffix(f".{os.environ['RANK']}.json").write_text(json.dumps(errors))
-        sys.argv[1:] = entry["arguments"]
-        script_main(script(entry["script"]))
-        break
+def play(trainings: list[dict], rank: int, errors_file: Path) -> None:
+    errors: list[str | None] = []
+    for training in trainings:
+        os.environ["MASTER_PORT"] = str(training["port"])  # a rank must not meet the training before
+        acceleration.Accelerator = ShardingAccelerator if training["sharded"] else accelerate.Accelerator
+        if training["die"] and rank == 0:
+            die_in_save(*training["die"])
+        if training is trainings[-1]:
+            errors_file.write_text(json.dumps(errors))
+            sys.argv[1:] = training["arguments"]
+            script_main(script(training["script"]))
+            return
+        try:
+            script(training["script"])(training["arguments"])
+            errors.append(None)
+        except InputError as error:
+            errors.append(str(error))
+        AcceleratorState._reset_state(True)
+        GradientState._reset_state()
+
+
+def be_rank(group: dict, rank: int, beside: str) -> None:
+    """The life of a child; does not return."""
+    log = os.open(f"{beside}.{rank}.log", os.O_WRONLY | os.O_CREAT)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": group["ranks"], "MASTER_ADDR": "127.0.0.1"}
+    os.environ.update({name: str(value) for name, value in place.items()})
+    code = 1
     try:
-        script(entry["script"])(entry["arguments"])
-        errors.append(None)
-    except InputError as error:
-        errors.append(str(error))
-    AcceleratorState._reset_state(True)
-    GradientState._reset_state()
+        play(group["trainings"], rank, Path(f"{beside}.{rank}.errors"))
+        code = 0
+    except SystemExit as end:
+        code = end.code
+    except BaseException:
+        traceback.print_exc()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+plan = Path(sys.argv[1])
+for number, group in enumerate(json.loads(plan.read_text())):
+    beside = str(plan.parent / str(number))
+    for source, target in group["copies"]:
+        shutil.copytree(source, target)
+        shutil.rmtree(max((Path(target) / "checkpoints").iterdir()))
+    pids = [os.fork() or be_rank(group, rank, beside) for rank in range(group["ranks"])]
+    Path(f"{beside}.pids").write_text(json.dumps(pids))
+    codes = {}
+    while len(codes) < len(pids):
+        pid, status = os.wait()
+        codes[pid] = os.waitstatus_to_exitcode(status)
+        if codes[pid] == -signal.SIGKILL:  # the others would wait for it
+            for other in set(pids) - codes.keys():
+                os.kill(other, signal.SIGKILL)
+    Path(f"{beside}.codes").write_text(json.dumps([codes[pid] for pid in pids]))

@@ -1,6 +1,5 @@
 """Several real processes: DDP and FSDP2 against one process, saving, kills, signals, another number of processes."""
 
-import contextlib
 import json
 import os
 import shutil
@@ -43,51 +42,21 @@ TEACH = [
 TEACH += "--learning_rate 1e-3 --augment_prob 0.3 --logging_steps 1 --max_steps 3".split()
 
 
-def start(plan, entries, ranks=2) -> list[subprocess.Popen]:
-    """Processes that play `entries` (see ranks.py)."""
-    with contextlib.ExitStack() as stack:
-        free = [stack.enter_context(socket.socket()) for _ in entries]
-        for place in free:
-            place.bind(("127.0.0.1", 0))
-        ports = [place.getsockname()[1] for place in free]
-    plan.write_text(json.dumps([{**one, "port": port} for one, port in zip(entries, ports, strict=True)]))
-    common = {**environment(), "WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1"}
-    return [
-        subprocess.Popen(
-            [sys.executable, ROOT / "tests/training/ranks.py", plan],
-            env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            cwd=ROOT,
-            text=True,
-            stdout=open(plan.with_suffix(f".{rank}.log"), "w"),
-            stderr=subprocess.STDOUT,
-        )
-        for rank in range(ranks)
-    ]
-
-
-def finish(plan, processes) -> tuple[list[int], str]:
-    """Exit codes, and what rank 0 printed. Ranks that wait for one that was killed are ended."""
-    deadline = time.monotonic() + 300
-    while time.monotonic() < deadline and any(process.poll() is None for process in processes):
-        if any(process.poll() == -signal.SIGKILL for process in processes):
-            break
-        time.sleep(0.1)
-    else:
-        assert time.monotonic() < deadline, plan.with_suffix(".0.log").read_text()
-    for process in processes:
-        if process.poll() is None:
-            process.kill()
-    return [process.wait() for process in processes], plan.with_suffix(".0.log").read_text()
+def training(script, arguments, sharded, die) -> dict:
+    with socket.socket() as place:
+        place.bind(("127.0.0.1", 0))
+        port = place.getsockname()[1]
+    return {"script": script, "arguments": list(map(str, arguments)), "sharded": sharded, "port": port, "die": die}
 
 
 def entry(folder, teacher, *arguments, sharded=False, die=None):
     arguments = [*DISTILL, *SMOOTH, *CUT, "--teacher", teacher, "--output_dir", folder, *arguments]
-    return {"script": "train_distill", "arguments": list(map(str, arguments)), "sharded": sharded, "die": die}
+    return training("train_distill", arguments, sharded, die)
 
 
 def teaching_entry(folder):
     arguments = [*TEACH, *SMOOTH, *CUT, "--output_dir", folder]
-    return {"script": "train_teacher", "arguments": list(map(str, arguments)), "sharded": True, "die": None}
+    return training("train_teacher", arguments, True, None)
 
 
 @pytest.fixture(scope="module")
@@ -106,46 +75,73 @@ def dit_folder(tmp_path_factory):
     return folder
 
 
+class Played:
+    """What groups of ranks left behind (see ranks.py)."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def __truediv__(self, name):
+        return self.folder / name
+
+    def codes(self, group) -> list[int]:
+        return json.loads((self.folder / f"{group}.codes").read_text())
+
+    def printed(self, group) -> str:
+        return (self.folder / f"{group}.0.log").read_text()
+
+    def errors(self, group) -> list:
+        return json.loads((self.folder / f"{group}.0.errors").read_text())
+
+
 @pytest.fixture(scope="module")
 def played(teacher_folder, edm2_folder, dit_folder, tmp_path_factory):
-    """Runs of two processes; in the last one rank 0 is killed while it writes the checkpoint of step 4."""
-    folder = tmp_path_factory.mktemp("two")
+    """Three groups of ranks.
+
+    0. Runs of two processes; in the last one rank 0 is killed while it writes the checkpoint of step 4.
+    1. Two new processes go on where these were killed and, from the checkpoint of step 2, the others stopped; in the
+       last run one of them gets SIGTERM.
+    2. One process goes on with what two have saved.
+    """
+    folder = tmp_path_factory.mktemp("ranks")
+    latest, longest = ["--resume_from_checkpoint", "latest"], ["--max_steps", 100000, "--save_steps", 100000]
+    size, one_micro_batch = "--per_device_train_batch_size", ["--gradient_accumulation_steps", 1]
+    trainings = [
+        [
+            entry(folder / "ddp", teacher_folder, *WHOLE),
+            entry(folder / "fsdp", teacher_folder, *WHOLE, sharded=True),
+            entry(folder / "edm2", edm2_folder, *EDM2, *SHORT, sharded=True),
+            entry(folder / "dit", dit_folder, *DIT, *SHORT, sharded=True),
+            teaching_entry(folder / "teacher"),
+            entry(folder / "killed", teacher_folder, *WHOLE, sharded=True, die=[4, "writing"]),
+        ],
+        [
+            entry(folder / "killed", teacher_folder, *WHOLE, *latest, sharded=True),
+            entry(folder / "ddp-resumed", teacher_folder, *WHOLE, *latest),
+            entry(folder / "stopped", teacher_folder, *longest, sharded=True),
+        ],
+        [
+            entry(folder / "fsdp-alone", teacher_folder, *WHOLE, *latest, *one_micro_batch, size, 4, sharded=True),
+            entry(folder / "fsdp-alone", teacher_folder, *WHOLE, *latest, *one_micro_batch, size, 8, sharded=True),
+        ],
+    ]
+    copies = [[], [("ddp", "ddp-resumed")], [("fsdp", "fsdp-alone")]]
     plan = folder / "plan.json"
-    entries = [
-        entry(folder / "ddp", teacher_folder, *WHOLE),
-        entry(folder / "fsdp", teacher_folder, *WHOLE, sharded=True),
-        entry(folder / "edm2", edm2_folder, *EDM2, *SHORT, sharded=True),
-        entry(folder / "dit", dit_folder, *DIT, *SHORT, sharded=True),
-        teaching_entry(folder / "teacher"),
-        entry(folder / "killed", teacher_folder, *WHOLE, sharded=True, die=[4, "writing"]),
+    groups = [
+        {"ranks": ranks, "copies": [[str(folder / name) for name in pair] for pair in pairs], "trainings": each}
+        for ranks, pairs, each in zip((2, 2, 1), copies, trainings, strict=True)
     ]
-    codes, printed = finish(plan, start(plan, entries))
-    assert codes[0] == -signal.SIGKILL, printed
-    assert json.loads(plan.with_suffix(".0.json").read_text()) == [None] * 5, printed
-    return folder
-
-
-@pytest.fixture(scope="module")
-def resumed(played, teacher_folder):
-    """New processes go on where the killed ones and, from their checkpoint of step 2, the others stopped."""
-    plan = played / "resume.json"
-    shutil.copytree(played / "ddp", played / "ddp-resumed")
-    shutil.rmtree(played / "ddp-resumed" / "checkpoints" / "step_00000004")
-    entries = [
-        entry(played / "killed", teacher_folder, *WHOLE, "--resume_from_checkpoint", "latest", sharded=True),
-        entry(played / "ddp-resumed", teacher_folder, *WHOLE, "--resume_from_checkpoint", "latest"),
-        # Longer than it can last before the signal.
-        entry(played / "stopped", teacher_folder, "--max_steps", 100000, "--save_steps", 100000, sharded=True),
-    ]
-    processes = start(plan, entries)
-    log = played / "stopped" / "metrics.jsonl"
-    for _ in range(1200):
-        if (log.exists() and len(log.read_text().splitlines()) >= 2) or processes[0].poll() is not None:
-            break
+    plan.write_text(json.dumps(groups))
+    process = subprocess.Popen([sys.executable, ROOT / "tests/training/ranks.py", plan], env=environment(), cwd=ROOT)
+    log = folder / "stopped" / "metrics.jsonl"
+    deadline = time.monotonic() + 400
+    while process.poll() is None and not (log.exists() and len(log.read_text().splitlines()) >= 2):
+        assert time.monotonic() < deadline, "\n".join(path.read_text() for path in sorted(folder.glob("*.0.log")))
         time.sleep(0.1)
-    processes[1].send_signal(signal.SIGTERM)
-    codes, printed = finish(plan, processes)
-    return codes, printed, json.loads(plan.with_suffix(".0.json").read_text())
+    if process.poll() is None:
+        os.kill(json.loads((folder / "1.pids").read_text())[1], signal.SIGTERM)
+    assert process.wait(timeout=300) == 0
+    return Played(folder)
 
 
 def weights(folder):
@@ -180,6 +176,7 @@ def alone(teacher_folder, tmp_path_factory):
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
 def test_two_processes_train_save_and_measure_as_one_does(played, alone, kind):
+    assert played.errors(0) == [None] * 5, played.printed(0)
     folder = played / kind
     assert_same_trajectory(folder, alone)
     for name in ("ema/decay_0.5.safetensors", "ema_snapshots/step_00000004-sigma_0.1.safetensors"):
@@ -222,48 +219,42 @@ def test_a_teacher_is_trained_in_shards(played, tmp_path):
     assert_same_trajectory(played / "teacher", tmp_path / "run", ("loss", "grad_norm"))
 
 
-def test_a_sharded_run_killed_inside_a_save_resumes_bit_for_bit(played, resumed):
-    _, printed, errors = resumed
-    assert errors == [None, None], printed
-    assert "Passing over step_00000004.tmp: its saving was cut off" in printed
+def test_a_sharded_run_killed_inside_a_save_resumes_bit_for_bit(played):
+    assert played.codes(0)[0] == -signal.SIGKILL, played.printed(0)
+    assert played.errors(1) == [None, None], played.printed(1)
+    assert "Passing over step_00000004.tmp: its saving was cut off" in played.printed(1)
     assert_same_bits(played / "killed", played / "fsdp")
 
 
-def test_two_processes_resume_bit_for_bit(played, resumed):
+def test_two_processes_resume_bit_for_bit(played):
     assert_same_bits(played / "ddp-resumed", played / "ddp")
 
 
-def test_a_signal_to_one_rank_stops_all_at_the_same_step(played, resumed):
-    codes, printed, _ = resumed
-    assert codes == [143, 143], printed
+def test_a_signal_to_one_rank_stops_all_at_the_same_step(played):
+    printed = played.printed(1)
+    assert played.codes(1) == [143, 143], printed
     assert "--resume_from_checkpoint latest" in printed
     assert "Traceback" not in printed
     (saved,) = (played / "stopped" / "checkpoints").iterdir()
     assert metrics(played / "stopped")[-1] == (int(saved.name[5:]),)
 
 
-@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
-def test_another_number_of_processes_goes_on_with_the_same_images(played, alone, teacher_folder, tmp_path, kind):
-    folder = shutil.copytree(played / kind, tmp_path / "run")
+def test_one_process_goes_on_with_the_shards_of_two(played, alone):
+    assert played.codes(2) == [0], played.printed(2)
+    assert "with 8 images per update; 1 process(es)" in played.errors(2)[0]
+    assert "saved by 2 process(es), this run has 1, with the same 8 images" in played.printed(2)
+    assert_same_trajectory(played / "fsdp-alone", alone)
+
+
+def test_another_number_of_processes_goes_on_with_the_same_images(played, alone, teacher_folder, tmp_path):
+    folder = shutil.copytree(played / "ddp", tmp_path / "run")
     shutil.rmtree(folder / "checkpoints" / "step_00000004")
-    resume = [*WHOLE, "--resume_from_checkpoint", "latest", "--gradient_accumulation_steps", 1]
-    size = "--per_device_train_batch_size"
-    if kind == "ddp":
-        with pytest.raises(InputError, match="with 8 images per update; 1 process"):
-            one_process(folder, teacher_folder, *resume, size, 4)
-        with pytest.raises(InputError, match="with FSDP2 and this run is without sharding"):
-            one_process(played / "fsdp", teacher_folder, *resume)
-        one_process(folder, teacher_folder, *resume)
-    else:
-        plan = tmp_path / "plan.json"
-        entries = [
-            entry(folder, teacher_folder, *resume, size, 4, sharded=True),
-            entry(folder, teacher_folder, *resume, size, 8, sharded=True),
-        ]
-        codes, printed = finish(plan, start(plan, entries, ranks=1))
-        assert codes == [0], printed
-        assert "with 8 images per update; 1 process(es)" in json.loads(plan.with_suffix(".0.json").read_text())[0]
-        assert "saved by 2 process(es), this run has 1, with the same 8 images" in printed
+    resume = [*WHOLE, "--resume_from_checkpoint", "latest"]
+    with pytest.raises(InputError, match="with 8 images per update; 1 process"):
+        one_process(folder, teacher_folder, *resume, "--per_device_train_batch_size", 4)
+    with pytest.raises(InputError, match="with FSDP2 and this run is without sharding"):
+        one_process(played / "fsdp", teacher_folder, *resume)
+    one_process(folder, teacher_folder, *resume)
     assert_same_trajectory(folder, alone)
 
 

@@ -86,8 +86,10 @@ def whole_network(accelerator: Accelerator, network: nn.Module) -> nn.Module | N
     if not accelerator.is_main_process:
         return None
     cls = plain_class(network)
+    # Without the key by which diffusers would put back what a folder had left to its defaults, and the network has not.
+    config = {name: value for name, value in network.config.items() if name != "_use_default_values"}
     with init_empty_weights(include_buffers=False):
-        whole = cls.from_config(network.config)
+        whole = cls.from_config(config)
     whole.load_state_dict(weights, assign=True)
     return whole.requires_grad_(False).eval()
 
