@@ -17,13 +17,11 @@ from si_distill import InterpolantPipeline, StochasticInterpolantScheduler
 from si_distill.data import DataConfig, load_images
 from si_distill.data.latents import LatentDataset, sampled
 from si_distill.data.latents_config import LatentsConfig
-from si_distill.data.latents_encoding import dry_run
+from si_distill.data.latents_encoding import print_dry_run
 from si_distill.errors import InputError
 from si_distill.loading import load_vae
 from si_distill.pipelines import LatentScaling
 from si_distill.settings import parse_settings
-
-SCRIPT = ROOT / "training/precompute_latents.py"
 
 
 @pytest.fixture(scope="module")
@@ -202,11 +200,24 @@ def test_a_cache_of_another_size_vae_or_scaling_is_refused(cache):
         data.check_vae(tiny_autoencoder(), 0.0, "the teacher's")
 
 
+def test_workers_read_what_the_process_itself_reads_and_an_evaluation_asks_for_images(cache):
+    data = opened(cache)
+    alone, worker = data.batches(8), data.batches(8, num_workers=1)
+    for _ in range(3):
+        first, second = next(alone), next(worker)
+        assert all(torch.equal(first[name], second[name]) for name in ("latents_mean", "latents_std", "labels"))
+    with pytest.raises(InputError, match=r"is a cache of latents, and images are needed here: .* made from, digits\."):
+        load_images(DataConfig(name=str(cache)))
+
+
 def test_wrong_input_is_refused_before_anything_is_written(cache, vae_folder, tmp_path):
     before = contents(cache)
     with pytest.raises(InputError, match=r"made with other settings .*dtype: 'float32' then, 'float16' now"):
         precompute(vae_folder, cache, "--dtype", "float16")
     assert contents(cache) == before
+    moved = shutil.copytree(cache, tmp_path / "moved")
+    precompute(shutil.copytree(vae_folder, tmp_path / "vae"), moved)  # the same VAE elsewhere goes on
+    assert (moved / "shard_00000-00000.safetensors").read_bytes() == before["shard_00000-00000.safetensors"]
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "a.txt").write_text("mine")
     with pytest.raises(InputError, match=r"holds a\.txt, which is no part of a latent cache"):
@@ -221,19 +232,22 @@ def test_wrong_input_is_refused_before_anything_is_written(cache, vae_folder, tm
     assert not (tmp_path / "new").exists()
 
 
-def test_the_script_says_what_it_would_make(tmp_path):
+def test_a_dry_run_says_what_would_be_made(tmp_path, capsys):
     pipeline = tmp_path / "teacher"
     network, vae = tiny_sit(in_channels=4), tiny_autoencoder(levels=4)
     InterpolantPipeline(network, StochasticInterpolantScheduler(), vae, vae_pixel_min=0.0).save_pretrained(pipeline)
     assert load_vae(str(pipeline))[1] == 0.0
     arguments = ["--vae", pipeline, "--output_dir", tmp_path / "new", "--data.name", "ILSVRC/imagenet-1k"]
-    done = run(sys.executable, SCRIPT, *arguments, "--data.image_size", 256, "--dry_run")
-    assert (
-        "4 × 32 × 32, mean and standard deviation, float16, of each image and its mirror image: 32 KiB" in done.stdout
-    )
-    assert "a million images take 30.5 GiB" in done.stdout
+
+    def settings(size):
+        return parse_settings(LatentsConfig, [str(a) for a in (*arguments, "--data.image_size", size)])
+
+    print_dry_run(settings(256))
+    printed = capsys.readouterr().out
+    assert "4 × 32 × 32, mean and standard deviation, float16, of each image and its mirror image: 32 KiB" in printed
+    assert "a million images take 30.5 GiB" in printed
     with pytest.raises(InputError, match="Take a multiple of 8"):
-        dry_run(parse_settings(LatentsConfig, [str(a) for a in (*arguments, "--data.image_size", 100)]))
+        print_dry_run(settings(100))
     assert not (tmp_path / "new").exists()
 
 

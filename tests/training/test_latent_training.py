@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from helpers import tiny_sit
+from helpers import tiny_edm2, tiny_sit
 from latent_caches import precompute, tiny_autoencoder
 from safetensors.torch import load_file
-from script_runs import metrics
+from script_runs import ROOT, metrics
 from trainer_builders import distillation, teaching
 
 from si_distill import InterpolantPipeline, OneStepInterpolantPipeline, StochasticInterpolantScheduler
@@ -85,6 +85,28 @@ def test_distillation_with_real_latents_resumes_bit_for_bit(cache, teacher, tmp_
     assert all(torch.equal(whole[name], cut[name]) for name in whole)
     images = OneStepInterpolantPipeline.from_pretrained(tmp_path / "cut")([1, 2]).images
     assert [image.size for image in images] == [(8, 8), (8, 8)]
+
+
+def test_sida_on_edm2_reads_latents_in_edm2s_scaling(tmp_path):
+    """The recipe over a teacher of EDM2's kind: latents of images in [0, 1], a mean and a deviation for each channel."""
+    statistics = dict(latents_mean=[1.0, -1.0, 0.5, 0.0], latents_std=[2.0, 1.0, 0.5, 1.5], scaling_factor=0.5)
+    vae, network = tiny_autoencoder(**GREY, **statistics), tiny_edm2(sample_size=4, num_classes=10)
+    scheduler = StochasticInterpolantScheduler(interpolant="edm", prediction_type="edm", timestep_type="log_sigma")
+    InterpolantPipeline(network, scheduler, vae, vae_pixel_min=0.0).save_pretrained(tmp_path / "teacher")
+    latents = precompute(tmp_path / "teacher", tmp_path / "latents")
+    recipe = ["--config", ROOT / "configs/bases/sid_edm2.yaml", "--config", ROOT / "configs/recipes/sida_edm2.yaml"]
+    small = ["--data.name", latents, "--data.image_size", 8, "--max_steps", 1, "--generator_start_images", 0]
+    small += ["--adversarial.start_images", 0, "--mixed_precision", "no"]
+    trainer = distillation(tmp_path / "teacher", tmp_path / "run", *recipe, *small)
+    real = trainer.next_batch(trainer.data, 0)["images"]
+    item = next(trainer.data.batches(4))["latents_mean"][:, 0]
+    mean, std = (torch.tensor(statistics[name]).view(4, 1, 1) for name in ("latents_mean", "latents_std"))
+    deviation = next(trainer.data.batches(4))["latents_std"][:, 0]
+    noise = trainer.noise.normal((4, 4, 4), "latents", 0, indices=range(4))
+    torch.testing.assert_close(real, (item + deviation * noise - mean) / std * 0.5)
+    metrics, finite = trainer.iteration()
+    assert finite
+    assert metrics["generator_adversarial_loss"].isfinite()
 
 
 def test_latents_that_are_not_the_teachers_are_refused(cache, teacher, teacher_folder, tmp_path):

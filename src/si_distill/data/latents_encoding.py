@@ -203,10 +203,11 @@ class _Cache:
                 )
         for path in shards:
             made_of = shard_recipe(path)
-            if made_of is not None and made_of != self.recipe:
+            difference = made_of.difference(self.recipe) if made_of is not None else ""
+            if difference:
                 raise InputError(
-                    f"`output_dir` {folder} holds latents that were made with other settings "
-                    f"({made_of.difference(self.recipe)}). Use the same to go on, or give another folder."
+                    f"`output_dir` {folder} holds latents that were made with other settings ({difference}). Use the same "
+                    "to go on, or give another folder."
                 )
         if self.images.images is not None:
             needed = self.images.images * _bytes_per_image(self.settings, self.recipe.latent_shape)

@@ -82,13 +82,14 @@ class Recipe:
     images_per_shard: int
 
     def difference(self, other: "Recipe") -> str:
-        """What is different in the other one, for people; empty for the same."""
+        """What makes other latents of the other one, for people; empty where nothing does: a VAE may lie elsewhere now."""
         pairs = [(name, value, getattr(other, name)) for name, value in self.__dict__.items()]
         nested = [
             (f"{name}.{key}", value.get(key), now.get(key))
             for name, value, now in pairs
             if isinstance(value, dict)
             for key in {**value, **now}
+            if (name, key) not in (("vae", "name"), ("vae", "revision"))
         ]
         flat = [pair for pair in pairs if not isinstance(pair[1], dict)]
         return "; ".join(f"{name}: {then!r} then, {now!r} now" for name, then, now in nested + flat if then != now)
