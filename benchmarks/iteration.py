@@ -44,10 +44,12 @@ class IterationConfig:
     peer: str = setting("", "A checkout of WladGrm/si-adistill, whose own code is then the baseline.")
     compile: bool = setting(False, "Rows with --compile too.")
     rows: dict = setting({}, "Further rows: a name, and settings of training/train_distill.py as on its command line.")
-    matrix: int = setting(4096, "Side of the matrices whose product is the machine's rate.")
+    matrix: int | None = setting(None, "Side of the matrices whose product is the machine's rate; 4096, on CUDA 16384.")
+    profile: bool = setting(False, "One more iteration of each row, whose operators are printed by their time.")
     output: str = setting("benchmarks/results", "Folder of iteration_DEVICE_SIZE.md and .json.")
 
     def __post_init__(self) -> None:
+        self.matrix = self.matrix or (16384 if self.device == "cuda" else 4096)
         for name in ("batch", "threads", "rounds", "warm_up", "matrix"):
             at_least(name, getattr(self, name), 1)
         if self.peer and self.model:
@@ -102,15 +104,15 @@ class Processes:
                     pass
                 process.terminate()
 
-    def iterate(self, row: Loop, count: bool = False) -> dict[str, float]:
-        """Runs one iteration.
+    def iterate(self, row: Loop, request: str) -> dict[str, Any]:
+        """Runs one iteration (see `Pace`).
 
         Raises:
             InputError: with the words of the process, when it failed.
         """
         process, connection = self._running[row]
         try:
-            connection.send({"count": count})
+            connection.send(request)
             reply = connection.recv()
         except (EOFError, OSError) as error:
             raise InputError(f"{row.name}: its process ended with {process.exitcode}.") from error
@@ -134,12 +136,16 @@ def measure(config: IterationConfig, teacher: str) -> list[dict[str, Any]]:
                 bar.set_description(row.name)
                 # Counted on the way: operators inside a compiled graph are not seen, but there are as many.
                 counted = number == 0 and row.kind != "matrices" and "--compile" not in row.settings
-                reply = processes.iterate(row, counted)
+                reply = processes.iterate(row, "count" if counted else "time")
                 if counted:
                     flops[row] = reply["flops"]
                 if number >= config.warm_up:
                     found[row].append(reply)
                 bar.update()
+        if config.profile:
+            for row in rows:
+                if row.kind != "matrices":
+                    print(f"\n{row.name}\n{processes.iterate(row, 'profile')['profile']}")
     eager = next(flops[row] for row in rows if row.kind == "ours")
     return [
         {
@@ -210,7 +216,7 @@ def main(argv: list[str]) -> None:
     )
     size = config.preset.lower().replace("/", "-")
     path = Path(config.output) / f"iteration_{config.device}_{size}"
-    settings = {name: value for name, value in asdict(config).items() if name not in ("peer", "output")}
+    settings = {name: value for name, value in asdict(config).items() if name not in ("peer", "profile", "output")}
     write_json(path.with_suffix(".json"), {"settings": settings, "hardware": facts, "rows": rows})
     write_text(path.with_suffix(".md"), text + "\n")
     print("\n" + text)

@@ -10,6 +10,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -69,7 +70,8 @@ class Pace:
     """An iterable whose iterations are started, timed and measured by the process that made this one.
 
     Args:
-        connection: to that process. Each request `{"count": bool}` is one iteration; None ends the loop.
+        connection: to that process. Each request is one iteration, `"time"`, `"count"` (its operations) or `"profile"`;
+            None ends the loop.
         device: where the loop runs.
     """
 
@@ -78,24 +80,26 @@ class Pace:
         self.idle = resident_bytes() if device == "cpu" else 0
 
     def __iter__(self) -> Iterator[int]:
+        from torch.profiler import profile
         from torch.utils.flop_counter import FlopCounterMode
 
         number = 0
         while (request := self.connection.recv()) is not None:
             number += 1
-            counter = FlopCounterMode(display=False) if request["count"] else None
+            watched = {"count": lambda: FlopCounterMode(display=False), "profile": profile}.get(request, nullcontext)()
             self._synchronize()
             reset_peak(self.device)
             started = time.perf_counter()
-            if counter:
-                with counter:
-                    yield number
-            else:
+            with watched:
                 yield number
-            self._synchronize()
-            seconds = time.perf_counter() - started
-            reply = {"seconds": seconds, "memory": peak_bytes(self.device) - self.idle}
-            self.connection.send(reply | ({"flops": counter.get_total_flops()} if counter else {}))
+                self._synchronize()
+            reply = {"seconds": time.perf_counter() - started, "memory": peak_bytes(self.device) - self.idle}
+            if request == "count":
+                reply["flops"] = watched.get_total_flops()
+            if request == "profile":
+                order = f"self_{self.device}_time_total"
+                reply["profile"] = watched.key_averages().table(sort_by=order, row_limit=25, max_name_column_width=50)
+            self.connection.send(reply)
 
     def _synchronize(self) -> None:
         if self.device == "cuda":

@@ -213,7 +213,8 @@ TINY = "{num_layers: 1, num_attention_heads: 2, attention_head_dim: 8, num_class
 
 def test_iterations_are_timed_in_turns_and_ours_computes_less(tmp_path):
     arguments = ["--model", TINY, "--rounds", 2, "--warm_up", 1, "--threads", 1, "--matrix", 64]
-    run("iteration.py", *arguments, "--rows", "{gap: --objective gap}", "--output", tmp_path)
+    printed = run("iteration.py", *arguments, "--rows", "{gap: --objective gap}", "--profile", "--output", tmp_path)
+    assert printed.stdout.count("aten::mm ") >= 4  # in the profile of each row
 
     rows = table_rows(tmp_path / "iteration_cpu_sit-s-2.md")
     products = ["matrix product, fp32", "matrix product, bf16"]
