@@ -199,3 +199,27 @@ def test_every_preset_finds_the_conditional_mean_and_spread(preset, coefficients
     assert ((end.std / std).square() - 1).abs().max() < 0.02
     assert ((end.mean - mean) / std).abs().max() < 0.02
     assert ((end.slope - slope) / std).abs().max() < 0.02
+
+
+@pytest.mark.parametrize(
+    ("preset", "expected"),
+    [("gap", [5.59, 1.18, 0.088]), ("cross_term_detached", [0.61, 0.20, 0.027]), ("sid", [9.95, 1.73, 0.095])],
+)
+def test_the_spread_is_felt_where_the_scale_is_near_it(preset, expected):  # the table of docs/bridges.md
+    # Data of conditional deviation 0.1. How the student's missing spread weighs against a shifted mean of the same size:
+    # the field depends on x_t only while γ is not far above the deviation, t s² < r².
+    felt = []
+    for scale in (0.1, 0.3, 1.0):
+        play = PairGame(
+            get_interpolant("bridge", scale=scale),
+            without_sample_weight(get_objective(preset, space="velocity")),
+            Pair(double(0), double(0.5), double(0.1)),
+        )
+        slopes = []
+        for law in (Pair(double(0), double(0.5), double(0.02)), Pair(double(0.08), double(0.5), double(0.1))):
+            law = trainable(law)
+            with torch.no_grad():
+                critic = play.best_critic(law)
+            slopes.append(gradient(play.generator_loss(critic, law), law))
+        felt.append(float(-slopes[0][2] / slopes[1][0]))
+    assert felt == pytest.approx(expected, rel=0.02)
