@@ -37,8 +37,10 @@ def test_a_conditional_network_gets_noise_beside_its_reference(inputs):
     assert torch.equal(both, torch.cat([reference, noise], 1))
     said = student(*inputs, condition=both).sample
     assert torch.equal(said, teacher(*inputs, condition=network_condition(teacher, reference)).sample)
-    student.condition_embed.weight.data[:, 1:].normal_()
-    assert not torch.equal(student(*inputs, condition=both).sample, said)
+    random = extend_network(teacher, zero=False, condition_channels=2)
+    assert not torch.equal(random(*inputs, condition=both).sample, said)
+    silent = network_condition(random, reference, torch.zeros_like(noise))
+    torch.testing.assert_close(random(*inputs, condition=silent).sample, said)
 
 
 def test_an_unpaired_bridge_does_not_see_its_reference():

@@ -3,7 +3,6 @@
 from typing import TypeVar
 
 import torch
-import torch.nn.functional as F
 from diffusers import DiffusionPipeline
 from diffusers.models.modeling_utils import ModelMixin
 
@@ -11,13 +10,14 @@ Network = TypeVar("Network", bound=ModelMixin)
 Pipeline = TypeVar("Pipeline", bound=DiffusionPipeline)
 
 
-def extend_network(network: Network, **arguments: int) -> Network:
-    """A copy with other sizes of its further inputs, e.g. `condition_channels=6` or `augment_dim=9`; new weights are zero.
+def extend_network(network: Network, zero: bool = True, **arguments: int) -> Network:
+    """A copy with other sizes of its further inputs, e.g. `condition_channels=6` or `augment_dim=9`.
 
     With zeros in the new inputs' weights the copy's output is the original's, whatever is put in.
 
     Args:
         network: of a class that has these arguments.
+        zero: whether the new weights are zero; otherwise they are drawn as a fresh layer's (Xavier, as patch embeddings).
         arguments: the new sizes, not smaller than the old ones.
 
     Raises:
@@ -34,7 +34,9 @@ def extend_network(network: Network, **arguments: int) -> Network:
     kind = next(iter(weights.values()))
     with kind.device:  # also the meta device, on which a dry run counts
         extended = type(network).from_config({**config, **arguments}).to(kind.dtype).train(network.training)
-    extended.load_state_dict({name: _grown(weights.get(name), new) for name, new in extended.state_dict().items()})
+    extended.load_state_dict(
+        {name: _grown(weights.get(name), new, zero) for name, new in extended.state_dict().items()}
+    )
     return extended
 
 
@@ -50,9 +52,12 @@ def extend_pipeline(pipeline: Pipeline, condition_channels: int) -> Pipeline:
     return type(pipeline)(**{**config, **pipeline.components, "transformer": network})
 
 
-def _grown(old: torch.Tensor | None, new: torch.Tensor) -> torch.Tensor:
-    """The old weights, with zeros for inputs (axis 1) that are new."""
-    if old is None:
-        return torch.zeros_like(new)
-    missing = new.shape[1] - old.shape[1] if old.ndim > 1 else 0
-    return F.pad(old, (*[0, 0] * (old.ndim - 2), 0, missing)) if missing else old
+def _grown(old: torch.Tensor | None, new: torch.Tensor, zero: bool) -> torch.Tensor:
+    """The old weights, with others for inputs (axis 1) that are new."""
+    if old is not None and (old.ndim == 1 or old.shape[1] == new.shape[1]):
+        return old
+    kept = 0 if old is None else old.shape[1]
+    added = new.new_zeros(new[:, kept:].shape) if new.ndim > 1 else torch.zeros_like(new)
+    if not zero and new.ndim > 1:
+        torch.nn.init.xavier_uniform_(added.flatten(1))
+    return added if old is None else torch.cat([old, added], 1)

@@ -117,12 +117,17 @@ def starting_student(settings: DistillConfig, teacher: InterpolantPipeline) -> S
 
 
 def _with_noise(network: nn.Module, channels: int) -> nn.Module:
-    """A copy of the teacher's network that sees so many further channels."""
+    """A copy of the teacher's network that sees so many further channels.
+
+    Their weights are random: from zeros the gradient of what the noise does has a mean of zero, as nothing depends on it
+    yet, and a student of 1,000 updates on digits stayed nearly certain (diversity 0.010, with random weights 0.074 after
+    200, its teacher 0.123).
+    """
     if not channels:
         return copy.deepcopy(network)
     try:
         seen = view_network(network).condition_channels
-        return extend_network(network, condition_channels=seen + channels)
+        return extend_network(network, zero=False, condition_channels=seen + channels)
     except ValueError as error:
         raise InputError(f"The student cannot see {channels} channels of noise: {error}") from None
 
