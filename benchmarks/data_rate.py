@@ -33,8 +33,8 @@ class DataRateConfig:
     image_size: int = setting(256, "Height and width of the batches.")
     batch_size: int = setting(32, "Images in a batch.")
     workers: int = setting(2, "Processes that decode; the cores that both rates are of.")
-    images: int = setting(800, "Images of a measurement.")
-    rounds: int = setting(5, "Measurements of each.")
+    images: int = setting(400, "Images of a measurement.")
+    rounds: int = setting(15, "Measurements of each.")
     made: int = setting(256, "JPEGs to make, of ImageNet's usual 500 × 375 pixels.")
     output: str = setting("benchmarks/results", "Folder of data_rate.md and .json.")
 
@@ -96,8 +96,9 @@ def measure(config: DataRateConfig, files: str) -> dict[str, list[float]]:
         return count // config.workers * config.workers / (time.perf_counter() - started)
 
     def stream(count: int) -> float:
-        batches = data.batches(config.batch_size, num_workers=config.workers, seed=1)
-        for _ in range(config.workers):  # each worker has started, and is at the beginning of a batch again
+        for _ in range(
+            3 * config.workers
+        ):  # what the workers read ahead while the others were measured, two batches each
             next(batches)
         started = time.perf_counter()
         steps = config.workers * max(1, count // (config.batch_size * config.workers))
@@ -105,6 +106,8 @@ def measure(config: DataRateConfig, files: str) -> dict[str, list[float]]:
             next(batches)
         return steps * config.batch_size / (time.perf_counter() - started)
 
+    # One stream for all rounds, so that reading blocks of it is part of what is measured.
+    batches = data.batches(config.batch_size, num_workers=config.workers, seed=1)
     rates = {"decode and crop alone": [], "streamed batches": []}
     decoder(len(encoded))  # every image once: both sides then find the files' pages and their own memory warm
     for _ in range(config.rounds):

@@ -250,6 +250,16 @@ def test_what_a_stream_cannot_be_is_said_before_it_starts(files, tmp_path):
             ), readers)  # fmt: skip
 
 
+@pytest.mark.parametrize("streaming", [True, False])
+@pytest.mark.parametrize(
+    ("name", "content"), [("parquet", b"no parquet" * 9), ("webdataset", b"no tar" * 200), ("webdataset", b"")]
+)
+def test_files_of_another_kind_are_named(tmp_path, name, content, streaming):
+    (tmp_path / "data").write_bytes(content)
+    with pytest.raises(InputError, match=f"Cannot load the data set '{name}' .*{tmp_path}"):
+        load_training_data(config(name, str(tmp_path / "data"), streaming=streaming))
+
+
 @pytest.mark.parametrize("workers", [0, 1])
 def test_labels_outside_the_classes_stop_with_a_sentence(tmp_path, workers):
     stream = config(files=write_parquet(tmp_path, [12], names=False), label_column="label", num_classes=2)

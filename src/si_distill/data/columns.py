@@ -1,5 +1,7 @@
 """Opening a data set with `datasets`, with errors for people, finding its columns, and reading what is in a row."""
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,7 +42,7 @@ def open_dataset(config: DataConfig) -> Any:
     """
     import datasets
 
-    try:
+    with explained(config):
         return datasets.load_dataset(
             config.name,
             config.config_name,
@@ -48,10 +50,21 @@ def open_dataset(config: DataConfig) -> Any:
             split=config.split,
             streaming=config.streaming,
         )
-    except (OSError, ValueError, NotImplementedError, datasets.exceptions.DatasetsError) as error:
+
+
+@contextlib.contextmanager
+def explained(config: DataConfig) -> Iterator[None]:
+    """Turns whatever the first reading of a data set raises into an `InputError` that names it and says what to do."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:  # networks, archives and file formats have errors of all types
+        cause = error.__cause__
+        reason = f"{error} ({type(cause).__name__}: {cause})" if cause is not None else f"{error}"
         raise InputError(
             f"Cannot load the data set {config.name!r} (data_files={config.data_files!r}, split={config.split!r}): "
-            f"{error}{_advice(config, error)}"
+            f"{reason}{_advice(config, error)}"
         ) from error
 
 

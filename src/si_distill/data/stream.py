@@ -10,7 +10,7 @@ import numpy as np
 
 from ..errors import InputError
 from .batches import BatchIterator, TrainingData
-from .columns import Columns, RowReader, find_columns, open_dataset
+from .columns import Columns, RowReader, explained, find_columns, open_dataset
 from .config import DataConfig
 from .latents import LatentDataset
 from .latents_format import is_latent_cache
@@ -134,7 +134,8 @@ def _open_stream(config: DataConfig, readers: int, num_classes: int | None) -> I
     columns = find_columns(config, source.features)
     # Decoded here and not inside datasets: an error there ends the iteration silently.
     source = source.decode(False).select_columns(columns.names)
-    head = next(source.iter(batch_size=PROBE), None)
+    with explained(config):
+        head = next(source.iter(batch_size=PROBE), None)
     if head is None:
         raise InputError(f"The data set {config.name!r} has no images in its split {config.split!r}.")
     if all(isinstance(image, dict) and image["bytes"] is None for image in head[columns.image]):
@@ -162,7 +163,8 @@ def _numbered(config: DataConfig, columns: Columns, num_classes: int | None) -> 
 
 def _with_shards(config: DataConfig, source: Any, readers: int) -> Any:
     if source.num_shards < readers:
-        source = source.reshard()  # Parquet: the row groups of the files
+        with explained(config):
+            source = source.reshard()  # Parquet: the row groups of the files
     if source.num_shards < readers:
         raise InputError(
             f"{config.name!r} has {source.num_shards} shard(s) (files, or row groups of Parquet files), but {readers} "
@@ -175,12 +177,13 @@ def _with_shards(config: DataConfig, source: Any, readers: int) -> Any:
 def _listed(config: DataConfig, source: Any, columns: Columns) -> ImageDataset:
     """Single files, of which the stream gives paths only: with a list of them they are read by index, in any order."""
     paths, labels = [], []
-    for chunk in source.iter(batch_size=CHUNK):
-        for row in rows_of(chunk):
-            paths.append([os.fsencode(row[c]["path"]) for c in (columns.image, columns.reference) if c is not None])
-            labels.append(0 if columns.label is None else row[columns.label])
-        if len(paths) >= (config.max_train_samples or math.inf):
-            break
+    with explained(config):
+        for chunk in source.iter(batch_size=CHUNK):
+            for row in rows_of(chunk):
+                paths.append([os.fsencode(row[c]["path"]) for c in (columns.image, columns.reference) if c is not None])
+                labels.append(0 if columns.label is None else row[columns.label])
+            if len(paths) >= (config.max_train_samples or math.inf):
+                break
     # One array of bytes: processes that read share it without counting references, which would copy the pages of a list.
     files = np.array(paths)
 

@@ -234,9 +234,12 @@ def _data(settings: TrainingConfig) -> str:
             f"{data.image_size} pixels, by {manifest.recipe.vae['name']}"
         )
     files = f" ({data.data_files})" if data.data_files else ""
+    how = ", streamed" if data.streaming else ""
     limit = f", the first {data.max_train_samples:,}" if data.max_train_samples else ""
     references = f"; references: {data.describe_references()}" if data.has_references else ""
-    return f"{data.name}{files}, split {data.split}, {data.image_size} × {data.image_size} pixels{limit}{references}"
+    return (
+        f"{data.name}{files}, split {data.split}, {data.image_size} × {data.image_size} pixels{how}{limit}{references}"
+    )
 
 
 def _memory(parts: dict[str, int]) -> Lines:
