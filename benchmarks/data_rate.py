@@ -4,15 +4,16 @@
 
 Both are measured in turns in one run. The decoder's processes hold encoded images in memory, decode and crop them, and drop
 them. The stream reads, shuffles, decodes, crops and hands batches over as trainers take them: bytes, which become numbers in
-[-1, 1] on the device. Without files the benchmark makes JPEGs.
+[-1, 1] on the device. Processor time says the same where other work disturbs the clock. Without files JPEGs are made.
 """
 
 import io
+import os
 import statistics
 import tempfile
 import time
 from dataclasses import dataclass
-from multiprocessing import get_context
+from multiprocessing import active_children, current_process, get_context
 from pathlib import Path
 
 import numpy as np
@@ -60,17 +61,24 @@ def make_jpegs(folder: Path, count: int, shards: int) -> str:
     return str(folder / "*.parquet")
 
 
+def cpu_seconds(processes: list) -> float:
+    """Processor time that they have used so far, each at the resolution of the system's clock ticks (Linux)."""
+    stats = [Path(f"/proc/{process.pid}/stat").read_text().rsplit(")", 1)[1].split() for process in processes]
+    return sum(int(fields[11]) + int(fields[12]) for fields in stats) / os.sysconf("SC_CLK_TCK")
+
+
 def decode_all(connection, encoded: list[bytes], size: int) -> None:
-    """A process that decodes and crops as many images as it is asked for, and answers when it has."""
+    """A process that decodes and crops as many images as it is asked for, and answers with its images per second."""
     torch.set_num_threads(1)
     while count := connection.recv():
+        started = time.perf_counter()
         for n in range(count):
             to_pixels(decode(encoded[n % len(encoded)]), 3, size)
-        connection.send(True)
+        connection.send(count / (time.perf_counter() - started))
 
 
-def measure(config: DataRateConfig, files: str) -> dict[str, list[float]]:
-    """Images per second of each round."""
+def measure(config: DataRateConfig, files: str) -> dict[str, dict[str, list[float]]]:
+    """Images per second, and milliseconds of processor time for an image, of each round."""
     data = load_training_data(
         DataConfig(name="parquet", data_files=files, label_column="none", streaming=True, image_size=config.image_size),
         readers=config.workers,
@@ -78,44 +86,49 @@ def measure(config: DataRateConfig, files: str) -> dict[str, list[float]]:
     encoded = []
     for chunk in data.source.iter(batch_size=100):
         encoded += [value["bytes"] for value in chunk[data.reader.columns.image]]
-    context, decoders = get_context("fork"), []
+    context, decoders, connections = get_context("fork"), [], []
     for number in range(config.workers):
         here, there = context.Pipe()
-        process = context.Process(
-            target=decode_all, args=(there, encoded[number :: config.workers], config.image_size), daemon=True
-        )
-        process.start()
-        decoders.append(here)
+        own = encoded[number :: config.workers]
+        decoders.append(context.Process(target=decode_all, args=(there, own, config.image_size), daemon=True))
+        decoders[-1].start()
+        connections.append(here)
 
-    def decoder(count: int) -> float:
-        started = time.perf_counter()
-        for connection in decoders:
-            connection.send(count // config.workers)
-        for connection in decoders:
-            connection.recv()
-        return count // config.workers * config.workers / (time.perf_counter() - started)
-
-    def stream(count: int) -> float:
-        for _ in range(
-            3 * config.workers
-        ):  # what the workers read ahead while the others were measured, two batches each
-            next(batches)
-        started = time.perf_counter()
-        steps = config.workers * max(1, count // (config.batch_size * config.workers))
-        for _ in range(steps):
-            next(batches)
-        return steps * config.batch_size / (time.perf_counter() - started)
+    def decoder(count: int) -> tuple[float, float]:
+        each, before = max(1, count // config.workers), cpu_seconds(decoders)
+        for connection in connections:
+            connection.send(each)
+        rate = sum(connection.recv() for connection in connections)
+        return rate, 1e3 * (cpu_seconds(decoders) - before) / (each * config.workers)
 
     # One stream for all rounds, so that reading blocks of it is part of what is measured.
     batches = data.batches(config.batch_size, num_workers=config.workers, seed=1)
-    rates = {"decode and crop alone": [], "streamed batches": []}
+    next(batches)
+    readers = [current_process(), *(child for child in active_children() if child not in decoders)]
+
+    def stream(count: int) -> tuple[float, float]:
+        for _ in range(3 * config.workers):  # what was read ahead while the others were measured: two batches each
+            next(batches)
+        steps = config.workers * max(1, count // (config.batch_size * config.workers))
+        started, before = time.perf_counter(), cpu_seconds(readers)
+        for _ in range(steps):
+            next(batches)
+        images = steps * config.batch_size
+        return images / (time.perf_counter() - started), 1e3 * (cpu_seconds(readers) - before) / images
+
     decoder(len(encoded))  # every image once: both sides then find the files' pages and their own memory warm
-    for _ in range(config.rounds):
-        rates["decode and crop alone"].append(decoder(config.images))
-        rates["streamed batches"].append(stream(config.images))
-    for connection in decoders:
+    rounds = [(*decoder(config.images), *stream(config.images)) for _ in range(config.rounds)]
+    for connection in connections:
         connection.send(0)
-    return rates
+    rate, cost, streamed_rate, streamed_cost = map(list, zip(*rounds, strict=True))
+    return {
+        "decode and crop alone": {"rate": rate, "cost": cost},
+        "streamed batches": {"rate": streamed_rate, "cost": streamed_cost},
+        "streamed / alone": {
+            "rate": [s / a for a, s in zip(rate, streamed_rate, strict=True)],
+            "cost": [s / a for a, s in zip(cost, streamed_cost, strict=True)],
+        },
+    }
 
 
 def main(argv: list[str]) -> None:
@@ -123,23 +136,21 @@ def main(argv: list[str]) -> None:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         files = config.data_files or make_jpegs(Path(folder), config.made, 2 * config.workers)
-        rates = measure(config, files)
-    alone, streamed = rates.values()
-    ratios = [s / a for a, s in zip(alone, streamed, strict=True)]
+        measured = measure(config, files)
     facts = hardware(config.workers)
     rows = [
-        [name, f"{statistics.median(values):.0f}", f"{min(values):.0f} to {max(values):.0f}"]
-        for name, values in rates.items()
+        [name, *(f"{statistics.median(v):.3g} ({min(v):.3g} to {max(v):.3g})" for v in (row["rate"], row["cost"]))]
+        for name, row in measured.items()
     ]
-    rows.append(["ratio of a round", f"{statistics.median(ratios):.3f}", f"{min(ratios):.3f} to {max(ratios):.3f}"])
     source = "the files given" if config.data_files else "JPEGs of 500 × 375 made here"
+    pixels = f"{config.image_size} × {config.image_size}"
     text = (
-        markdown_table([f"images per second, to {config.image_size} × {config.image_size}", "median", "range"], rows)
+        markdown_table([f"to {pixels}; median (range)", "images per second", "processor ms per image"], rows)
         + f"\n\nBatches of {config.batch_size} from {source}; {config.rounds} rounds of {config.images} images. "
         + hardware_line(facts)
         + "\n"
     )
-    write_json(Path(config.output) / "data_rate.json", {"rates": rates, "ratios": ratios, **facts})
+    write_json(Path(config.output) / "data_rate.json", {"measured": measured, **facts})
     write_text(Path(config.output) / "data_rate.md", text)
     print(text)
 
