@@ -7,7 +7,7 @@ RUNS ?= runs
 LAUNCH := $(BIN)/accelerate launch --quiet --num_processes 1 --num_machines 1 --mixed_precision no \
 	--dynamo_backend no --num_cpu_threads_per_process $(shell nproc)
 
-.PHONY: demo test test-slow space space-test lint format clean
+.PHONY: demo demo-bridge test test-slow space space-test lint format clean
 
 .venv/.installed: setup.py pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -23,6 +23,18 @@ demo: .venv/.installed
 	$(LAUNCH) training/evaluate.py --pipeline $(RUNS)/digits-student --teacher $(RUNS)/digits-teacher
 	@echo "Grid of the student: $(RUNS)/digits-student/grid.png"
 	@echo "Teacher, student and real digits side by side: $(RUNS)/digits-student/evaluation.png"
+
+# Digits from 4×4 to 8×8 pixels, judged on digits that no training saw.
+SUPERRES := $(RUNS)/digits-superres
+demo-bridge: .venv/.installed
+	$(LAUNCH) training/train_teacher.py --config configs/digits_superres/teacher.yaml \
+		--seed $(SEED) --output_dir $(SUPERRES)-teacher --overwrite_output_dir
+	$(LAUNCH) training/train_distill.py --config configs/digits_superres/distill.yaml \
+		--teacher $(SUPERRES)-teacher --seed $(SEED) --output_dir $(SUPERRES)-student --overwrite_output_dir
+	$(LAUNCH) training/evaluate.py --pipeline $(SUPERRES)-student --teacher $(SUPERRES)-teacher \
+		--data.split "train[1297:]" --data.degradation downsample \
+		--data.degradation_kwargs "{factor: 2, filter: pool, upsample: nearest}"
+	@echo "Inputs, teacher, student and truth: $(SUPERRES)-student/evaluation.png"
 
 lint: .venv/.installed
 	$(BIN)/ruff check .

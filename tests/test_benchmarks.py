@@ -303,3 +303,19 @@ def test_the_pipelines_overhead_is_what_is_outside_the_network(tmp_path, capsys)
     assert list(rows) == ["bare forward", 'pipeline, output_type="latent"', 'pipeline, output_type="pt"']
     found = json.loads((tmp_path / "generation_overhead_cpu.json").read_text(encoding="utf-8"))["seconds"]
     assert all(0 < outside < whole for times in found.values() for whole, outside in times)
+
+
+def test_superres_compares_every_method_on_inputs_that_no_training_saw(tmp_path):
+    arguments = ["--seeds", 1, "--max_steps", 2, "--split", "train[1740:]", "--teacher_steps", 2, "--workers", 1]
+    folders = ["--runs", tmp_path / "runs", "--output", tmp_path, "--figures", tmp_path]
+    run("digits_superres.py", *arguments, *folders)
+    rows = table_rows(tmp_path / "digits_superres.md")
+    assert list(rows) == ["bicubic", "regression", "teacher, 2 steps", "student, 1 step"]
+    result = json.loads((tmp_path / "digits_superres.json").read_text())
+    regression, bicubic = (result["results"][0]["rows"][name] for name in ("regression", "bicubic"))
+    assert regression["diversity"] == bicubic["diversity"] == 0
+    assert result["results"][0]["rows"]["student, 1 step"]["diversity"] > 0
+    assert bicubic["PSNR"] > regression["PSNR"]  # of two updates
+    assert (tmp_path / "digits_superres.png").exists()
+    config = (tmp_path / "runs" / "seed1" / "student" / "config.yaml").read_text()
+    assert "train[:1297]" in config

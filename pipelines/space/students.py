@@ -137,6 +137,11 @@ class Students:
                     pipeline = cls.from_pretrained(folder)
                 except (OSError, ValueError) as error:
                     raise VisitorError(f"{folder.name} cannot be loaded: {error}") from error
+                if pipeline.image_channels:
+                    raise VisitorError(
+                        f"{folder.name} turns images into others, and this page has no place for images to start from: run "
+                        "pipelines/generate.py --image, or the lines of its card."
+                    )
                 pipeline.set_progress_bar_config(disable=True)
                 self._pipelines[key] = pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
             self._pipelines.move_to_end(key)

@@ -8,7 +8,7 @@ import pytest
 from helpers import tiny_sit
 from PIL import ImageChops
 
-from si_distill import InterpolantPipeline, OneStepInterpolantPipeline
+from si_distill import InterpolantPipeline, OneStepInterpolantPipeline, StochasticInterpolantScheduler
 
 sys.path.insert(0, str(Path(__file__).parent.parent.parent / "pipelines" / "space"))
 
@@ -94,3 +94,10 @@ def test_a_name_that_is_a_folder_here_is_a_repository_for_a_visitor(choice, tmp_
     with pytest.raises(VisitorError, match="cannot be read from the Hub"):
         Students().classes(visitors)
     assert checked_choice("student", [choice]) == choice
+
+
+def test_a_student_that_turns_images_into_others_is_refused(tmp_path):
+    scheduler = StochasticInterpolantScheduler(interpolant="bridge", prediction_type="sample")
+    OneStepInterpolantPipeline(tiny_sit(condition_channels=1), scheduler).save_pretrained(tmp_path / "bridge")
+    with pytest.raises(VisitorError, match="bridge turns images into others, and this page has no place for images"):
+        Students().classes(Choice(str(tmp_path / "bridge")))
