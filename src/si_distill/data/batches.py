@@ -176,6 +176,29 @@ class IndexedBatches:
         return {"corrupt_images": len(self._corrupt.keys)} if self._corrupt.keys else {}
 
 
+class IndexedData(Dataset):
+    """Base of the data that are read by index (a `TrainingData` but for its description).
+
+    A subclass sets `name` and `labels`, one for each item, and gives the items.
+    """
+
+    name: str
+    labels: list[int]
+    #: Items that may be unreadable.
+    max_corrupt: int = 0
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def count(self) -> int:
+        return len(self)
+
+    def batches(self, batch_size: int, **position: int) -> IndexedBatches:
+        """Endless batches of one rank (see `TrainingData.batches`)."""
+        return IndexedBatches(self, batch_size, **position, max_corrupt=self.max_corrupt, name=self.name)
+
+
 class _Substituting(Dataset):
     def __init__(self, data: Dataset, max_corrupt: int):
         self.data, self.max_corrupt = data, max_corrupt

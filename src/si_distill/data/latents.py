@@ -7,17 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.data import Dataset
 
 from ..errors import InputError
 from ..loading import load_vae
 from ..pipelines import LatentScaling
-from .batches import Batch, IndexedBatches
+from .batches import Batch, IndexedData
 from .config import DataConfig
 from .latents_format import MANIFEST, VAE_FOLDER, Shard, encoder_hash, map_moments, read_manifest, shard_labels
 
 
-class LatentDataset(Dataset):
+class LatentDataset(IndexedData):
     """A cache of latents as a data set for networks that work on them (a `TrainingData`).
 
     `dataset[i]` is a dict: `latents_mean` and `latents_std` (2, C, h, w), of the image and its mirror image, in the VAE's
@@ -61,13 +60,6 @@ class LatentDataset(Dataset):
                 f"again with the settings of the cache (they are in its {MANIFEST}): what is whole is kept."
             ) from error
 
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    @property
-    def count(self) -> int:
-        return len(self)
-
     def __getitem__(self, index: int) -> dict[str, Any]:
         number = bisect.bisect_right(self._ends, index)
         if number not in self._mapped:
@@ -77,10 +69,6 @@ class LatentDataset(Dataset):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_mapped": {}}  # a worker that is not forked maps the files itself
-
-    def batches(self, batch_size: int, **position: int) -> IndexedBatches:
-        """Endless batches of one rank (see `TrainingData.batches`)."""
-        return IndexedBatches(self, batch_size, **position)
 
     def load_vae(self) -> torch.nn.Module:
         """The VAE that the cache was made with, from its own folder.

@@ -4,10 +4,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.utils.data import Dataset
 
 from ..errors import InputError
-from .batches import IndexedBatches
+from .batches import IndexedData
 from .columns import Columns, RowReader, find_columns, open_dataset
 from .config import DataConfig
 from .decoding import UnreadableImage
@@ -17,7 +16,7 @@ from .latents_format import images_of, is_latent_cache
 PROBE = 16
 
 
-class ImageDataset(Dataset):
+class ImageDataset(IndexedData):
     """Square images in [-1, 1] with class labels (a `TrainingData`).
 
     `dataset[i]` is a dict: `images`, a float32 tensor (C, size, size), `labels`, an int, and of pairs `reference`, an image
@@ -54,22 +53,11 @@ class ImageDataset(Dataset):
         self.read_reference = read_reference
         self.max_corrupt = max_corrupt
 
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    @property
-    def count(self) -> int:
-        return len(self)
-
     def __getitem__(self, index: int) -> dict[str, Any]:
         item = {"images": self.read(index).float() / 127.5 - 1, "labels": self.labels[index]}
         if self.read_reference is not None:
             item["reference"] = self.read_reference(index).float() / 127.5 - 1
         return item
-
-    def batches(self, batch_size: int, **position: int) -> IndexedBatches:
-        """Endless batches of one rank (see `TrainingData.batches`)."""
-        return IndexedBatches(self, batch_size, **position, max_corrupt=self.max_corrupt, name=self.name)
 
     def read_all(self) -> tuple[torch.Tensor, list[int]]:
         """All images (N, C, size, size), uint8, and their labels."""
