@@ -4,11 +4,13 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from diffusers.models.attention_dispatch import attention_backend
 from helpers import tiny_sit
 from safetensors.torch import load_file
 
 from si_distill.models import SIT_PRESETS, SiTTransformer2DModel
+from si_distill.models.transformer_sit import PRODUCT_TOKENS, attention_by_products
 
 PUBLISHED_SIZES = {"S": 33e6, "B": 130e6, "L": 458e6, "XL": 675e6}
 
@@ -207,6 +209,79 @@ class TestStructure:
         model = tiny_sit()
         (sample,) = model(*inputs, return_dict=False)
         assert torch.equal(sample, model(*inputs).sample)
+
+
+def fused_attention(query, key, value):
+    return F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (query, key, value))).transpose(1, 2)
+
+
+class TestAttentionInBfloat16OnACPU:
+    @pytest.mark.parametrize("spread", [1, 8])  # the scores' standard deviation
+    @pytest.mark.parametrize("head_dim", [64, 72])
+    def test_by_products_is_as_accurate_as_the_fused_kernel(self, spread, head_dim):
+        generator = torch.Generator().manual_seed(0)
+        query, key, value, gradient = (
+            torch.randn(2, 64, 3, head_dim, generator=generator).bfloat16() for _ in range(4)
+        )
+
+        def results(attention, dtype):
+            inputs = [x.to(dtype).requires_grad_() for x in (query * spread, key, value)]
+            output = attention(*inputs)
+            return [output, *torch.autograd.grad(output, inputs, gradient.to(dtype))]
+
+        exact = results(fused_attention, torch.float64)
+        for ours, fused, right in zip(
+            results(attention_by_products, torch.bfloat16), results(fused_attention, torch.bfloat16), exact, strict=True
+        ):
+            assert ours.dtype == torch.bfloat16
+            size = right.norm()
+            assert (ours - right).norm() / size < max(0.003, (fused - right).norm() / size)
+
+    def test_is_by_products_where_gradients_flow(self, inputs):
+        """The two round otherwise, so that the bits say which one it was."""
+        model = tiny_sit().bfloat16()
+        images, t, labels = inputs
+        trained = model(images.bfloat16(), t, labels).sample
+        with torch.no_grad():
+            sampled = model(images.bfloat16(), t, labels).sample
+        assert not torch.equal(trained, sampled)
+        assert (trained - sampled).abs().max() < 0.03 * sampled.abs().max()
+        with attention_backend("native"):  # puts Diffusers' process-wide default back
+            model.set_attention_backend("native")
+            assert torch.equal(model(images.bfloat16(), t, labels).sample, sampled)
+
+    def test_is_fused_for_long_sequences(self):
+        side = math.isqrt(PRODUCT_TOKENS) + 1
+        model = fresh(sample_size=side, patch_size=1).bfloat16()
+        torch.nn.init.normal_(model.proj_out.weight)
+        torch.nn.init.normal_(model.transformer_blocks[0].modulation.bias)
+        images = torch.randn(1, 1, side, side, generator=torch.Generator().manual_seed(0)).bfloat16()
+        trained = model(images, 0.5, torch.tensor([0])).sample
+        with torch.no_grad():
+            assert torch.equal(model(images, 0.5, torch.tensor([0])).sample, trained)
+        assert trained.any()
+
+    def test_under_autocast_has_the_gradients_of_float32(self, inputs):
+        model = tiny_sit()
+        gradients = []
+        for enabled in (False, True):
+            with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+                output = model(*inputs).sample
+            # Of matrices: a key's bias has none, for the softmax does not see it.
+            weights = [parameter for parameter in model.parameters() if parameter.ndim > 1]
+            gradients.append(torch.autograd.grad(output.float().square().sum(), weights))
+        for exact, rounded in zip(*gradients, strict=True):
+            assert (rounded - exact).norm() < 0.05 * exact.norm()
+
+    def test_compiles_as_one_graph(self, inputs):
+        torch._dynamo.reset()
+        model = tiny_sit()
+        results = []
+        for network in (model, torch.compile(model, backend="aot_eager", fullgraph=True)):
+            with torch.autocast("cpu", torch.bfloat16):
+                output = network(*inputs).sample
+            results.append(torch.autograd.grad(output.float().sum(), model.transformer_blocks[0].attn.to_q.weight)[0])
+        torch.testing.assert_close(*results, rtol=0.02, atol=1e-3)
 
 
 class TestDiffusersFeatures:

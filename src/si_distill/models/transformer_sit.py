@@ -36,8 +36,44 @@ class SiTTransformer2DModelOutput(Transformer2DModelOutput):
     features: torch.Tensor | None = None
 
 
+#: Longest sequence whose attention `SiTAttnProcessor` trains by plain products on CPUs: beyond it the scores, which the
+#: fused kernel never stores, take more time in memory than the products save.
+PRODUCT_TOKENS = 256
+
+
+class AttentionScores(torch.autograd.Function):
+    """
+    query · keyᵀ / √D of bfloat16 tensors (…, N, D), kept in float32 (…, N, N): rounded, the softmax would multiply their
+    error. The products of the backward pass are bfloat16's, as in fused kernels.
+    """
+
+    @staticmethod
+    def forward(ctx, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(query, key)
+        with torch.autocast(query.device.type, enabled=False):
+            return (query.float() * query.shape[-1] ** -0.5) @ key.float().transpose(-1, -2)
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        query, key = ctx.saved_tensors
+        gradient = (gradient * query.shape[-1] ** -0.5).to(query.dtype)
+        return gradient @ key, gradient.transpose(-1, -2) @ query
+
+
+def attention_by_products(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """Attention of bfloat16 tensors (B, N, H, D), as accurate as the fused kernel."""
+    query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+    weights = AttentionScores.apply(query, key).softmax(-1).to(value.dtype)
+    return (weights @ value).transpose(1, 2)
+
+
 class SiTAttnProcessor:
-    """Self-attention through diffusers' dispatcher, so that `set_attention_backend` works."""
+    """
+    Self-attention through diffusers' dispatcher, so that `set_attention_backend` works.
+
+    Where no backend is set, training in bfloat16 on a CPU takes `attention_by_products`: torch's fused kernel there (2.15, without
+    AMX) is no faster in bfloat16 than in float32, forward and backward, and the products are.
+    """
 
     _attention_backend = None
     _parallel_config = None
@@ -48,11 +84,19 @@ class SiTAttnProcessor:
         else:
             query, key, value = attn.to_q(hidden_states), attn.to_k(hidden_states), attn.to_v(hidden_states)
         query, key, value = (x.unflatten(-1, (attn.heads, -1)) for x in (query, key, value))
-        hidden_states = dispatch_attention_fn(
-            query, key, value, backend=self._attention_backend, parallel_config=self._parallel_config
-        )
+        if self._attention_backend is None and self._trains_in_bfloat16_on_a_cpu(query):
+            hidden_states = attention_by_products(query, key, value)
+        else:
+            hidden_states = dispatch_attention_fn(
+                query, key, value, backend=self._attention_backend, parallel_config=self._parallel_config
+            )
         hidden_states = hidden_states.flatten(2, 3).to(query.dtype)
         return attn.to_out[1](attn.to_out[0](hidden_states))
+
+    @staticmethod
+    def _trains_in_bfloat16_on_a_cpu(query: torch.Tensor) -> bool:
+        on_a_cpu = query.device.type == "cpu" and query.dtype == torch.bfloat16
+        return on_a_cpu and query.requires_grad and query.shape[1] <= PRODUCT_TOKENS
 
 
 class SiTAttention(nn.Module, AttentionModuleMixin):
