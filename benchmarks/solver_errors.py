@@ -11,6 +11,7 @@ what a solver makes of one x1 (its mean is exact: all steps are exact on the mea
 """
 
 import torch
+from bench_tools import markdown_table
 
 from si_distill import StochasticInterpolantScheduler
 from si_distill.interpolants import GAUSSIAN_INTERPOLANTS
@@ -56,18 +57,16 @@ def bridge_error(scale: float, solver: str, evaluations: int) -> float:
 
 
 def main() -> None:
-    print("| path | evaluations |", " | ".join(f"`{solver}`" for solver in SOLVERS), "|")
-    print("|" + "---|" * (2 + len(SOLVERS)))
-    for interpolant in GAUSSIAN_INTERPOLANTS:
-        for evaluations in EVALUATIONS:
-            errors = (f"{largest_error(interpolant, solver, evaluations):.3f}" for solver in SOLVERS)
-            print(f"| `{interpolant}` | {evaluations} |", " | ".join(errors), "|")
-    print("\n| bridge of scale | evaluations |", " | ".join(f"`{solver}`" for solver in BRIDGE_SOLVERS), "|")
-    print("|" + "---|" * (2 + len(BRIDGE_SOLVERS)))
-    for scale in SCALES:
-        for evaluations in EVALUATIONS:
-            errors = (f"{bridge_error(scale, solver, evaluations):.3f}" for solver in BRIDGE_SOLVERS)
-            print(f"| {scale:g} | {evaluations} |", " | ".join(errors), "|")
+    for title, error, paths, solvers in (
+        ("path", largest_error, GAUSSIAN_INTERPOLANTS, SOLVERS),
+        ("bridge of scale", bridge_error, SCALES, BRIDGE_SOLVERS),
+    ):
+        rows = [
+            [f"`{path}`", str(evaluations), *(f"{error(path, solver, evaluations):.3f}" for solver in solvers)]
+            for path in paths
+            for evaluations in EVALUATIONS
+        ]
+        print(markdown_table([title, "evaluations", *(f"`{solver}`" for solver in solvers)], rows), end="\n\n")
 
 
 if __name__ == "__main__":

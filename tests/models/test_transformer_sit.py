@@ -285,6 +285,14 @@ class TestAttentionInBfloat16OnACPU:
 
 
 class TestDiffusersFeatures:
+    def test_tokens_lie_together_in_memory(self, inputs):
+        seen = []
+        model = tiny_sit()
+        for block in model.transformer_blocks:
+            block.register_forward_pre_hook(lambda block, arguments: seen.append(arguments[0].is_contiguous()))
+        model(*inputs)
+        assert seen == [True] * len(model.transformer_blocks)
+
     def test_gradient_checkpointing_gives_the_same_gradients(self, inputs):
         gradients, calls = [], []
         for checkpointing in (False, True):

@@ -57,7 +57,7 @@ class Downsample(Degradation):
     Args:
         factor: whole number above 1 that divides the size.
         filter: `pool` (mean of factor × factor pixels) or `bicubic` (with antialiasing): the two of I2SB (Liu et al. 2023,
-            "I²SB: Image-to-Image Schrödinger Bridge", section 4).
+            "I²SB: Image-to-Image Schrödinger Bridge"; corruption/superresolution.py of NVlabs/I2SB).
         upsample: `nearest` or `bicubic`, cut off at -1 and 1.
     """
 

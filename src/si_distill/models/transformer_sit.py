@@ -71,8 +71,9 @@ class SiTAttnProcessor:
     """
     Self-attention through diffusers' dispatcher, so that `set_attention_backend` works.
 
-    Where no backend is set, training in bfloat16 on a CPU takes `attention_by_products`: torch's fused kernel there (2.15, without
-    AMX) is no faster in bfloat16 than in float32, forward and backward, and the products are.
+    Where no backend is set, training in bfloat16 on a CPU takes `attention_by_products`: torch's fused kernel there (2.15,
+    without AMX) is no faster in bfloat16 than in float32, and the products are, forward and backward; forward alone they
+    are where a compiler fuses what is between them.
     """
 
     _attention_backend = None
@@ -84,7 +85,7 @@ class SiTAttnProcessor:
         else:
             query, key, value = attn.to_q(hidden_states), attn.to_k(hidden_states), attn.to_v(hidden_states)
         query, key, value = (x.unflatten(-1, (attn.heads, -1)) for x in (query, key, value))
-        if self._attention_backend is None and self._trains_in_bfloat16_on_a_cpu(query):
+        if self._attention_backend is None and self._is_faster_by_products(query):
             hidden_states = attention_by_products(query, key, value)
         else:
             hidden_states = dispatch_attention_fn(
@@ -94,9 +95,10 @@ class SiTAttnProcessor:
         return attn.to_out[1](attn.to_out[0](hidden_states))
 
     @staticmethod
-    def _trains_in_bfloat16_on_a_cpu(query: torch.Tensor) -> bool:
-        on_a_cpu = query.device.type == "cpu" and query.dtype == torch.bfloat16
-        return on_a_cpu and query.requires_grad and query.shape[1] <= PRODUCT_TOKENS
+    def _is_faster_by_products(query: torch.Tensor) -> bool:
+        if query.device.type != "cpu" or query.dtype != torch.bfloat16 or query.shape[1] > PRODUCT_TOKENS:
+            return False
+        return query.requires_grad or torch.compiler.is_compiling()
 
 
 class SiTAttention(nn.Module, AttentionModuleMixin):
@@ -313,6 +315,8 @@ class SiTTransformer2DModel(
         hidden_states = self.pos_embed(hidden_states)
         if condition is not None:
             hidden_states = hidden_states + self.condition_embed(condition).flatten(2).transpose(1, 2)
+        # A convolution leaves the width before the tokens in memory, and all blocks would keep it so and transpose it.
+        hidden_states = hidden_states.contiguous()
         conditioning = self.time_embed(self.time_proj(timestep).to(hidden_states.dtype))
         if self.class_embed is not None:
             if class_labels is None:

@@ -121,6 +121,11 @@ class TrainingConfig:
             )
         if not 0 <= self.augment_prob <= 1:
             raise InputError(f"`augment_prob` must lie in [0, 1], got {self.augment_prob}.")
+        if self.augment_prob > 0 and self.data.has_references:
+            raise InputError(
+                f"`augment_prob` is {self.augment_prob}, but augmentation would move images and not their references: set "
+                "it to 0."
+            )
         if self.profile and self.max_steps < WARM_UP + RECORDED:
             raise InputError(
                 f"`profile` records iterations {WARM_UP + 1} to {WARM_UP + RECORDED}, but `max_steps` is {self.max_steps}: "
@@ -192,7 +197,7 @@ class TeacherConfig(TrainingConfig):
         interpolant = self.build_interpolant()
         if self.prediction_type == "velocity":
             self.check_times(interpolant)
-        check_teacher_references(self.data, interpolant, self.prediction_type, self.augment_prob)
+        check_teacher_references(self.data, interpolant, self.prediction_type)
         self.build_time_sampler(interpolant, self.timestep_type)
         if self.prediction_type == "score" and self.t_min == 0:
             raise InputError("The score is infinite at t = 0: set `t_min` above 0 for prediction_type=score.")

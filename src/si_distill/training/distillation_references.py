@@ -88,11 +88,6 @@ def reference_roles(settings: DistillConfig, teacher: InterpolantPipeline) -> Re
             f"The teacher {settings.teacher!r} of a paired bridge predicts {scheduler.config.prediction_type}, which says "
             "nothing at t = 1, where the student starts: train it with prediction_type=sample."
         )
-    if settings.augment_prob > 0:
-        raise InputError(
-            f"`augment_prob` is {settings.augment_prob}, but augmentation would move images and not their references: set "
-            "it to 0."
-        )
     if roles.paired and settings.label_sampling is not None:
         raise InputError(
             f"`label_sampling` is {settings.label_sampling!r}, but a pair's class is that of its image: leave it out."

@@ -5,9 +5,7 @@ from ..errors import InputError
 from ..interpolants import Interpolant
 
 
-def check_teacher_references(
-    data: DataConfig, interpolant: Interpolant, prediction_type: str, augment_prob: float
-) -> None:
+def check_teacher_references(data: DataConfig, interpolant: Interpolant, prediction_type: str) -> None:
     """Refuses data without the references that a path starts from, and references that a path or a network cannot use.
 
     Raises:
@@ -32,8 +30,4 @@ def check_teacher_references(
         raise InputError(
             f"A network that sees the pair's reference on the interpolant {interpolant.name!r} predicts the sample, but "
             f"prediction_type is {prediction_type!r}: set it to sample."
-        )
-    if data.has_references and augment_prob > 0:
-        raise InputError(
-            f"`augment_prob` is {augment_prob}, but augmentation would move images and not their references: set it to 0."
         )
