@@ -258,6 +258,22 @@ def test_each_value_of_the_critics_gradient_is_cut_beside_sums(teacher_folder, t
     assert largest[1e-3, "student"] > 2e-3 / 64
 
 
+@pytest.mark.parametrize(("limit", "clipped"), [(1e-5, True), (1.0, False)])
+def test_gradients_are_clipped_to_their_norm(teacher_folder, tmp_path, limit, clipped):
+    trainer = distillation(teacher_folder, tmp_path / "run", *SIDA, "--max_grad_norm", limit)
+    norms = []
+    trainer.generator.optimizer.optimizer.register_step_pre_hook(
+        lambda *_: norms.append(torch.nn.utils.get_total_norm(p.grad for p in trainer.generator.parameters))
+    )
+    metrics, _ = trainer.iteration()
+    before = metrics["generator_grad_norm"]
+    assert 1e-4 < before < 1
+    if clipped:
+        assert norms[0] == pytest.approx(limit, rel=0.1)  # torch adds 1e-6 to the norm that it divides by
+    else:
+        assert norms[0] == before
+
+
 def test_a_cut_does_not_hide_gradients_that_are_infinite(teacher_folder, tmp_path):
     trainer = distillation(teacher_folder, tmp_path / "run", *SIDA)
     before = [p.clone() for p in trainer.critic.parameters]

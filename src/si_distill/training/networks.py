@@ -122,7 +122,10 @@ class TrainedNetwork:
     def _clip_norm(self, limit: float) -> torch.Tensor:
         if self.sharded:
             return clip_grad_norm(self.accelerator, self.parameters, limit)
-        return torch.nn.utils.clip_grad_norm_(self.parameters, limit)
+        norm = torch.nn.utils.get_total_norm(p.grad for p in self.parameters if p.grad is not None)
+        if limit / (norm + 1e-6) < 1:  # else a pass over all gradients to multiply by 1
+            torch.nn.utils.clip_grads_with_norm_(self.parameters, limit, norm)
+        return norm
 
     @property
     def learning_rate(self) -> float:

@@ -139,7 +139,6 @@ def clip_grad_norm(accelerator: Accelerator, parameters: Sequence[nn.Parameter],
         sharded = isinstance(group[0], DTensor)
         squares += accelerator.reduce(norm.square(), "sum") if sharded else norm.square()
     norm = squares.sqrt()
-    torch._foreach_mul_(
-        own_parts(p.grad for p in parameters if p.grad is not None), (max_norm / (norm + 1e-6)).clamp(max=1)
-    )
+    if (factor := max_norm / (norm + 1e-6)) < 1:  # else a pass over all gradients to multiply by 1
+        torch._foreach_mul_(own_parts(p.grad for p in parameters if p.grad is not None), factor)
     return norm
