@@ -261,6 +261,19 @@ class TestAttentionInBfloat16OnACPU:
             assert torch.equal(model(images, 0.5, torch.tensor([0])).sample, trained)
         assert trained.any()
 
+    def test_takes_the_transforms_of_torch_func_and_second_derivatives(self, inputs):
+        model = tiny_sit().bfloat16()
+        images, t, labels = inputs
+        images = images.bfloat16().requires_grad_()
+        output = model(images, t, labels).sample
+        (gradient,) = torch.autograd.grad(output.sum(), images, create_graph=True)
+        transformed, pull_back = torch.func.vjp(lambda x: model(x, t, labels).sample, images.detach())
+        assert torch.equal(transformed, output)
+        torch.testing.assert_close(pull_back(torch.ones_like(output))[0], gradient)
+        (second,) = torch.autograd.grad(gradient.float().square().sum(), images)
+        assert second.any()
+        assert second.isfinite().all()
+
     def test_under_autocast_has_the_gradients_of_float32(self, inputs):
         model = tiny_sit()
         gradients = []

@@ -47,11 +47,16 @@ class AttentionScores(torch.autograd.Function):
     error. The products of the backward pass are bfloat16's, as in fused kernels.
     """
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(query, key)
+    def forward(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
         with torch.autocast(query.device.type, enabled=False):
             return (query.float() * query.shape[-1] ** -0.5) @ key.float().transpose(-1, -2)
+
+    @staticmethod
+    def setup_context(ctx, inputs: tuple[torch.Tensor, torch.Tensor], output: torch.Tensor) -> None:
+        ctx.save_for_backward(*inputs)
 
     @staticmethod
     def backward(ctx, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
