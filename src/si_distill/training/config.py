@@ -83,7 +83,6 @@ class TrainingConfig:
     hub_model_id: str | None = setting(None, "Where: `user/name`.")
     hub_private_repo: bool = setting(False, "Whether a new repository there is private.")
     dry_run: bool = setting(False, "Say what the run would need and do: no weights, no images, nothing written.")
-
     profile: bool = setting(
         False, "Record the fourth to sixth iteration of this start: a trace and a table in profile/."
     )
@@ -123,8 +122,7 @@ class TrainingConfig:
             raise InputError(f"`augment_prob` must lie in [0, 1], got {self.augment_prob}.")
         if self.augment_prob > 0 and self.data.has_references:
             raise InputError(
-                f"`augment_prob` is {self.augment_prob}, but augmentation would move images and not their references: set "
-                "it to 0."
+                f"`augment_prob` is {self.augment_prob}: augmentation would move images and not their references. Take 0."
             )
         if self.profile and self.max_steps < WARM_UP + RECORDED:
             raise InputError(
