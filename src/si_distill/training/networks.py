@@ -107,25 +107,17 @@ class TrainedNetwork:
             average_replicated(self.accelerator, self.parameters)
         cut_values = self.max_grad_value is not None
         # With an infinite limit this only measures: cut values would hide gradients that are infinite.
-        norm = self._clip_norm(math.inf if cut_values else self.max_grad_norm)
+        norm = clip_grad_norm(self.accelerator, self.parameters, math.inf if cut_values else self.max_grad_norm)
         if cut_values:
             for group in optimizer_groups(self.parameters):
                 torch.nn.utils.clip_grad_value_(group["params"], self.max_grad_value)
-            self._clip_norm(self.max_grad_norm)
+            clip_grad_norm(self.accelerator, self.parameters, self.max_grad_norm)
         applied = bool(torch.isfinite(norm))
         if applied:
             self.optimizer.step()
             self.schedule.step()
         self.optimizer.zero_grad()
         return norm.detach(), applied
-
-    def _clip_norm(self, limit: float) -> torch.Tensor:
-        if self.sharded:
-            return clip_grad_norm(self.accelerator, self.parameters, limit)
-        norm = torch.nn.utils.get_total_norm(p.grad for p in self.parameters if p.grad is not None)
-        if limit / (norm + 1e-6) < 1:  # else a pass over all gradients to multiply by 1
-            torch.nn.utils.clip_grads_with_norm_(self.parameters, limit, norm)
-        return norm
 
     @property
     def learning_rate(self) -> float:

@@ -130,15 +130,26 @@ def own_parts(tensors: Iterable[torch.Tensor]) -> list[torch.Tensor]:
 def clip_grad_norm(accelerator: Accelerator, parameters: Sequence[nn.Parameter], max_norm: float) -> torch.Tensor:
     """Clips gradients to a global norm as `torch.nn.utils.clip_grad_norm_` does, sharded and replicated ones together.
 
+    Gradients within the norm are left alone, where torch multiplies them by 1.
+
     Returns:
         The norm before, (), the same number on every rank.
     """
+    parameters = [p for p in parameters if p.grad is not None]
+    gradients = own_parts(p.grad for p in parameters)
+    if any(isinstance(parameter, DTensor) for parameter in parameters):
+        norm = _norm_over_ranks(accelerator, parameters)
+    else:
+        norm = torch.nn.utils.get_total_norm(gradients)
+    if (factor := max_norm / (norm + 1e-6)) < 1:
+        torch._foreach_mul_(gradients, factor)
+    return norm
+
+
+def _norm_over_ranks(accelerator: Accelerator, parameters: Sequence[nn.Parameter]) -> torch.Tensor:
     squares = torch.zeros((), device=accelerator.device)
-    for group in _kinds(p for p in parameters if p.grad is not None):
+    for group in _kinds(parameters):
         norm = torch.nn.utils.get_total_norm(own_parts(p.grad for p in group))
         sharded = isinstance(group[0], DTensor)
         squares += accelerator.reduce(norm.square(), "sum") if sharded else norm.square()
-    norm = squares.sqrt()
-    if (factor := max_norm / (norm + 1e-6)) < 1:  # else a pass over all gradients to multiply by 1
-        torch._foreach_mul_(own_parts(p.grad for p in parameters if p.grad is not None), factor)
-    return norm
+    return squares.sqrt()
