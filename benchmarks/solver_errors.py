@@ -58,12 +58,12 @@ def bridge_error(scale: float, solver: str, evaluations: int) -> float:
 
 def main() -> None:
     for title, error, paths, solvers in (
-        ("path", largest_error, GAUSSIAN_INTERPOLANTS, SOLVERS),
-        ("bridge of scale", bridge_error, SCALES, BRIDGE_SOLVERS),
+        ("path", largest_error, {f"`{name}`": name for name in GAUSSIAN_INTERPOLANTS}, SOLVERS),
+        ("bridge of scale", bridge_error, {f"{scale:g}": scale for scale in SCALES}, BRIDGE_SOLVERS),
     ):
         rows = [
-            [f"`{path}`", str(evaluations), *(f"{error(path, solver, evaluations):.3f}" for solver in solvers)]
-            for path in paths
+            [label, str(evaluations), *(f"{error(path, solver, evaluations):.3f}" for solver in solvers)]
+            for label, path in paths.items()
             for evaluations in EVALUATIONS
         ]
         print(markdown_table([title, "evaluations", *(f"`{solver}`" for solver in solvers)], rows), end="\n\n")

@@ -276,12 +276,12 @@ class TestAttentionInBfloat16OnACPU:
 
     def test_under_autocast_has_the_gradients_of_float32(self, inputs):
         model = tiny_sit()
+        # Of matrices: a key's bias has none, for the softmax does not see it.
+        weights = [parameter for parameter in model.parameters() if parameter.ndim > 1]
         gradients = []
         for enabled in (False, True):
             with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
                 output = model(*inputs).sample
-            # Of matrices: a key's bias has none, for the softmax does not see it.
-            weights = [parameter for parameter in model.parameters() if parameter.ndim > 1]
             gradients.append(torch.autograd.grad(output.float().square().sum(), weights))
         for exact, rounded in zip(*gradients, strict=True):
             assert (rounded - exact).norm() < 0.05 * exact.norm()
