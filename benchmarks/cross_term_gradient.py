@@ -19,7 +19,7 @@ from bench_tools import Workers, advance, hardware, hardware_line, markdown_tabl
 
 from si_distill import get_objective
 from si_distill.settings import at_least, parse_settings, script_main, setting
-from si_distill.training.config import DistillConfig
+from si_distill.training.distillation_config import DistillConfig
 
 LOSSES = ("gap", "cross_term", "cross_term_detached")
 #: Number of the first update whose noise is used for the comparison: training never comes that far.

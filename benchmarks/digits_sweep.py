@@ -42,7 +42,7 @@ from si_distill.settings import (
     settings_from_dict,
     settings_to_dict,
 )
-from si_distill.training.config import DistillConfig
+from si_distill.training.distillation_config import DistillConfig
 
 #: Noise of the evaluated images: the same for every run, as in `training/evaluate.py`.
 EVALUATION_SEED = 0

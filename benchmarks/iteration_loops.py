@@ -19,7 +19,7 @@ from typing import Any
 
 ROOT = Path(__file__).parent.parent
 #: The recipe of ours: the report's distillation of SiT on ImageNet 256 × 256.
-RECIPE = ROOT / "configs/imagenet256/distill_sit_xl2.yaml"
+RECIPE = ROOT / "configs/imagenet256/distill.yaml"
 #: The seed's script in its checkout.
 PEER_SCRIPT = "SiT/distill_ddp.py"
 #: The seed's loop: critic updates of an iteration, guidance of its student, learning rate of both networks.
@@ -135,8 +135,8 @@ def serve(connection: Connection, loop: Loop, bench: Bench) -> None:
 def ours(pace: Iterable[int], loop: Loop, bench: Bench) -> None:
     """Iterations of the product's own trainer with the settings of the published run."""
     from si_distill.settings import parse_settings
-    from si_distill.training.config import DistillConfig
     from si_distill.training.distillation import DistillationTrainer
+    from si_distill.training.distillation_config import DistillConfig
 
     with tempfile.TemporaryDirectory() as folder:
         arguments = ["--config", RECIPE, "--teacher", bench.teacher, "--output_dir", f"{folder}/run"]

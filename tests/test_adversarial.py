@@ -21,18 +21,18 @@ def bce(logits: torch.Tensor, label: float) -> torch.Tensor:
     return F.binary_cross_entropy_with_logits(logits, torch.full_like(logits, label))
 
 
-def test_sida_critic_is_its_published_sum_over_values_divided_by_their_number():
+def test_sida_critic_is_its_published_sum_over_values():
     x0_critic, x_g, weight = tensor(0, B, C, H, H), tensor(1, B, C, H, H), tensor(2, B).exp()
     real, fake = tensor(3, B, 6), tensor(4, B, 6)
     lambda_d = 100.0
     published = (weight * (x0_critic - x_g).square().flatten(1).sum(1)).mean()
     published += lambda_d * (weight * 0.5 * (bce(real, 1) + bce(fake, 0))).mean()
-    ours = (weight * get_objective("sida").critic_loss(x0_critic, None, x_g)).mean()
-    ours += AdversarialTerm("encoder", lambda_d, 0.01).critic_loss(real, fake, weight, N)
-    torch.testing.assert_close(ours, published / N, rtol=1e-12, atol=0)
+    ours = N * (weight * get_objective("sida").critic_loss(x0_critic, None, x_g)).mean()
+    ours += AdversarialTerm("encoder", lambda_d, 0.01).critic_loss(real, fake, weight)
+    torch.testing.assert_close(ours, published, rtol=1e-12, atol=0)
 
 
-def test_sida_generator_is_its_published_loss_up_to_one_factor():
+def test_sida_generator_is_its_published_loss():
     x0_critic, x0_teacher, x_g = (tensor(seed, B, C, H, H) for seed in (0, 1, 2))
     fake = 8 * tensor(3, B, 6)  # some beyond the clamp
     alpha, lambda_g = 1.0, 0.01
@@ -42,33 +42,33 @@ def test_sida_generator_is_its_published_loss_up_to_one_factor():
     sid_sum = (difference * (x0_teacher - x_g)).flatten(1).sum(1) - alpha * difference.square().flatten(1).sum(1)
     published = (0.5 * 100 * sid_sum / d + 0.5 * lambda_g * N * bce(fake.clamp(-10, 10), 1) / d).mean()
     weight = sid_weight(x_g, x0_teacher)
-    term = AdversarialTerm("encoder", 1.0, lambda_g, generator_scale=50, clamp=10.0)
-    ours = get_objective("sida", alpha=alpha).generator_loss(x0_critic, x0_teacher, x_g, weight).mean()
-    ours += term.generator_loss(fake, weight, N)
-    torch.testing.assert_close(25 * N * ours, published, rtol=1e-12, atol=0)
+    term = AdversarialTerm("encoder", 1.0, lambda_g, combine="mean", clamp=10.0)
+    ours = 50 * N * get_objective("sida", alpha=alpha).generator_loss(x0_critic, x0_teacher, x_g, weight).mean()
+    ours = term.combined(ours, term.generator_loss(fake, weight, N))
+    torch.testing.assert_close(ours, published, rtol=1e-12, atol=0)
 
 
 def test_dmd2_head_uses_its_weights_as_published():
     real, fake, ones = tensor(0, B, 6), tensor(1, B, 6), torch.ones(B, dtype=torch.float64)
-    term = AdversarialTerm("head", 1e-2, 3e-3, weights_of_sums=False)
+    term = AdversarialTerm("head", 1e-2, 3e-3)
     torch.testing.assert_close(
-        term.critic_loss(real, fake, ones, N), 1e-2 * (F.softplus(-real).mean() + F.softplus(fake).mean())
+        term.critic_loss(real, fake, ones), 1e-2 * (F.softplus(-real).mean() + F.softplus(fake).mean())
     )
     torch.testing.assert_close(term.generator_loss(fake, ones, N), 3e-3 * F.softplus(-fake).mean())
 
 
-def test_realuid_head_divides_its_weights_by_the_number_of_values():
-    real, fake, ones = tensor(0, B, 6), tensor(1, B, 6), torch.ones(B, dtype=torch.float64)
-    summed, mean = (AdversarialTerm("head", 1.0, 0.3, weights_of_sums=sums) for sums in (True, False))
-    torch.testing.assert_close(summed.critic_loss(real, fake, ones, N) * N, mean.critic_loss(real, fake, ones, N))
-    torch.testing.assert_close(summed.generator_loss(fake, ones, N) * N, mean.generator_loss(fake, ones, N))
+def test_factors_of_a_head_do_not_depend_on_the_number_of_values():
+    fake, ones = tensor(1, B, 6), torch.ones(B, dtype=torch.float64)
+    head, encoder = (AdversarialTerm(kind, 1.0, 0.3) for kind in ("head", "encoder"))
+    assert torch.equal(head.generator_loss(fake, ones, N), head.generator_loss(fake, ones, 1))
+    torch.testing.assert_close(encoder.generator_loss(fake, ones, N), N * encoder.generator_loss(fake, ones, 1))
 
 
 def test_the_terms_pull_logits_in_opposite_directions():
     term = AdversarialTerm("encoder", 1.0, 1.0)
     real, fake = (tensor(seed, B, 6).requires_grad_() for seed in (0, 1))
     ones = torch.ones(B, dtype=torch.float64)
-    real_gradient, fake_gradient = torch.autograd.grad(term.critic_loss(real, fake, ones, N), [real, fake])
+    real_gradient, fake_gradient = torch.autograd.grad(term.critic_loss(real, fake, ones), [real, fake])
     (generator_gradient,) = torch.autograd.grad(term.generator_loss(fake, ones, N), fake)
     assert (real_gradient < 0).all()
     assert (fake_gradient > 0).all()
@@ -117,9 +117,10 @@ def test_features_are_the_tokens_after_the_middle_block():
 @pytest.mark.parametrize(
     ("config", "words"),
     [
-        (dict(kind="gan"), "Unknown adversarial term 'gan'.*encoder, head"),
-        (dict(critic_weight=-1), "must not be negative"),
-        (dict(generator_scale=0), "must not be negative"),
+        (dict(kind="gan"), "Unknown kind 'gan' of an adversarial term.*encoder, head"),
+        (dict(critic_weight=-1), "critic_weight must be finite and not negative"),
+        (dict(generator_weight=float("nan")), "generator_weight must be finite and not negative"),
+        (dict(combine="product"), "Unknown combine 'product'.*sum, mean"),
     ],
 )
 def test_wrong_settings_are_refused(config, words):

@@ -277,7 +277,7 @@ def test_the_page_on_scaling_is_what_its_command_prints(capsys):
 def test_rings_send_what_their_operations_need():
     from si_distill import get_objective
     from si_distill.training.communication import transfers
-    from si_distill.training.config import DistillConfig
+    from si_distill.training.distillation_config import DistillConfig
     from si_distill.training.memory import Devices
 
     def sent(name, devices, **values):

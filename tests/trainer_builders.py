@@ -1,8 +1,9 @@
 """Trainers in this process, of a size that tests can afford."""
 
 from si_distill.settings import parse_settings
-from si_distill.training.config import DistillConfig, TeacherConfig
+from si_distill.training.config import TeacherConfig
 from si_distill.training.distillation import DistillationTrainer
+from si_distill.training.distillation_config import DistillConfig
 from si_distill.training.teacher import TeacherTrainer
 
 SMALL = "--per_device_train_batch_size 4 --logging_steps 1 --eval_steps 1000 --save_steps 1000".split()

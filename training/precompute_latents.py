@@ -2,7 +2,7 @@
 """Encodes a data set once with a VAE; the folder is then a data set for teachers and students on latents.
 
     accelerate launch training/precompute_latents.py --config configs/imagenet256/latents.yaml
-    accelerate launch training/train_distill.py --config configs/imagenet256/distill_sit_xl2.yaml \
+    accelerate launch training/train_distill.py --config configs/imagenet256/distill.yaml \
         --config configs/recipes/sida.yaml --output_dir runs/imagenet256-sit-xl-2-sida
 
 It goes on where it was killed, with any number of processes. All settings: `python training/precompute_latents.py --help`.

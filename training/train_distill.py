@@ -12,7 +12,7 @@ from si_distill.settings import parse_settings, script_main
 
 
 def main(argv: list[str]) -> None:
-    from si_distill.training.config import DistillConfig
+    from si_distill.training.distillation_config import DistillConfig
 
     settings = parse_settings(DistillConfig, argv, __doc__)
 

@@ -1,71 +1,174 @@
-"""The critic: its network, and what it gives beside the prediction in the same forward."""
+"""The critic: its network, and what else it gives in the same forward."""
 
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import nn
 
+from .models.unet_edm2 import MPConv, MPFourier
 from .pipelines.interpolant_pipeline_network import view_network
+
+#: Kernel, stride and padding of the strided convolutions of a head, by its name; `mlp` has none.
+HEADS: dict[str, tuple[tuple[int, int, int], ...]] = {
+    "mlp": (),
+    "dmd2": ((4, 2, 1), (4, 4, 0)),  # DMD2 main/edm/edm_guidance.py: 8 × 8 → 4 × 4 → 1 × 1; FastGen's is the same
+    "realuid": ((2, 2, 0), (2, 2, 0)),  # RealUID src/models.py: 4 × 4 → 2 × 2 → 1 × 1
+}
+#: Groups of the normalisation in these heads (DMD2, RealUID), and the least channels of one: on the last map, of one pixel,
+#: a group of one channel would be normalised to nothing.
+HEAD_GROUPS, GROUP_CHANNELS = 32, 8
 
 
 class LogVariance(nn.Module):
     """u(σ), the logarithm of the loss to be expected at a noise level (Karras et al. 2024, EDM2, eq. 21).
 
     A matching loss w ‖·‖² becomes w e^(−u) ‖·‖² + u, whose best u makes every noise level count alike. A linear map of
-    fixed random Fourier features, zero at first: training starts with the plain loss.
+    fixed random Fourier features. From an EDM2 checkpoint its weight vector has unit norm, as there; without one it starts
+    at zero, so that training starts with the plain loss.
 
     Args:
-        channels: number of features; EDM2 has 128.
+        weights: `freqs` (K,), `phases` (K,) and `weight` (1, K) of a checkpoint, or None.
+        channels: number K of features without a checkpoint; EDM2 has 128.
     """
 
-    def __init__(self, channels: int = 128):
+    def __init__(self, weights: Mapping[str, torch.Tensor] | None = None, channels: int = 128):
         super().__init__()
-        self.register_buffer("frequencies", 2 * math.pi * torch.randn(channels))
-        self.register_buffer("phases", 2 * math.pi * torch.rand(channels))
-        self.linear = nn.Linear(channels, 1, bias=False)
-        nn.init.zeros_(self.linear.weight)
+        channels = channels if weights is None else len(weights["freqs"])
+        self.fourier = MPFourier(channels)
+        if weights is None:
+            self.linear = nn.Linear(channels, 1, bias=False)
+            nn.init.zeros_(self.linear.weight)
+        else:
+            self.linear = MPConv(channels, 1)
+            for target, name in (
+                (self.fourier.freqs, "freqs"),
+                (self.fourier.phases, "phases"),
+                (self.linear.weight.data, "weight"),
+            ):
+                target.copy_(weights[name])
 
     def forward(self, noise_level: torch.Tensor) -> torch.Tensor:
         """u, (B,) in float32 or wider, at ¼ ln σ, (B,)."""
         with torch.autocast(noise_level.device.type, enabled=False):
-            features = math.sqrt(2) * torch.cos(noise_level[:, None] * self.frequencies + self.phases)
-            return self.linear(features.to(self.linear.weight.dtype)).squeeze(1)
+            return self.linear(self.fourier(noise_level).to(self.linear.weight.dtype)).squeeze(1)
+
+
+class ConvolutionalHead(nn.Module):
+    """Strided convolutions with group normalisation and SiLU on a square feature map, then a 1 × 1 convolution to logits.
+
+    Args:
+        width: channels D of the features.
+        size: height and width of the map.
+        layers: kernel, stride and padding of each convolution.
+
+    Raises:
+        ValueError: when the map is too small for the convolutions.
+    """
+
+    def __init__(self, width: int, size: int, layers: tuple[tuple[int, int, int], ...]):
+        super().__init__()
+        modules, side = [], size
+        for kernel, stride, padding in layers:
+            side = (side + 2 * padding - kernel) // stride + 1
+            groups = math.gcd(HEAD_GROUPS, max(1, width // GROUP_CHANNELS))
+            modules += [nn.Conv2d(width, width, kernel, stride, padding), nn.GroupNorm(groups, width), nn.SiLU()]
+        if side < 1:
+            raise ValueError(
+                f"The head's convolutions (kernel, stride, padding: {layers}) do not fit the network's middle features, "
+                f"which are a map of {size} × {size}: choose head=mlp."
+            )
+        self.layers = nn.Sequential(*modules, nn.Conv2d(width, 1, 1))
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        """Logits (B, M) of features (B, N, D)."""
+        side = math.isqrt(features.shape[1])
+        return self.layers(features.mT.unflatten(2, (side, side))).flatten(1)
+
+
+def _build_head(name: str, network: nn.Module) -> nn.Module:
+    view = view_network(network)
+    if HEADS[name]:
+        return ConvolutionalHead(view.feature_width, view.feature_size, HEADS[name])
+    # Two layers on each token, averaged.
+    width = view.feature_width
+    return nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, 1), nn.Flatten())
 
 
 class CriticNetwork(nn.Module):
-    """A critic that gives its prediction and, in the same forward, logits of real against generated.
+    """A critic that gives its prediction and, in the same forward, logits of real against generated images.
 
     Args:
         network: gives its prediction and hidden tokens (B, N, D) (see `NetworkView`).
         kind: None (no logits), `encoder` or `head`.
-        log_variance: whether it learns the size of its loss too (see `LogVariance`); its times must be ¼ ln σ.
+        head: one of `HEADS`, for kind `head`.
+        log_variance: the size of its loss, or None; the network's times must then be ¼ ln σ.
+        own_features: whether logits are those of its own features; otherwise only `judge` gives any.
+
+    Raises:
+        ValueError: when the network gives no features, or the head does not fit them.
     """
 
-    def __init__(self, network: nn.Module, kind: str | None = None, log_variance: bool = False):
+    def __init__(
+        self,
+        network: nn.Module,
+        kind: str | None = None,
+        head: str = "mlp",
+        log_variance: LogVariance | None = None,
+        own_features: bool = True,
+    ):
         super().__init__()
         self.network = network
         self.kind = kind
-        width = 0 if kind is None else view_network(network).feature_width
-        # Two layers on each token, averaged: DMD2's head is a few convolutions on a UNet's bottleneck.
-        self.head = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, 1)) if kind == "head" else None
-        self.log_variance = LogVariance() if log_variance else None
+        self.own_features = own_features and kind is not None
+        if self.own_features:
+            view_network(network).feature_width  # noqa: B018 - raises for a network without features
+        self.head = _build_head(head, network) if kind == "head" else None
+        self.log_variance = log_variance
 
     def forward(
         self,
-        x_t: torch.Tensor,
-        t: torch.Tensor,
-        class_labels: torch.Tensor | None,
+        x_t: torch.Tensor | None = None,
+        t: torch.Tensor | None = None,
+        class_labels: torch.Tensor | None = None,
         return_dict: bool = False,
         augment_labels: torch.Tensor | None = None,
         condition: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-        """The prediction (B, …), logits (B, N) or None without an adversarial term, and u (B,) or None."""
+        features: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None] | torch.Tensor:
+        """The prediction (B, …), logits (B, M) or None without an adversarial term, and u (B,) or None.
+
+        With `features` (B, N, D) of another network, the logits of these alone: through `forward`, so that wrappers for
+        distributed training see it.
+        """
+        if features is not None:
+            return self._logits(features)
         view = view_network(self.network)
         told = {"augment_labels": augment_labels} if augment_labels is not None else {}
         told |= {"condition": condition} if condition is not None else {}
         log_variance = None if self.log_variance is None else self.log_variance(t)
-        if self.kind is None:
+        if not self.own_features:
             return view(x_t, t, class_labels, **told)[0], None, log_variance
         prediction, features = view(x_t, t, class_labels, return_features=True, **told)
-        logits = features.float().mean(-1) if self.head is None else self.head(features).squeeze(-1).float()
-        return prediction, logits, log_variance
+        return prediction, self._logits(features), log_variance
+
+    def _logits(self, features: torch.Tensor) -> torch.Tensor:
+        logits = self.head(features) if self.head is not None else features
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return logits.mean(-1) if self.head is None else logits
+
+
+class FeatureNetwork(nn.Module):
+    """A frozen network that gives its features after its prediction in each forward, for a head that reads them.
+
+    Args:
+        network: gives hidden tokens (see `NetworkView`).
+    """
+
+    def __init__(self, network: nn.Module):
+        super().__init__()
+        self.network = network
+
+    def forward(self, x_t, t, class_labels, return_dict=False, **told) -> tuple[torch.Tensor, torch.Tensor]:
+        """The prediction (B, …) and the features (B, N, D)."""
+        return view_network(self.network)(x_t, t, class_labels, return_features=True, **told)

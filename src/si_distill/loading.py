@@ -7,11 +7,18 @@ import diffusers
 import torch
 from diffusers import AutoModel, DiffusionPipeline
 from diffusers.models.modeling_utils import ModelMixin
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError, HFValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 
 from .conversion.diffusers_teachers import convert_diffusers, saved_class
 from .errors import InputError
 from .pipelines import InterpolantPipeline, OneStepInterpolantPipeline
 from .pipelines.interpolant_pipeline_folder import check_weights
+
+#: In the folder of a converted EDM2 teacher: the log-variance of its checkpoint, which no prediction needs.
+LOG_VARIANCE = "log_variance.safetensors"
 
 Pipeline = TypeVar("Pipeline", InterpolantPipeline, OneStepInterpolantPipeline)
 
@@ -35,6 +42,34 @@ def load_pipeline(cls: type[Pipeline], role: str, name: str, **kwargs: Any) -> P
         return cls.from_pretrained(name, **kwargs)
     except (OSError, ValueError) as error:
         raise InputError(f"Cannot load the {role} {name!r}: {error}") from error
+
+
+def load_log_variance(name: str) -> dict[str, torch.Tensor] | None:
+    """What a converted EDM2 teacher keeps of its checkpoint's log-variance u(σ): `freqs`, `phases`, `weight`; else None.
+
+    Args:
+        name: the teacher's folder or Hub id.
+
+    Raises:
+        InputError: when the file is there and cannot be read.
+    """
+    path = Path(name) / LOG_VARIANCE
+    if not Path(name).is_dir():
+        try:
+            path = Path(hf_hub_download(name, LOG_VARIANCE))
+        except (EntryNotFoundError, HFValidationError):
+            return None
+        except OSError as error:
+            raise InputError(f"Cannot load {LOG_VARIANCE} of the teacher {name!r}: {error}") from error
+    if not path.is_file():
+        return None
+    try:
+        weights = load_file(path)
+    except SafetensorError as error:
+        raise InputError(f"{path} cannot be read: {error}") from error
+    if set(weights) != {"freqs", "phases", "weight"}:
+        raise InputError(f"{path} must hold freqs, phases and weight, but it holds {', '.join(sorted(weights))}.")
+    return weights
 
 
 def load_vae(name: str) -> tuple[ModelMixin, float]:

@@ -22,7 +22,7 @@ from .interpolants import Interpolant
 
 SPACES = ("velocity", "sample")
 GENERATOR_WEIGHTS = ("uniform", "sid")
-CRITIC_WEIGHTS = ("uniform", "edm")
+CRITIC_WEIGHTS = ("uniform", "sample", "edm")
 PARAMETRIZATIONS = ("standard", "beta")
 #: Floor of the mean distance in the `sid` weight (SiD's code uses the same order of magnitude).
 SID_WEIGHT_FLOOR = 1e-5
@@ -82,7 +82,8 @@ class DistillationObjective:
             differ by the factor κ² alone, which the weight undoes; for a ≠ b they are different objectives.
         weight: of the generator's loss: `"uniform"`, 1 in velocity space, or `"sid"`, 1 / mean|x_g − x̂0*| in sample space
             (SiD, Zhou et al. 2024).
-        critic_weight: of the critic's loss: `"uniform"` or `"edm"`, (σ² + σ_d²) / (σ σ_d)² in sample space (EDM).
+        critic_weight: of the critic's loss: `"uniform"`, 1 in velocity space; `"sample"`, 1 in sample space (FastGen); or
+            `"edm"`, (σ² + σ_d²) / (σ σ_d)² in sample space (EDM).
         delta_scale: s > 0 in Δ = s (v_ψ − v*). Another s is the same game for another critic: v* + Δ / s where s = 1 has
             v* + Δ. It changes the length of the critic's steps, not the student that the game ends with.
         source: where the preset is from.
@@ -129,6 +130,11 @@ class DistillationObjective:
     def uses_teacher_in_critic(self) -> bool:
         """Whether ψ feels the teacher. For c = a (and Δ not scaled) the teacher's terms do not depend on ψ."""
         return self.critic[2] != self.critic[0] or self.delta_scale != 1
+
+    @property
+    def finite_at_zero(self) -> bool:
+        """Whether both losses are finite at t = 0, where κ is infinite: both are means of squared velocities."""
+        return (self.space, self.weight, self.critic_weight) == ("velocity", "uniform", "uniform")
 
     @property
     def needs_field_gradient(self) -> bool:
@@ -201,6 +207,8 @@ class DistillationObjective:
             match weight or self.weight:
                 case "uniform":
                     return kappa**2 if in_sample_space else torch.ones_like(kappa)
+                case "sample":
+                    in_sample = torch.ones_like(kappa)
                 case "edm":
                     in_sample = edm_weight
                 case _:

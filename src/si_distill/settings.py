@@ -7,7 +7,7 @@ import re
 import sys
 import types
 import typing
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,9 +18,16 @@ from .errors import InputError, PublishError, TrainingInterrupted, TrainingStopp
 T = TypeVar("T")
 
 
-def setting(default: Any, help: str, choices: tuple[str, ...] | None = None) -> Any:
-    """A documented field of a settings dataclass; a dict or list default is copied for each instance."""
-    metadata = {"help": help, "choices": choices}
+def setting(default: Any, help: str, choices: tuple[str, ...] | None = None, kept: tuple[str, ...] = ()) -> Any:
+    """A documented field of a settings dataclass; a dict or list default is copied for each instance.
+
+    Args:
+        default: its value when it is not set.
+        help: for `--help`.
+        choices: the values that it can have; None is any of its type.
+        kept: keys of a companion `…_kwargs` that also fit another choice (see `parse_settings`).
+    """
+    metadata = {"help": help, "choices": choices, "kept": kept}
     if isinstance(default, (dict, list)):
         return dataclasses.field(default_factory=lambda: type(default)(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
@@ -31,8 +38,9 @@ def parse_settings(cls: type[T], argv: list[str], description: str = "") -> T:
 
     A file may begin with `include: [FILE, …]`, paths relative to its own: it is laid over these.
 
-    Overriding a setting that has a companion `…_kwargs` (objective, interpolant) drops the earlier companion: its values
-    belong to the other choice.
+    A layer changes what it names and nothing else. Where it chooses another `objective` or `interpolant`, values in the
+    companion `…_kwargs` that belong to the earlier choice are dropped with a note on standard error; those that fit any
+    choice, such as `critic_weight`, stay.
 
     Raises:
         InputError: for an unknown key, a value of the wrong type, a file that is missing or not YAML.
@@ -44,11 +52,11 @@ def parse_settings(cls: type[T], argv: list[str], description: str = "") -> T:
     values: dict[str, Any] = {}
     overrides = _split_arguments(argv)
     for path in [value for key, value in overrides if key == "config"]:
-        for layer in _layers(Path(path), ()):
-            _forget_companions(values, layer)
+        for source, layer in _layers(Path(path), ()):
+            _drop_companions(cls, values, layer, str(source))
             values = _merge(values, layer)
     overrides = [(key, value) for key, value in overrides if key != "config"]
-    _forget_companions(values, (key for key, _ in overrides))
+    _drop_companions(cls, values, dict(overrides), "the command line")
     for key, value in overrides:
         *sections, last = key.split(".")
         place = values
@@ -56,8 +64,8 @@ def parse_settings(cls: type[T], argv: list[str], description: str = "") -> T:
             place = place.setdefault(section, {})
             if not isinstance(place, dict):
                 raise InputError(f"--{key}: `{section}` is a single value, not a section.")
-        is_section = dataclasses.is_dataclass(typing.get_type_hints(cls).get(key))
-        place[last] = _merge(place.get(last, {}), value) if is_section and isinstance(value, dict) else value
+        merges = key.endswith("_kwargs") or dataclasses.is_dataclass(typing.get_type_hints(cls).get(key))
+        place[last] = _merge(place.get(last, {}), value) if merges and isinstance(value, dict) else value
     return settings_from_dict(cls, values)
 
 
@@ -85,8 +93,8 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     return values
 
 
-def _layers(path: Path, open_files: tuple[Path, ...]) -> Iterator[dict[str, Any]]:
-    """The mappings of a file and of all that it includes, in the order in which they are laid over each other."""
+def _layers(path: Path, open_files: tuple[Path, ...]) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """A file and all that it includes, each with its mapping, in the order in which they are laid over each other."""
     values = read_yaml(path)
     included = values.pop("include", [])
     if not isinstance(included, list) or not all(isinstance(name, str) for name in included):
@@ -96,7 +104,7 @@ def _layers(path: Path, open_files: tuple[Path, ...]) -> Iterator[dict[str, Any]
         if (path.parent / name).resolve() in chain:
             raise InputError(f"The config file {path} includes {name}, which includes it: break the circle.")
         yield from _layers(path.parent / name, chain)
-    yield values
+    yield path, values
 
 
 def settings_from_dict(cls: type[T], values: dict[str, Any], prefix: str = "") -> T:
@@ -190,9 +198,29 @@ def _parse_word(word: str) -> Any:
         return word
 
 
-def _forget_companions(values: dict[str, Any], chosen: Iterable[str]) -> None:
-    for key in chosen:
-        values.pop(f"{key}_kwargs", None)
+def _drop_companions(cls: type, values: dict[str, Any], layer: dict[str, Any], source: str) -> None:
+    """Takes out of `values` what belongs to a choice that a layer replaces by another, and says what."""
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    for key, chosen in layer.items():
+        companion = fields.get(f"{key}_kwargs")
+        given = values.get(f"{key}_kwargs")
+        if companion is None or not isinstance(given, dict):
+            continue
+        before = values.get(key, fields[key].default)
+        if chosen == before:
+            continue
+        kept = {name: value for name, value in given.items() if name in companion.metadata["kept"]}
+        values[companion.name] = kept
+        again = layer.get(companion.name)
+        dropped = given.keys() - kept.keys() - (again.keys() if isinstance(again, dict) else set())
+        if dropped and int(os.environ.get("RANK", "0")) == 0:
+            gone = ", ".join(f"{name}={given[name]}" for name in sorted(dropped))
+            stays = ", ".join(f"{name}={value}" for name, value in kept.items())
+            print(
+                f"note: {source} chooses {key}={chosen} instead of {before}: {gone} no longer applies"
+                + (f", {stays} stays." if stays else "."),
+                file=sys.stderr,
+            )
 
 
 def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:

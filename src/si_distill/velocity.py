@@ -22,6 +22,7 @@ class Field:
         guidance_interval: times [low, high] with guidance (Kynkäänniemi et al. 2024, "Applying Guidance in a Limited
             Interval"); outside w is 1. Times all over [0, 1] when not given.
         timestep_type: what number the network is given for a time (see `Interpolant.network_time`).
+        guidance_channels: guides only the first channels of the prediction; None is all of them.
     """
 
     def __init__(
@@ -33,6 +34,7 @@ class Field:
         guidance_scale: float = 1.0,
         guidance_interval: tuple[float, float] = (0.0, 1.0),
         timestep_type: str = "time",
+        guidance_channels: int | None = None,
     ):
         self.network = network
         self.interpolant = interpolant
@@ -41,6 +43,7 @@ class Field:
         self.guidance_scale = guidance_scale
         self.guidance_interval = guidance_interval
         self.timestep_type = timestep_type
+        self.guidance_channels = guidance_channels
 
     def __call__(
         self,
@@ -110,7 +113,8 @@ class Field:
             self.null_class,
             scale,
             augment_labels,
-            condition=condition,
+            self.guidance_channels,
+            condition,
         )
         return prediction.to(network_input.dtype), *others
 

@@ -159,6 +159,7 @@ def test_the_index_names_the_folder_s_own_code(root):
     assert index.pop("_diffusers_version")
     assert index == {
         "_class_name": ["pipeline", "OneStepInterpolantPipeline"],
+        "guidance": None,
         "image_upsampling": None,
         "id2label": {"1": "one, uno"},
         "scheduler": ["scheduling_stochastic_interpolant", "StochasticInterpolantScheduler"],

@@ -166,7 +166,7 @@ def test_the_student_starts_as_the_teacher_beside_its_noise_and_is_saved_with_it
 
 def test_a_map_without_noise_is_deterministic(paired_teacher, tmp_path):
     trainer = distillation(paired_teacher, tmp_path / "run", *PAIRS, "--noise_channels", 0)
-    assert trainer._generator_noise("samples", 0, indices=range(2)) is None
+    assert trainer._student_noise("samples", 0, indices=range(2)) is None
     assert trainer.generator.unwrapped.config.condition_channels == 1
     assert trainer.pipeline().scheduler.config.noise_channels == 0
     plays(trainer)

@@ -10,7 +10,8 @@ from latent_caches import tiny_autoencoder
 from si_distill.data.latents_config import LatentsConfig
 from si_distill.data.latents_encoding import dry_run as plan
 from si_distill.settings import parse_settings
-from si_distill.training.config import DistillConfig, TeacherConfig, TrainingConfig
+from si_distill.training.config import TeacherConfig, TrainingConfig
+from si_distill.training.distillation_config import DistillConfig
 from si_distill.training.dry_run import dry_run
 
 ROOT = Path(__file__).parent.parent.parent
@@ -26,8 +27,8 @@ PUBLISHED = {
     "cifar10/distill_realuid": 35.7,
     "ffhq64/distill_sid": 61.8,
     "imagenet64/distill_sid": 295.9,
-    "imagenet256/distill_sit_s2": 32.9,
-    "imagenet256/distill_sit_xl2": 674.8,
+    "imagenet256/distill_s2": 32.9,
+    "imagenet256/distill": 674.8,
     "imagenet512/distill_xs": 124.7,
     "imagenet512/distill_s": 280.2,
     "imagenet512/distill_m": 497.8,

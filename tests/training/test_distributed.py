@@ -32,6 +32,13 @@ SHORT = ["--max_steps", "3"]
 #: Adam without momentum follows the sign of a gradient that is nothing but rounding.
 SMOOTH = ["--adam_epsilon", "1e-3"]
 EDM2 = "--objective sid --augment_prob 0 --critic_log_variance true --data.image_size 8".split()
+#: Draws of its own for each update, the student first, no backward pass through the frozen critic, and a head on the
+#: teacher's features, so that the critic's wrapper runs twice before one backward pass.
+FRESH = """
+--objective dmd2 --critic_draws fresh --generator_first true --adversarial.kind head --adversarial.features teacher
+--adversarial.own_noise true --adversarial.real_apart true --adversarial.generator_weight 0.1 --weight_decay 0.1
+--augment_prob 0
+""".split()
 DIT = "--objective cross_term --augment_prob 0 --gradient_checkpointing true".split()
 TEACH = [
     "--data.name",
@@ -110,6 +117,8 @@ def played(teacher_folder, edm2_folder, dit_folder, tmp_path_factory):
         [
             entry(folder / "ddp", teacher_folder, *WHOLE),
             entry(folder / "fsdp", teacher_folder, *WHOLE, sharded=True),
+            entry(folder / "fresh-ddp", teacher_folder, *FRESH, *SHORT),
+            entry(folder / "fresh-fsdp", teacher_folder, *FRESH, *SHORT, sharded=True),
             entry(folder / "edm2", edm2_folder, *EDM2, *SHORT, sharded=True),
             entry(folder / "dit", dit_folder, *DIT, *SHORT, sharded=True),
             teaching_entry(folder / "teacher"),
@@ -176,7 +185,7 @@ def alone(teacher_folder, tmp_path_factory):
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
 def test_two_processes_train_save_and_measure_as_one_does(played, alone, kind):
-    assert played.errors(0) == [None] * 5, played.printed(0)
+    assert played.errors(0) == [None] * 7, played.printed(0)
     folder = played / kind
     assert_same_trajectory(folder, alone)
     for name in ("ema/decay_0.5.safetensors", "ema_snapshots/step_00000004-sigma_0.1.safetensors"):
@@ -188,6 +197,12 @@ def test_two_processes_train_save_and_measure_as_one_does(played, alone, kind):
     assert len(list((folder / "samples").glob("*.png"))) == 3
     files = {path.relative_to(folder) for path in (folder / "best").rglob("*") if path.is_file()}
     assert files == {path.relative_to(alone) for path in (alone / "best").rglob("*") if path.is_file()}
+
+
+def test_fresh_draws_and_a_head_on_the_teacher_are_those_of_one_process(played, teacher_folder, tmp_path):
+    expected = one_process(tmp_path / "run", teacher_folder, *FRESH, *SHORT)
+    for kind in ("ddp", "fsdp"):
+        assert_same_trajectory(played / f"fresh-{kind}", expected)
 
 
 def test_a_sharded_run_leaves_an_ordinary_pipeline(played, alone):

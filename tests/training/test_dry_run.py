@@ -12,7 +12,8 @@ from script_runs import ROOT, run
 from si_distill import InterpolantPipeline, StochasticInterpolantScheduler
 from si_distill.errors import InputError
 from si_distill.settings import settings_from_dict
-from si_distill.training.config import DistillConfig, TeacherConfig
+from si_distill.training.config import TeacherConfig
+from si_distill.training.distillation_config import DistillConfig
 from si_distill.training.dry_run import dry_run
 
 SIT = {"sample_size": 8, "in_channels": 1, "num_classes": 10, "num_layers": 1, "num_attention_heads": 2}
@@ -69,7 +70,7 @@ def test_says_what_images_and_files_a_run_needs(monkeypatch):
     lines = dry_run(distillation(**common))
     assert "4 per device × 2 micro-batches × 3 processes = 24 images per update" in lines
     assert "10 iterations × 24 = 240 images" in lines
-    assert "5 of the critic and 1 of the generator" in lines
+    assert "5 of the critic, then 1 of the student in an iteration, shared draws" in lines
     assert "no images" in lines
     assert "digits, split train, 8 × 8 pixels" in dry_run(distillation(**common, objective="realuid"))
     student = dry_run(distillation(**common, student="runs/first"))
@@ -99,6 +100,12 @@ def test_memory_of_further_averages_and_a_head_is_counted():
         ({"teacher_model": {**SIT, "scheduler": {"interpolant": "linar"}}}, ["teacher_model.scheduler", "'linar'"]),
         ({"teacher_model": {"training": "a.yaml", "class": "x"}}, ["nothing can stand beside it"]),
         ({"teacher_model": {**SIT, "class_dropout_prob": 0.0}, "guidance_scale": 2.0}, ["need a null class"]),
+        ({"teacher_model": SIT, "t_min": 0.0}, ["must be above 0", "`t_min`"]),
+        ({"teacher_model": SIT, "objective_kwargs": {"critic_weight": "edm"}}, ["EDM's preconditioning", "'linear'"]),
+        (
+            {"teacher_model": SIT, "adversarial": {"kind": "head", "head": "dmd2"}},
+            ["do not fit the network's middle features, which are a map of 4 × 4", "head=mlp"],
+        ),
         (
             {"teacher_model": {"class": "UNet2DModel", "sample_size": 8}, "augment_prob": 0.1},
             ["augmentation would leak"],
@@ -129,7 +136,9 @@ def test_a_folder_that_holds_another_run_is_refused(tmp_path):
 
 
 def test_neither_a_dry_run_nor_a_description_of_the_teacher_makes_another_run(tmp_path):
-    (tmp_path / "config.yaml").write_text(json.dumps({"output_dir": str(tmp_path), "teacher": "nowhere"}))
+    (tmp_path / "config.yaml").write_text(
+        json.dumps({"output_dir": str(tmp_path), "teacher": "nowhere", "algorithm": DistillConfig.ALGORITHM})
+    )
     again = dict(output_dir=str(tmp_path), resume_from_checkpoint="latest", dry_run=True, teacher_model=SIT)
     assert "iterations" in dry_run(distillation(**again))
     with pytest.raises(InputError, match="started with other settings"):

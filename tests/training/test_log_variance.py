@@ -66,15 +66,13 @@ def test_first_update_is_that_of_the_plain_loss_and_then_they_part(teacher, tmp_
 def test_generator_is_divided_by_e_to_the_u(teacher, tmp_path):
     trainer = distillation(teacher, tmp_path / "s", *SIDA, "--critic_log_variance", "true")
     trainer.iteration()  # critic and teacher differ after it
-    trainer.critic.unwrapped.eval()  # EDM2 normalises its weights in training
-    trainer.generator.unwrapped.eval()
     batch = trainer._micro_batch(0)
     losses = []
     for u in (0.0, math.log(4)):
         critic = trainer.critic.unwrapped
         critic.log_variance.forward = lambda level, u=u: torch.full_like(level, u)
         with trainer.critic.frozen() as network:
-            _, parts = trainer._generator_loss(trainer._field(network), batch, trainer._generate(batch, 0), 0)
+            _, parts = trainer._generator_loss(trainer._field(network), batch, trainer._samples(batch), 0)
         losses.append(parts)
     for name in ("generator_loss", "generator_adversarial_loss"):
         torch.testing.assert_close(losses[0][name], 4 * losses[1][name], rtol=1e-5, atol=0)

@@ -13,11 +13,12 @@ from helpers import tiny_edm2, tiny_sit
 from script_runs import DISTILL, ROOT
 from trainer_builders import distillation, teaching
 
-from si_distill.critic import CriticNetwork
+from si_distill.critic import CriticNetwork, LogVariance
 from si_distill.errors import InputError
 from si_distill.settings import parse_settings
 from si_distill.training.acceleration import build_accelerator
-from si_distill.training.config import DistillConfig, TeacherConfig
+from si_distill.training.config import TeacherConfig
+from si_distill.training.distillation_config import DistillConfig
 from si_distill.training.sharding import average_replicated, clip_grad_norm, plain_class, shard, whole_network
 
 
@@ -39,7 +40,7 @@ def sharding(tmp_path):
 
 def test_blocks_compute_in_bfloat16_and_times_losses_and_gradients_stay_in_float32(sharding):
     accelerator = sharding("bf16")
-    network = CriticNetwork(tiny_sit(), "head", log_variance=True)
+    network = CriticNetwork(tiny_sit(), "head", log_variance=LogVariance())
     shard(accelerator, network)
     seen = {}
     sit = network.network

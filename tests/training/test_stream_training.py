@@ -116,8 +116,6 @@ def test_a_teacher_learns_from_a_stream_until_too_much_of_it_is_corrupt(stream, 
 
 def test_what_a_stream_cannot_give_is_refused(stream, teacher_folder, tmp_path):
     folder = tmp_path / "run"
-    with pytest.raises(InputError, match="give them as `class_frequencies`"):
-        distillation(teacher_folder, folder, *stream, "--objective", "sid", "--label_sampling", "empirical")
     with pytest.raises(InputError, match=r"`eval_metric_steps` .* a stream .* `evaluation.reference`"):
         teaching(folder, *stream, "--eval_metric_steps", 5)
     with pytest.raises(InputError, match=r"4 shard\(s\).* but 5 processes would read it"):

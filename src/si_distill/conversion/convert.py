@@ -97,8 +97,9 @@ def describe(converted: Converted, folder: Path, rms: float) -> str:
         "path": f"{scheduler.config.interpolant}, prediction {scheduler.config.prediction_type}",
         "folded": converted.changes,
         "ignored": f"{len(converted.ignored)} tensors: {', '.join(ignored)}" if ignored else "nothing",
+        "kept": "the log-variance, for critics with critic_log_variance" if converted.log_variance else "",
         "vae": vae,
         "check": f"saved and loaded alike; x̂0 of noise has RMS {rms:.3f} (0.3 to 1.2 for a trained network)",
         "written": str(folder),
     }
-    return "\n".join(f"{name + ':':<9} {text}" for name, text in lines.items())
+    return "\n".join(f"{name + ':':<9} {text}" for name, text in lines.items() if text)

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from diffusers.models.modeling_utils import ModelMixin
 
 from ..pipelines import InterpolantPipeline, OneStepInterpolantPipeline
@@ -27,6 +28,7 @@ class Converted:
         vae_config: what an autoencoder's config has to say about the network's latents.
         vae_pixel_min: the darkest pixel of the images that the autoencoder was used with.
         id2label: the names of classes that came along.
+        log_variance: `freqs`, `phases` and `weight` of an EDM2 teacher's log-variance, for a critic to start from.
     """
 
     kind: str
@@ -41,6 +43,7 @@ class Converted:
     vae_config: dict[str, Any] = field(default_factory=dict)
     vae_pixel_min: float = -1.0
     id2label: dict[int, str] | None = None
+    log_variance: dict[str, torch.Tensor] | None = None
 
     def pipeline(self) -> InterpolantPipeline | OneStepInterpolantPipeline:
         """All of it as a pipeline."""

@@ -30,6 +30,13 @@ INIT_SIGMA = 2.5
 #: deviation by channel, brought to mean 0 and standard deviation 0.5.
 LATENTS_MEAN, LATENTS_STD, LATENTS_SCALE = (5.81, 3.25, 0.12, -2.15), (4.17, 4.62, 3.71, 3.28), 0.5
 
+#: Tensors of EDM2's log-variance: Fourier features and one linear layer.
+LOG_VARIANCE_TENSORS = {
+    "freqs": "logvar_fourier.freqs",
+    "phases": "logvar_fourier.phases",
+    "weight": "logvar_linear.weight",
+}
+
 # SiDA has versions of the classes that give features too; students alone are of these.
 _TEACHERS = ("EDMPrecond", "Precond")
 _STUDENTS = ("EDMPrecond_EncoderDecoder", "EDM_2_Precond_Generator")
@@ -53,6 +60,9 @@ def convert_edm(settings: ConvertConfig) -> Converted:
     student = _is_student(content, preconditioning, settings)
     settings.check_kind("sid" if student else "edm")
     network, ignored = _network(preconditioning, path)
+    log_variance = None if student else _log_variance(preconditioning)
+    if log_variance:
+        ignored = []
     state = preconditioning.state
     scheduler = StochasticInterpolantScheduler(
         interpolant="edm",
@@ -85,6 +95,7 @@ def convert_edm(settings: ConvertConfig) -> Converted:
         ignored=ignored,
         vae_config=vae_config,
         vae_pixel_min=0.0 if vae_config else -1.0,
+        log_variance=log_variance,
     )
 
 
@@ -103,6 +114,15 @@ def _is_student(content: Any, preconditioning: PickledObject, settings: ConvertC
             "say which with --kind edm or --kind sid."
         )
     return settings.kind == "sid"
+
+
+def _log_variance(preconditioning: PickledObject) -> dict[str, torch.Tensor] | None:
+    """EDM2's u(σ), a part of its training loss that SiD's critic goes on with; None where the file has none."""
+    tensors = preconditioning.tensors()
+    found = {ours: tensors.get(theirs) for ours, theirs in LOG_VARIANCE_TENSORS.items()}
+    if any(value is None for value in found.values()):
+        return None
+    return {name: value.float().clone() for name, value in found.items()}
 
 
 def _preset(network: ModelMixin) -> str | None:
@@ -153,7 +173,7 @@ def _network(preconditioning: PickledObject, path: str) -> tuple[ModelMixin, lis
         raise
     except (TypeError, ValueError, ArithmeticError, RuntimeError) as error:
         raise InputError(f"The {module.class_name} in {path} cannot be built from {arguments}: {error}") from error
-    # EDM2's log-variance is a weight of its training loss; no prediction needs it.
+    # EDM2's log-variance is a weight of its training loss; no prediction needs it (see `_log_variance`).
     ignored = [name for name in tensors if name.startswith("logvar_")]
     state = {_our_name(name, prefix): value for name, value in tensors.items() if name not in ignored}
     shape = ("model_channels", "channel_mult", "num_blocks", "attn_resolutions")

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from diffusers.models.modeling_utils import ModelMixin
 from safetensors import SafetensorError
+from safetensors.torch import save_file
 
 from ..errors import InputError
-from ..loading import load_vae
+from ..loading import LOG_VARIANCE, load_vae
 from ..pipelines import view_network
 from ..settings import read_yaml
 from ..velocity import Field
@@ -103,6 +104,8 @@ def write_pipeline(converted: Converted, folder: Path) -> float:
             pipeline.save_pretrained(temporary)
             if not torch.equal(before, _first_sample(type(pipeline).from_pretrained(temporary), converted)):
                 raise InputError(f"The network gives other images after it was saved to {folder.parent} and loaded.")
+            if converted.log_variance is not None:
+                save_file(converted.log_variance, temporary / LOG_VARIANCE)
             _replace(temporary, folder)
     except (OSError, SafetensorError) as error:
         raise InputError(f"`out` {folder} cannot be written: {error}.") from error

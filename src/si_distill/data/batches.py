@@ -154,6 +154,9 @@ class IndexedBatches:
             collate_fn=_collate,
             worker_init_fn=leave_signals_to_parent,
             pin_memory=torch.cuda.is_available(),
+            # By default a loader's seed comes from the process's generator, which dropout draws from: a resumed run,
+            # whose loader starts later, would drop something else.
+            generator=torch.Generator(),
         )
         self._batches: Iterator | None = None
         self._corrupt = CorruptImages(max_corrupt, name)

@@ -223,6 +223,9 @@ class StreamBatches:
                 num_workers=self._num_workers,
                 worker_init_fn=leave_signals_to_parent,
                 pin_memory=torch.cuda.is_available(),
+                # By default a loader's seed comes from the process's generator, which dropout draws from: a resumed run,
+                # whose loader starts later, would drop something else.
+                generator=torch.Generator(),
             )
             self._deliveries = iter(loader)
         delivery = next(self._deliveries)

@@ -1,10 +1,12 @@
-"""Finished networks with further inputs, which say at first exactly what they said without."""
+"""Copies of finished networks that are changed in one respect: further inputs, other time and sign, or fresh weights."""
 
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, UNet2DModel
 from diffusers.models.modeling_utils import ModelMixin
+
+from .transformer_sit import SiTTransformer2DModel
 
 Network = TypeVar("Network", bound=ModelMixin)
 Pipeline = TypeVar("Pipeline", bound=DiffusionPipeline)
@@ -23,8 +25,7 @@ def extend_network(network: Network, zero: bool = True, **arguments: int) -> Net
     Raises:
         ValueError: for a class without such an input, or a smaller size.
     """
-    # Without diffusers' own keys: one of them would put back what a folder from before an argument left to its default.
-    config = {name: value for name, value in network.config.items() if not name.startswith("_")}
+    config = _own_config(network)
     for name, size in arguments.items():
         if config.get(name) is None:
             raise ValueError(f"A {type(network).__name__} has no `{name}`: it cannot be given that input.")
@@ -50,6 +51,46 @@ def extend_pipeline(pipeline: Pipeline, condition_channels: int) -> Pipeline:
     _, settings = pipeline._get_signature_keys(pipeline)  # what the constructor takes beside the components
     config = {name: pipeline.config[name] for name in settings if name in pipeline.config}
     return type(pipeline)(**{**config, **pipeline.components, "transformer": network})
+
+
+def negated_at(network: Network, t: float) -> Network:
+    """The network M'(x, 1) = −M(x, t), by its last layer's sign and the scale of its time embedding.
+
+    The student of the public si-adistill code is −v(x1, t) of plain noise x1; this network predicts it as the sample at
+    t = 1 on `linear`, where β = 1, and is a student like any other.
+
+    Raises:
+        ValueError: for a class whose time embedding has no scale.
+    """
+    if not isinstance(network, SiTTransformer2DModel):
+        raise ValueError(f"A {type(network).__name__} has no scale of its time embedding; only SiT's networks have.")
+    config = _own_config(network)
+    weights = network.state_dict()
+    kind = next(iter(weights.values()))
+    with kind.device:
+        folded = type(network).from_config({**config, "timestep_scale": config["timestep_scale"] * t})
+    folded = folded if kind.dtype == torch.float32 else folded.to(kind.dtype)
+    last = ("proj_out.weight", "proj_out.bias")
+    folded.load_state_dict({name: -value if name in last else value for name, value in weights.items()})
+    return folded.train(network.training)
+
+
+def fresh_network(network: Network) -> Network:
+    """A network of the same config with random weights: as its class draws them or, for diffusers' UNet, as torchcfm's class
+    (guided-diffusion) does, with zeros in the last layer of every residual and attention block and of the output.
+    """
+    fresh = type(network).from_config(_own_config(network))
+    if isinstance(fresh, UNet2DModel):
+        for name, module in fresh.named_modules():
+            if name.endswith(("conv2", "to_out.0", "conv_out")):
+                for parameter in module.parameters():
+                    torch.nn.init.zeros_(parameter)
+    return fresh
+
+
+def _own_config(network: ModelMixin) -> dict[str, Any]:
+    """Without diffusers' own keys: one of them would put back what a folder from before an argument left to its default."""
+    return {name: value for name, value in network.config.items() if not name.startswith("_")}
 
 
 def _grown(old: torch.Tensor | None, new: torch.Tensor, zero: bool) -> torch.Tensor:

@@ -260,6 +260,11 @@ class SiTTransformer2DModel(
         """D of the features that `forward` returns."""
         return self.config.num_attention_heads * self.config.attention_head_dim
 
+    @property
+    def feature_size(self) -> int:
+        """Height and width of the map that the features are."""
+        return self.config.sample_size // self.config.patch_size
+
     def _initialize_weights(self) -> None:
         """DiT's initialisation: Xavier projections, normal embeddings (0.02), zero modulations and output."""
         for module in self.modules():

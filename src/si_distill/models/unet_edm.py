@@ -342,6 +342,11 @@ class EDMUNet2DModel(ModelMixin, ConfigMixin):
         """D, the width of the features."""
         return self.config.model_channels * self.config.channel_mult[-1]
 
+    @property
+    def feature_size(self) -> int:
+        """Height and width of the map that the features are."""
+        return self.config.sample_size >> (len(self.config.channel_mult) - 1)
+
     def _embed(
         self, timestep: torch.Tensor, one_hot: torch.Tensor | None, augment_labels: torch.Tensor | None
     ) -> torch.Tensor:

@@ -96,7 +96,8 @@ class MPConv(nn.Module):
     so that it keeps the variance of its input.
 
     In training mode the stored weights are normalised too, in each forward: otherwise they would grow without effect on
-    the output and the effective learning rate would decay ("forced weight normalisation", eq. 66).
+    the output and the effective learning rate would decay ("forced weight normalisation", eq. 66). The attribute `forced`
+    switches that off, as SiDA's training of EDM2-S does.
 
     Args:
         in_channels, out_channels (`int`): channels before and after.
@@ -105,12 +106,13 @@ class MPConv(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int = 0):
         super().__init__()
+        self.forced = True
         kernel = (kernel_size, kernel_size) if kernel_size else ()
         self.weight = nn.Parameter(torch.randn(out_channels, in_channels, *kernel))
 
     def forward(self, x: torch.Tensor, gain: torch.Tensor | float = 1.0) -> torch.Tensor:
         dim = tuple(range(1, self.weight.ndim))
-        if self.training:
+        if self.training and self.forced:
             with torch.no_grad():
                 self.weight.copy_(normalize(self.weight, dim))
         weight = normalize(self.weight, dim) * (gain / math.sqrt(self.weight[0].numel()))
@@ -282,6 +284,11 @@ class EDM2UNet2DModel(ModelMixin, ConfigMixin):
     def feature_width(self) -> int:
         """D, the width of the features."""
         return self.config.model_channels * self.config.channel_mult[-1]
+
+    @property
+    def feature_size(self) -> int:
+        """Height and width of the map that the features are."""
+        return self.config.sample_size >> (len(self.config.channel_mult) - 1)
 
     def forward(
         self,

@@ -63,6 +63,16 @@ class NetworkView:
         return width
 
     @property
+    def feature_size(self) -> int:
+        """Height and width of the map that the features are: N is its square."""
+        size = getattr(self.bare, "feature_size", None)
+        if size is None:
+            raise ValueError(
+                f"A {type(self.bare).__name__} does not say of what size the map of its features is: no `feature_size`."
+            )
+        return size
+
+    @property
     def augment_dim(self) -> int | None:
         """Number of augmentation labels; 0 when it was built without, None for a class that cannot take any."""
         return getattr(getattr(self.bare, "config", None), "augment_dim", None)
@@ -147,6 +157,10 @@ class _DiTView(_DiffusersView):
     def feature_width(self):
         return self.bare.inner_dim
 
+    @property
+    def feature_size(self):
+        return self._config("sample_size") // self._config("patch_size")
+
     def _labels(self, class_labels):
         for block in self.bare.transformer_blocks:
             # In training each block would drop labels on its own; label dropout is drawn by the trainer.
@@ -175,6 +189,10 @@ class _UNet2DView(_DiffusersView):
     def feature_width(self):
         self._feature_module()
         return self.bare.config.block_out_channels[-1]
+
+    @property
+    def feature_size(self):
+        return self.sample_shape[-1] >> (len(self.bare.config.block_out_channels) - 1)
 
     def _labels(self, class_labels):
         return class_labels if self.num_classes else None

@@ -4,11 +4,14 @@ This file travels as `pipeline.py`, with its helpers, into every saved student: 
 what diffusers requires.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
+from diffusers.models.modeling_utils import ModelMixin
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
 from .interpolant_latents import LatentScaling  # noqa: F401 - a helper's import: what travels is what is named here
 from .interpolant_pipeline_base import InterpolantPipelineBase, InterpolantPipelineOutput
@@ -32,7 +35,41 @@ class OneStepInterpolantPipeline(SelfContainedFolderMixin, InterpolantPipelineBa
         vae_pixel_min (`float`): the darkest pixel for the VAE, −1, or 0 for latents of EDM2.
         image_upsampling (`dict`, *optional*): how a network that enlarges takes small images, e.g.
             `{"factor": 2, "mode": "nearest"}`.
+        guidance (`dict`, *optional*): of a student that was distilled with classifier-free guidance inside itself, such as
+            `{"scale": 4.0, "channels": 3}`: it takes TWO network evaluations for an image. `channels` are the first ones of
+            the prediction that are guided; None is all.
+
+    Raises:
+        ValueError: as the base class, and for a `guidance` that is not of this form or needs a null class.
     """
+
+    def __init__(
+        self,
+        transformer: ModelMixin,
+        scheduler: SchedulerMixin,
+        vae: ModelMixin | None = None,
+        id2label: dict | None = None,
+        vae_pixel_min: float = -1.0,
+        image_upsampling: dict | None = None,
+        guidance: dict | None = None,
+    ):
+        super().__init__(transformer, scheduler, vae, id2label, vae_pixel_min, image_upsampling)
+        if guidance is not None:
+            scale, channels = guidance.get("scale"), guidance.get("channels")
+            valid = isinstance(scale, (int, float)) and math.isfinite(scale) and scale >= 0
+            valid = valid and (channels is None or (isinstance(channels, int) and channels > 0))
+            if not valid or set(guidance) - {"scale", "channels"}:
+                raise ValueError(
+                    f"`guidance` is {guidance!r}; it holds a `scale` of at least 0 and `channels`, a number or None."
+                )
+            if self.network.null_class is None:
+                raise ValueError("`guidance` needs a student with a null class, and this one has none.")
+        self.register_to_config(guidance=guidance)
+
+    @property
+    def num_network_evaluations(self) -> int:
+        """Evaluations of the network for one image: 1, or 2 of a student with guidance inside itself."""
+        return 1 if self.config.guidance is None else 2
 
     @torch.no_grad()
     def __call__(
@@ -51,7 +88,8 @@ class OneStepInterpolantPipeline(SelfContainedFolderMixin, InterpolantPipelineBa
         callback_on_step_end_tensor_inputs: list[str] = ["latents"],  # noqa: B006 - diffusers' signature, never changed
     ) -> InterpolantPipelineOutput | tuple[Any]:
         """
-        Generates one image for each label or each given image, with exactly one evaluation of the network.
+        Generates one image for each label or each given image, with exactly one evaluation of the network (two of a student
+        with `guidance`).
 
         Args:
             class_labels (`int`, `str`, `list` of these, or integer `torch.Tensor` of shape (B,)): classes,
@@ -118,11 +156,21 @@ class OneStepInterpolantPipeline(SelfContainedFolderMixin, InterpolantPipelineBa
         latents = self.prepare_latents(noise, image, self.scheduler.init_noise_sigma)
 
         # 3. The one step: the scheduler's last step returns the x̂0-prediction
-        prediction = self.predict(latents, timestep, labels, condition=self.prepare_condition(image, noise))
+        guidance = self.config.guidance or {"scale": 1.0, "channels": None}
+        prediction = self.predict(
+            latents,
+            timestep,
+            labels,
+            guidance["scale"],
+            guidance["channels"],
+            self.prepare_condition(image, noise),
+        )
         latents = self.scheduler.step(prediction, timestep, latents, return_dict=False)[0]
         latents = self.apply_callback(callback_on_step_end, 0, timestep, latents, callback_on_step_end_tensor_inputs)
 
         # 4. Decode
         images = self.postprocess(latents, output_type)
         self.maybe_free_model_hooks()
-        return InterpolantPipelineOutput(images=images, num_network_evaluations=1) if return_dict else (images,)
+        evaluations = self.num_network_evaluations
+        output = InterpolantPipelineOutput(images=images, num_network_evaluations=evaluations)
+        return output if return_dict else (images,)

@@ -118,11 +118,8 @@ class Checkpoints:
             shutil.rmtree(old)
 
     def complete(self) -> list[Path]:
-        """The whole checkpoints, oldest first: every file of the manifest is there as it was written."""
-        if not self.folder.is_dir():
-            return []
-        named = sorted(p for p in self.folder.iterdir() if _FOLDER.fullmatch(p.name) and p.is_dir())
-        return [p for p in named if _problem(p) is None]
+        """The whole checkpoints, oldest first."""
+        return whole_checkpoints(self.folder)
 
     def find(self, which: str) -> Path | None:
         """The checkpoint that `--resume_from_checkpoint` means; None when `latest` finds none.
@@ -191,6 +188,14 @@ class Checkpoints:
             return None
         file = self._rank_file(path)
         return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
+
+
+def whole_checkpoints(folder: Path) -> list[Path]:
+    """The whole checkpoints in a folder, oldest first: every file of the manifest is there as it was written."""
+    if not folder.is_dir():
+        return []
+    named = sorted(p for p in folder.iterdir() if _FOLDER.fullmatch(p.name) and p.is_dir())
+    return [p for p in named if _problem(p) is None]
 
 
 def _manifest(path: Path) -> dict:

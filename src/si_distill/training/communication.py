@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from ..objectives import DistillationObjective
-from .config import DistillConfig
+from .distillation_config import DistillConfig
 from .memory import BFLOAT16, FLOAT32, Devices
 
 

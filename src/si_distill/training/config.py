@@ -1,19 +1,18 @@
-"""Settings of the training scripts: dataclasses, read from YAML and `--key value`, that refuse what cannot work.
+"""Settings that the training scripts share, and those of `training/train_teacher.py`: dataclasses, read from YAML and
+`--key value`, that refuse what cannot work.
 
 Names are those of transformers' `TrainingArguments` where it has them.
 """
 
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 import torch
 
-from ..adversarial import KINDS, AdversarialTerm
 from ..data.config import DataConfig
 from ..errors import InputError
 from ..evaluation.config import MeasurementConfig
 from ..interpolants import PREDICTIONS, TIMESTEP_TYPES, Interpolant, get_interpolant
-from ..objectives import DistillationObjective, get_objective
 from ..settings import at_least, positive, setting
 from .loss_weights import LOSS_WEIGHTS, regression_weight
 from .posthoc_ema import power_exponent
@@ -38,11 +37,15 @@ class TrainingConfig:
     adam_beta1: float = setting(0.9, "First-moment decay of Adam.")
     adam_beta2: float = setting(0.999, "Second-moment decay of Adam.")
     adam_epsilon: float = setting(1e-8, "Adam's epsilon.")
+    weight_decay: float = setting(0.0, "Decoupled weight decay (AdamW); 0 is Adam.")
     max_grad_norm: float = setting(1.0, "Gradients are clipped to this global norm.")
     augment_prob: float = setting(
         0.0, "Probability of each labelled augmentation; 0 is none. EDM: 0.12 (CIFAR-10), 0.15 (FFHQ, AFHQv2)."
     )
-    ema_decay: float = setting(0.999, "Decay of the weights' moving average; warmed up as (1 + n) / (10 + n).")
+    ema_decay: float = setting(0.999, "Decay of the weights' moving average; 0 is no average.")
+    ema_warmup: bool = setting(
+        True, "Whether constant decays are warmed up as (1 + n) / (10 + n) after n updates (RealUID: false)."
+    )
     ema_halflife_images: float | None = setting(None, "Its half-life in images, instead of `ema_decay`.")
     ema_rampup_ratio: float | None = setting(
         0.05, "Bounds half-lives by this share of the images seen; EDM, SiD: 0.05."
@@ -54,11 +57,15 @@ class TrainingConfig:
         [], "Power-function averages to snapshot, by relative width; EDM2: 0.05, 0.1."
     )
     ema_snapshot_steps: int | None = setting(None, "Iterations between their snapshots; `save_steps` when not given.")
-    time_sampler: str = setting("uniform", "Law of the training times t, or of σ = β/α.", TIME_SAMPLERS)
+    time_sampler: str = setting("uniform", "Distribution of the training times t, or of σ = β/α.", TIME_SAMPLERS)
     t_min: float = setting(0.0, "Smallest training time.")
     t_max: float = setting(1.0, "Largest training time.")
     time_mean: float = setting(0.0, "Mean of logit(t) for `logit_normal`, of ln σ for `lognormal` (EDM: -1.2).")
     time_std: float = setting(1.0, "Standard deviation of the same (EDM: 1.2).")
+    time_steps: int | None = setting(
+        None,
+        "Uniform times are drawn from this many equally spaced ones of [0, 1] (DMD2: 1,000); from all when not given.",
+    )
     mixed_precision: str = setting("no", "`bf16` runs networks in bfloat16; losses stay in float32.", ("no", "bf16"))
     gradient_checkpointing: bool = setting(
         False, "Compute activations again in the backward pass: less memory, longer iterations, the same numbers."
@@ -83,6 +90,9 @@ class TrainingConfig:
     hub_model_id: str | None = setting(None, "Where: `user/name`.")
     hub_private_repo: bool = setting(False, "Whether a new repository there is private.")
     dry_run: bool = setting(False, "Say what the run would need and do: no weights, no images, nothing written.")
+    algorithm: int | None = setting(
+        None, "Version of the training algorithm that a run was started with; written to its config.yaml."
+    )
     profile: bool = setting(
         False, "Record the fourth to sixth iteration of this start: a trace and a table in profile/."
     )
@@ -96,7 +106,16 @@ class TrainingConfig:
         "push_to_hub hub_model_id hub_private_repo dry_run profile teacher_model data.max_corrupt_images".split()
     )
 
+    #: Counted up whenever the same settings begin to give other updates, with what changed since the version before.
+    ALGORITHM: ClassVar[int] = 1
+    ALGORITHM_CHANGES: ClassVar[dict[int, str]] = {}
+
     def __post_init__(self) -> None:
+        self.algorithm = self.ALGORITHM if self.algorithm is None else self.algorithm
+        if self.algorithm != self.ALGORITHM:
+            raise InputError(
+                f"These are the settings of a run of another version: {self.other_algorithm(self.algorithm)}"
+            )
         if not self.output_dir:
             raise InputError("`output_dir` is not set: give the folder of the run, e.g. --output_dir runs/my-run.")
         if self.push_to_hub and not self.hub_model_id:
@@ -106,13 +125,13 @@ class TrainingConfig:
             "save_total_limit"
         ).split():
             at_least(name, getattr(self, name), 1)
-        for name in ("seed", "lr_warmup_steps", "dataloader_num_workers"):
+        for name in ("seed", "dataloader_num_workers"):
             at_least(name, getattr(self, name), 0)
-        for name in ("learning_rate", "adam_epsilon", "max_grad_norm", "time_std"):
-            positive(name, getattr(self, name))
-        for name in ("adam_beta1", "adam_beta2", "ema_decay"):
-            if not 0 <= getattr(self, name) < 1:
-                raise InputError(f"`{name}` must lie in [0, 1), got {getattr(self, name)}.")
+        positive("time_std", self.time_std)
+        names = "learning_rate lr_warmup_steps adam_beta1 adam_beta2 adam_epsilon weight_decay max_grad_norm"
+        self.check_optimizer({name: getattr(self, name) for name in names.split()})
+        if not 0 <= self.ema_decay < 1:
+            raise InputError(f"`ema_decay` must lie in [0, 1), got {self.ema_decay}.")
         if self.eval_metric_steps is not None and self.data.streaming and not self.evaluation.reference:
             raise InputError(
                 "`eval_metric_steps` measures against real images, and a stream of them (`data.streaming`) has no index to "
@@ -130,6 +149,8 @@ class TrainingConfig:
                 f"set it to at least {WARM_UP + RECORDED}."
             )
         self._check_averages()
+        if self.time_steps is not None:
+            at_least("time_steps", self.time_steps, 2)
         if not 0 <= self.t_min < self.t_max <= 1:
             raise InputError(f"Training times need 0 <= t_min < t_max <= 1, got [{self.t_min}, {self.t_max}].")
 
@@ -163,11 +184,38 @@ class TrainingConfig:
                     f"are [{self.t_min}, {self.t_max}]: set `{'t_min' if end == 0 else 't_max'}` away from it, e.g. 0.001."
                 )
 
+    def other_algorithm(self, version: int) -> str:
+        """Why a run that was started under another version cannot go on under this one, in a sentence."""
+        newer = sorted(number for number in self.ALGORITHM_CHANGES if number > version)
+        changes = "; ".join(f"since version {number}, {self.ALGORITHM_CHANGES[number]}" for number in newer)
+        return (
+            f"it was started under version {version} of the training algorithm, and this is version {self.ALGORITHM}, "
+            f"under which the same settings give other updates{f' ({changes})' if changes else ''}. Start a new run, "
+            "without `algorithm` in its settings, or finish this one with the release that started it."
+        )
+
+    @staticmethod
+    def check_optimizer(values: dict[str, Any], prefix: str = "") -> None:
+        """Refuses an optimizer's settings out of range, by their names after the prefix."""
+        for name in ("learning_rate", "adam_epsilon", "max_grad_norm"):
+            positive(prefix + name, values[name])
+        for name in ("adam_beta1", "adam_beta2"):
+            if not 0 <= values[name] < 1:
+                raise InputError(f"`{prefix}{name}` must lie in [0, 1), got {values[name]}.")
+        at_least(f"{prefix}lr_warmup_steps", values["lr_warmup_steps"], 0)
+        if not 0 <= values["weight_decay"] < float("inf"):
+            raise InputError(f"`{prefix}weight_decay` must be finite and not negative, got {values['weight_decay']}.")
+
     def build_time_sampler(self, interpolant: Interpolant, timestep_type: str) -> TimeSampler:
-        """The law of the training times, of a network that is given `timestep_type` for them."""
+        """The distribution of the training times, for a network that is given `timestep_type` for them."""
+        return self._time_sampler(self.time_sampler, self.t_min, self.t_max, interpolant, timestep_type)
+
+    def _time_sampler(
+        self, name: str, low: float, high: float, interpolant: Interpolant, timestep_type: str
+    ) -> TimeSampler:
         try:
             return TimeSampler(
-                self.time_sampler, self.t_min, self.t_max, self.time_mean, self.time_std, interpolant, timestep_type
+                name, low, high, self.time_mean, self.time_std, interpolant, timestep_type, self.time_steps
             )
         except ValueError as error:
             raise InputError(str(error)) from None
@@ -221,180 +269,5 @@ class TeacherConfig(TrainingConfig):
     def build_interpolant(self) -> Interpolant:
         try:
             return get_interpolant(self.interpolant, **self.interpolant_kwargs)
-        except ValueError as error:
-            raise InputError(str(error)) from None
-
-
-@dataclass
-class AdversarialConfig:
-    """An adversarial term beside the objective, in the units of its publication (see `si_distill.adversarial`)."""
-
-    kind: str = setting("none", "The term.", ("none", *KINDS))
-    critic_weight: float = setting(1.0, "Published factor of the critic's term (SiDA's λ_D).")
-    generator_weight: float = setting(0.01, "Published factor of the generator's term (SiDA's λ_G).")
-    weights_of_sums: bool = setting(True, "Whether these stand beside sums over a sample's values (SiDA, RealUID).")
-    generator_scale: float = setting(1.0, "Published factor of the generator's distillation loss (SiDA: 50).")
-    clamp: float | None = setting(None, "Cut of the generator's logits (SiDA: 10).")
-    max_grad_value: float | None = setting(None, "Cut of each value of the critic's gradient (SiDA on EDM: 1).")
-    t_min: float | None = setting(None, "Smallest time of this term; with t_max; by default the times of the losses.")
-    t_max: float | None = setting(None, "Largest time of this term.")
-    start_images: int = setting(0, "Generated images before the generator feels the term (SiDA: 200,000).")
-
-    def __post_init__(self) -> None:
-        at_least("adversarial.start_images", self.start_images, 0)
-        if (self.t_min is None) != (self.t_max is None):
-            raise InputError("Set both `adversarial.t_min` and `adversarial.t_max`, or neither.")
-        if self.t_min is not None and not 0 <= self.t_min < self.t_max <= 1:
-            raise InputError(f"Adversarial times need 0 <= t_min < t_max <= 1, got [{self.t_min}, {self.t_max}].")
-        self.build()
-
-    def build(self) -> AdversarialTerm | None:
-        """The term, or None."""
-        if self.kind == "none":
-            return None
-        try:
-            return AdversarialTerm(
-                self.kind,
-                self.critic_weight,
-                self.generator_weight,
-                self.weights_of_sums,
-                self.generator_scale,
-                self.clamp,
-                self.max_grad_value,
-            )
-        except ValueError as error:
-            raise InputError(str(error)) from None
-
-    def build_time_sampler(self, interpolant: Interpolant, timestep_type: str) -> TimeSampler | None:
-        """The law of this term's own times, or None when it has the losses'."""
-        if self.t_min is None:
-            return None
-        try:
-            return TimeSampler("uniform", self.t_min, self.t_max, interpolant=interpolant, timestep_type=timestep_type)
-        except ValueError as error:
-            raise InputError(f"Adversarial times: {error}") from None
-
-
-@dataclass
-class DistillConfig(TrainingConfig):
-    """Settings of `training/train_distill.py`."""
-
-    teacher: str = setting("", "The teacher: a pipeline folder or a Hub id.")
-    teacher_model: dict = setting(
-        {},
-        "The teacher, for --dry_run without its folder: `class` and arguments as in `model` and `scheduler` with its "
-        "settings, or `training` with the file that trains it.",
-    )
-    objective: str = setting("sid", "A preset of the family, see docs/objectives.md.")
-    objective_kwargs: dict = setting({}, "Coefficients, `space` and `weight`, e.g. {alpha: 1.2}.")
-    adversarial: AdversarialConfig = field(default_factory=AdversarialConfig)
-    label_sampling: str | None = setting(
-        None,
-        "Law of the generated classes; by default those of the real images where a recipe reads them, else uniform.",
-        ("uniform", "empirical"),
-    )
-    class_frequencies: list[float] = setting(
-        [], "Shares of the classes for `empirical`, in any unit; by default those of `data`."
-    )
-    student: str | None = setting(None, "A finished student to start from (SiD²A, fine-tuning): a folder or Hub id.")
-    critic_steps: int = setting(1, "Critic updates k per iteration.")
-    generator_steps: int = setting(1, "Generator updates per iteration.")
-    critic_learning_rate: float | None = setting(None, "The critic's learning rate; `learning_rate` when not given.")
-    critic_log_variance: bool = setting(False, "Whether the critic learns its loss's size u(σ) (SiDA on EDM2: true).")
-    generator_start_images: int = setting(0, "Images that only the critic learns from at first (SiDA: 100,000).")
-    guidance_scale: float = setting(1.0, "Classifier-free guidance of the teacher; 1 is none.")
-    critic_guidance_scale: float = setting(1.0, "Guidance of the critic in the generator's loss; 1 is none.")
-    critic_class_dropout_prob: float = setting(0.0, "Share of null classes in the critic's training, for its guidance.")
-    guidance_t_min: float = setting(0.0, "Smallest time with guidance.")
-    guidance_t_max: float = setting(1.0, "Largest time with guidance.")
-    noise_channels: int | None = setting(
-        None,
-        "A bridge student's channels of noise; by default an image's beside a pair's reference, else 0 (no noise).",
-    )
-    init_time: float | None = setting(None, "Time of the one-step map; by default the interpolant's own.")
-    adam_beta1: float = setting(0.0, "First-moment decay of Adam; 0 for the game (SiD, RealUID, the report).")
-    t_min: float = setting(0.02, "Smallest time of the losses.")
-    t_max: float = setting(0.98, "Largest time of the losses.")
-    generator_time_sampler: str | None = setting(
-        None,
-        "Law of the generator's times, if not the critic's (SiD on EDM: karras, the critic's lognormal).",
-        TIME_SAMPLERS,
-    )
-    generator_t_min: float | None = setting(None, "Smallest time of the generator's loss, if not the critic's.")
-    generator_t_max: float | None = setting(
-        None, "Largest time of the generator's loss, if not the critic's (SiD: 0.8)."
-    )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not self.teacher:
-            raise InputError(
-                "`teacher` is not set: give a pipeline folder or a Hub id, e.g. --teacher runs/my-teacher."
-            )
-        self._check_class_frequencies()
-        for name in ("critic_steps", "generator_steps"):
-            if getattr(self, name) < 1:
-                raise InputError(
-                    f"`{name}` must be at least 1, got {getattr(self, name)}: without its updates that side of the "
-                    "game stands still. 1 and 5 critic updates are both in use."
-                )
-        for name in ("t_min", "generator_t_min"):
-            if getattr(self, name) is not None and getattr(self, name) <= 0:
-                raise InputError(f"`{name}` must be above 0 when distilling: the loss weights are infinite at t = 0.")
-        low, high = self.generator_times
-        if not low < high <= 1:
-            raise InputError(f"The generator's times need generator_t_min < generator_t_max <= 1, got [{low}, {high}].")
-        if self.critic_learning_rate is not None:
-            positive("critic_learning_rate", self.critic_learning_rate)
-        at_least("generator_start_images", self.generator_start_images, 0)
-        if self.noise_channels is not None:
-            at_least("noise_channels", self.noise_channels, 0)
-        for name in ("guidance_scale", "critic_guidance_scale"):
-            if getattr(self, name) < 0:
-                raise InputError(f"`{name}` must not be negative, got {getattr(self, name)}.")
-        if not 0 <= self.guidance_t_min < self.guidance_t_max <= 1:
-            raise InputError(
-                f"Guidance needs 0 <= guidance_t_min < guidance_t_max <= 1, got [{self.guidance_t_min}, "
-                f"{self.guidance_t_max}]."
-            )
-        if not 0 <= self.critic_class_dropout_prob < 1:
-            raise InputError(f"`critic_class_dropout_prob` must lie in [0, 1), got {self.critic_class_dropout_prob}.")
-        if self.critic_guidance_scale != 1 and self.critic_class_dropout_prob == 0:
-            raise InputError(
-                f"`critic_guidance_scale` is {self.critic_guidance_scale}, but the critic never learns the null class: "
-                "set `critic_class_dropout_prob`, e.g. 0.1."
-            )
-        if self.init_time is not None and not 0 < self.init_time <= 1:
-            raise InputError(f"`init_time` must lie in (0, 1], got {self.init_time}.")
-        if Path(self.output_dir).resolve() == Path(self.teacher).resolve():
-            raise InputError(
-                f"`output_dir` and `teacher` are the same folder {self.teacher}: the student needs its own."
-            )
-        self.build_objective()
-
-    def _check_class_frequencies(self) -> None:
-        shares = self.class_frequencies
-        if shares and self.label_sampling != "empirical":
-            raise InputError("`class_frequencies` are for label_sampling=empirical: set it, or leave them out.")
-        if shares and not (all(0 <= share < float("inf") for share in shares) and any(shares)):
-            raise InputError(f"`class_frequencies` must not be negative, and not all 0, got {shares}.")
-
-    @property
-    def generator_times(self) -> tuple[float, float]:
-        """Ends of the generator's times: its own, or the critic's."""
-        return (
-            self.t_min if self.generator_t_min is None else self.generator_t_min,
-            self.t_max if self.generator_t_max is None else self.generator_t_max,
-        )
-
-    def build_generator_time_sampler(self, interpolant: Interpolant, timestep_type: str) -> TimeSampler:
-        """The law of the generator's times."""
-        low, high = self.generator_times
-        own = replace(self, time_sampler=self.generator_time_sampler or self.time_sampler, t_min=low, t_max=high)
-        return own.build_time_sampler(interpolant, timestep_type)
-
-    def build_objective(self) -> DistillationObjective:
-        try:
-            return get_objective(self.objective, **self.objective_kwargs)
         except ValueError as error:
             raise InputError(str(error)) from None

@@ -2,26 +2,28 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from PIL import Image
 from torch import nn
 
-from ..critic import CriticNetwork
+from ..critic import FeatureNetwork
 from ..data.batches import Batch
 from ..pipelines import OneStepInterpolantPipeline
 from ..velocity import Field
 from ..visualization import image_grid
 from .blocks import keep_in_bfloat16, prepare_blocks
-from .config import DistillConfig
+from .distillation_config import DistillConfig
 from .distillation_inputs import (
-    check_log_variance,
+    check_enough_images,
     class_shares,
     fitting_objective,
+    has_dropout,
     load_fitting_images,
     load_teacher,
+    needs_labels_of_stream,
     starting_critic,
     starting_student,
 )
@@ -29,7 +31,7 @@ from .distillation_losses import DistillationLosses, Draw, Images
 from .distillation_references import reference_roles
 from .ema import Averages
 from .health import HealthMonitor
-from .networks import TrainedNetwork
+from .networks import OptimizerSettings, TrainedNetwork
 from .run_facts import describe_data, describe_network, describe_teacher
 from .sharding import shard
 from .trainer import Trainer
@@ -40,25 +42,28 @@ GRID_COLUMNS = 10
 
 @dataclass
 class MicroBatch:
-    """What the critic and the generator share in one iteration.
+    """What generated images are made from, and the real images next to them.
 
     Args:
+        noise: (B, …) what the student starts from or sees, or None for a deterministic map.
         labels: (B,) classes of the generated images.
         data: `images`, `labels` and `reference` as the recipe needs them; empty when it needs none.
         indices: places in the global batch.
     """
 
+    noise: torch.Tensor | None
     labels: torch.Tensor
     data: Batch
     indices: range
 
 
 class DistillationTrainer(Trainer):
-    """Critic updates and generator updates on one member of the objective family (see `si_distill.objectives`).
+    """Critic updates and student updates on one member of the objective family (see `si_distill.objectives`).
 
-    One iteration is `critic_steps` critic updates and `generator_steps` generator updates. All critic updates and the
-    first generator update share ONE generator forward; x_t is built from a generated sample with fresh (t, x1) each time.
-    An adversarial term looks at the critic's features in the same forward.
+    One iteration is `critic_steps` critic updates and `generator_steps` student updates, in this order or the other
+    (`generator_first`). With shared draws all of them use the same noise, classes and real images, and the first student
+    update shares its forward with the critic; with fresh draws each update has its own. x_t is built from a generated sample
+    with fresh (t, x1) each time. Networks that are not being updated are in evaluation mode.
     """
 
     settings: DistillConfig
@@ -75,37 +80,41 @@ class DistillationTrainer(Trainer):
         self.adversarial = settings.adversarial.build()
         view = teacher.network
         self.null_class, self.num_classes, self.sample_shape = view.null_class, view.num_classes, view.sample_shape
-        values = math.prod(self.sample_shape)
         self.references = reference_roles(settings, teacher)
         needs_data = self.objective.uses_real_data or self.adversarial is not None or self.references.needed
+        needs_data = needs_data or needs_labels_of_stream(settings)
         self.data = load_fitting_images(settings, teacher, self.readers) if needs_data else None
+        check_enough_images(settings, self.data, self.global_batch_size)
         self.class_shares = class_shares(settings, teacher, self.data)
         critic = starting_critic(settings, teacher, self.objective)
-        check_log_variance(settings, self.objective, self.timestep_type)
 
         network = teacher.transformer.requires_grad_(False)
         self.start = starting_student(settings, teacher)
+        self.student_drops = has_dropout(self.start.network) or settings.student_class_dropout_prob > 0
         averages = Averages(self.start.network, settings, images_per_update=self.global_batch_size)
-        kind = None if self.adversarial is None else self.adversarial.kind
+        of_critic = settings.of_critic()
+        critic_sum = of_critic.pop("loss_reduction") == "sum"
         self.critic = TrainedNetwork(
             self.accelerator,
-            CriticNetwork(critic, kind, settings.critic_log_variance),
+            critic,
             settings,
-            settings.learning_rate if settings.critic_learning_rate is None else settings.critic_learning_rate,
-            total_updates=settings.max_steps * settings.critic_steps,
-            max_grad_value=None if self.adversarial is None else self.adversarial.critic_grad_limit(values),
+            OptimizerSettings(
+                **of_critic,
+                total_updates=settings.max_steps * settings.critic_steps,
+                max_grad_value=settings.adversarial.max_grad_value,
+            ),
         )
         self.generator = TrainedNetwork(
             self.accelerator,
             self.start.network,
             settings,
-            settings.learning_rate,
-            total_updates=settings.max_steps * settings.generator_steps,
+            OptimizerSettings.of(settings, total_updates=settings.max_steps * settings.generator_steps),
         )
         averages.prepare(self.accelerator)
         self.averages = averages
         network.eval()
-        prepare_blocks(network, settings, self.objective.needs_field_gradient)
+        teacher_features = settings.adversarial.features == "teacher"
+        prepare_blocks(network, settings, self.objective.needs_field_gradient or teacher_features)
         if self.accelerator.is_fsdp2:
             shard(self.accelerator, network)
         else:
@@ -114,22 +123,28 @@ class DistillationTrainer(Trainer):
             network.to(self.accelerator.device)
         if teacher.vae is not None:
             teacher.vae.to(self.accelerator.device)
-        self.teacher_field = self._field(network, settings.guidance_scale)
+        self.teacher_field = self._field(
+            FeatureNetwork(network) if teacher_features else network, settings.guidance_scale
+        )
         self.game_losses = DistillationLosses(
             self.objective,
             self.adversarial,
             self.interpolant,
             self.prediction_type,
             self.teacher_field,
-            values,
+            math.prod(self.sample_shape),
             self.accelerator.autocast,
             sees_reference=self.references.bridge and self.references.seen,
+            teacher_features=teacher_features,
+            critic_sum=critic_sum,
+            generator_sum=settings.loss_reduction == "sum",
+            scale=settings.loss_scale,
         )
         self.time_samplers = {
             "critic": settings.build_time_sampler(self.interpolant, self.timestep_type),
             "generator": settings.build_generator_time_sampler(self.interpolant, self.timestep_type),
         }
-        self.adversarial_times = settings.adversarial.build_time_sampler(self.interpolant, self.timestep_type)
+        self.adversarial_times = settings.build_adversarial_time_sampler(self.interpolant, self.timestep_type)
         self.health = HealthMonitor()
 
     def _field(self, network: Callable[..., tuple[torch.Tensor, ...]], guidance_scale: float = 1.0) -> Field:
@@ -144,40 +159,101 @@ class DistillationTrainer(Trainer):
             self.timestep_type,
         )
 
+    def _student_field(self, network: nn.Module) -> Field:
+        return Field(
+            network,
+            self.interpolant,
+            self.start.prediction_type,
+            self.null_class,
+            self.settings.student_guidance_scale,
+            timestep_type=self.timestep_type,
+            guidance_channels=self.settings.student_guidance_channels,
+        )
+
     # One iteration.
 
     @property
     def images_seen(self) -> int:
-        """Samples that the student has generated for training so far."""
+        """Samples that the student has generated for its own updates so far, those that it did not learn from included."""
         return self.step * self.global_batch_size
+
+    @property
+    def batches_per_iteration(self) -> int:
+        return self.settings.gradient_accumulation_steps * self.settings.draws_per_iteration
 
     def iteration(self) -> tuple[dict[str, torch.Tensor], bool]:
         settings = self.settings
-        batches = [self._micro_batch(m) for m in range(settings.gradient_accumulation_steps)]
-        generator_learns = self.images_seen >= settings.generator_start_images
-        # With several micro-batches their graphs would all stay in memory: the generator's update runs them again.
-        with torch.set_grad_enabled(generator_learns and len(batches) == 1):
-            shared = [self._generate(batch, 0) for batch in batches]
-
+        learns = self.images_seen >= settings.generator_start_images
         metrics: dict[str, torch.Tensor] = {}
+        fresh, critic_steps = settings.critic_draws == "fresh", settings.critic_steps
+        # Fresh draws of the student's updates are made whether it learns or not: the place in the data is a function of the
+        # step.
+        later = [self._draw_batches(critic_steps + j) for j in range(1, settings.generator_steps)] if fresh else []
+        # What the student's first update and, where draws are shared, the critic's learn from.
+        batches = self._draw_batches(*[critic_steps] * (fresh and not settings.generator_first))
+        shared, graphs = self._shared_samples(batches, learns) if settings.generator_first or not fresh else ([], [])
         finite = True
-        for k in range(settings.critic_steps):
-            for m, (batch, samples) in enumerate(zip(batches, shared, strict=True)):
-                with self.critic.forward_context(m):
-                    loss, parts = self._critic_loss(batch, samples.detach(), k)
-                    self.critic.backward(loss)
-                _add(metrics, parts, settings.critic_steps * len(batches))
-            norm, applied = self.critic.update()
-            _add(metrics, {"critic_grad_norm": norm}, settings.critic_steps)
-            finite &= applied
+        if settings.generator_first and learns:
+            finite &= self._update_generator(batches, later, graphs, metrics)
+        for k in range(critic_steps):
+            drawn, samples = batches, shared
+            if fresh and not (k == 0 and settings.generator_first):
+                drawn = self._draw_batches(k)
+                samples = [self._samples(batch) for batch in drawn]
+            finite &= self._update_critic(k, drawn, samples, metrics)
+        if learns and not settings.generator_first:
+            finite &= self._update_generator(batches, later, graphs, metrics)
+        return metrics, finite
 
-        for j in range(settings.generator_steps if generator_learns else 0):
-            with self.critic.frozen() as critic:
+    def _shared_samples(self, batches: list[MicroBatch], learns: bool) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """Samples for the critic, and the same with their graphs for the student's first update where one forward can serve
+        both: not where dropout makes it two, nor with several micro-batches, whose graphs would all stay in memory.
+        """
+        if learns and len(batches) == 1 and not self.student_drops:
+            with self.generator.training():
+                graph = self._trained_samples(batches[0])
+            return [graph.detach()], [graph]
+        return [self._samples(batch) for batch in batches], []
+
+    def _update_critic(
+        self, k: int, batches: list[MicroBatch], samples: list[torch.Tensor], metrics: dict[str, torch.Tensor]
+    ) -> bool:
+        """The critic's update number k of the iteration; whether it was finite."""
+        count = self.settings.critic_steps
+        with self.critic.training():
+            for m, (batch, generated) in enumerate(zip(batches, samples, strict=True)):
+                with self.critic.forward_context(m):
+                    loss, parts = self._critic_loss(batch, generated, k)
+                    self.critic.backward(loss)
+                _add(metrics, parts, count * len(batches))
+        norm, applied = self.critic.update()
+        _add(metrics, {"critic_grad_norm": norm}, count)
+        return applied
+
+    def _update_generator(
+        self,
+        batches: list[MicroBatch],
+        later: list[list[MicroBatch]],
+        graphs: list[torch.Tensor],
+        metrics: dict[str, torch.Tensor],
+    ) -> bool:
+        """All of the student's updates of the iteration; whether they were finite.
+
+        Args:
+            batches: of the first one.
+            later: fresh ones of the others; where there are none they have the first one's with new noise.
+            graphs: the samples of the first one with their graphs, where they are there already.
+            metrics: is added to.
+        """
+        settings, finite = self.settings, True
+        for j in range(settings.generator_steps):
+            if j > 0:
+                batches = later[j - 1] if later else [self._with_new_noise(batch, j) for batch in batches]
+            with self.critic.frozen() as critic, self.generator.training():
                 field = self._field(critic, settings.critic_guidance_scale)
                 for m, batch in enumerate(batches):
                     with self.generator.forward_context(m):
-                        has_graph = j == 0 and shared[m].requires_grad
-                        samples = shared[m] if has_graph else self._generate(batch, j)
+                        samples = graphs[m] if j == 0 and graphs else self._trained_samples(batch, j)
                         loss, parts = self._generator_loss(field, batch, samples, j)
                         self.generator.backward(loss)
                     _add(metrics, parts, settings.generator_steps * len(batches))
@@ -185,47 +261,81 @@ class DistillationTrainer(Trainer):
             _add(metrics, {"generator_grad_norm": norm}, settings.generator_steps)
             finite &= applied
             self.averages.update(self.generator.unwrapped, self.step * settings.generator_steps + j)
-        return metrics, finite
+        return finite
 
     def watch(self, means: dict[str, float]) -> list[str]:
         return self.health.check(means)
 
-    def _micro_batch(self, micro_batch: int) -> MicroBatch:
+    def _draw_batches(self, *draw: int) -> list[MicroBatch]:
+        """The micro-batches of one draw: of the iteration's shared one, or of fresh draw number `draw`."""
+        return [self._micro_batch(m, *draw) for m in range(self.settings.gradient_accumulation_steps)]
+
+    def _with_new_noise(self, batch: MicroBatch, update: int) -> MicroBatch:
+        return replace(batch, noise=self._student_noise("generator_noise", self.step, update, indices=batch.indices))
+
+    def _micro_batch(self, micro_batch: int, *draw: int) -> MicroBatch:
         indices = self.indices(micro_batch)
-        data = {} if self.data is None else self.next_batch(self.data, micro_batch)
+        data = {} if self.data is None else self.next_batch(self.data, micro_batch, *draw)
+        labels = "fresh_labels" if draw else "labels"
         if self.class_shares is not None:
-            u = self.noise.uniform("labels", self.step, indices=indices)
+            u = self.noise.uniform(labels, self.step, *draw, indices=indices)
             labels = torch.searchsorted(self.class_shares.to(u.device), u, right=True)
         elif "labels" in data and self.settings.label_sampling != "uniform":
             labels = data["labels"]
         else:
             classes = max(1, self.num_classes)  # an unconditional network ignores its labels
-            labels = self.noise.integers(classes, "labels", self.step, indices=indices)
-        return MicroBatch(labels, data, indices)
+            labels = self.noise.integers(classes, labels, self.step, *draw, indices=indices)
+        counters = ("fresh_noise", self.step, *draw) if draw else ("generator_noise", self.step, 0)
+        return MicroBatch(self._student_noise(*counters, indices=indices), labels, data, indices)
 
-    def _generate(self, batch: MicroBatch, update: int) -> torch.Tensor:
-        noise = self._generator_noise("generator_noise", self.step, update, indices=batch.indices)
-        with self.accelerator.autocast():
-            return self._field(self.generator.module).one_step(
-                noise, self.start.init_time, batch.labels, self.references.start(batch.data)
-            )
-
-    def _generator_noise(self, stream: str, *counters: int, indices: range) -> torch.Tensor | None:
+    def _student_noise(self, stream: str, *counters: int, indices: range) -> torch.Tensor | None:
         channels, *size = self.sample_shape
         channels = self.start.noise_channels if self.references.bridge else channels
         return self.noise.normal((channels, *size), stream, *counters, indices=indices) if channels else None
 
-    def _draw(self, batch: MicroBatch, stream: str, update: int) -> Draw:
-        u, noise = self.noise.uniform_and_normal(self.sample_shape, stream, self.step, update, indices=batch.indices)
-        if self.adversarial_times is None:
-            return Draw(self.time_samplers[stream](u), noise)
-        own = self.noise.uniform(f"{stream}_adversarial", self.step, update, indices=batch.indices)
-        return Draw(self.time_samplers[stream](u), noise, self.adversarial_times(own))
+    @torch.no_grad()
+    def _samples(self, batch: MicroBatch) -> torch.Tensor:
+        """Generated images for the critic, by the student in evaluation mode."""
+        return self._generate(self.generator.module, batch.noise, batch.labels, batch.data)
 
-    def _generated(self, batch: MicroBatch, samples: torch.Tensor, draw: Draw) -> Images:
-        """The samples with the other end of their path."""
-        x1 = self.references.x1(samples, batch.data) if self.references.bridge else draw.noise
-        return Images(samples, batch.labels, x1, self._seen(batch))
+    def _trained_samples(self, batch: MicroBatch, update: int = 0) -> torch.Tensor:
+        """Generated images with their graph, for the student's own update."""
+        labels, share = batch.labels, self.settings.student_class_dropout_prob
+        if share > 0:
+            u = self.noise.uniform("student_label_dropout", self.step, update, indices=batch.indices)
+            labels = torch.where(u < share, self.null_class, labels)
+        return self._generate(self.generator.module, batch.noise, labels, batch.data)
+
+    def _generate(
+        self, network: nn.Module, noise: torch.Tensor | None, labels: torch.Tensor, data: Batch
+    ) -> torch.Tensor:
+        with self.accelerator.autocast():
+            return self._student_field(network).one_step(
+                noise, self.start.init_time, labels, self.references.start(data)
+            )
+
+    def _draw(self, batch: MicroBatch, stream: str, update: int) -> Draw:
+        """Times and noise of one update's loss: for `critic` or `generator`."""
+        counters, indices, term = (self.step, update), batch.indices, self.settings.adversarial
+        times, own_times = self.time_samplers[stream], self.adversarial_times
+        u, noise = self.noise.uniform_and_normal(self.sample_shape, stream, *counters, indices=indices)
+        draw = Draw(times(u), noise)
+        own = f"{stream}_adversarial"
+        if term.own_noise:
+            u, noise = self.noise.uniform_and_normal(self.sample_shape, own, *counters, indices=indices)
+            draw.adversarial = Draw(draw.t if own_times is None else own_times(u), noise)
+        elif own_times is not None:
+            draw.adversarial = Draw(own_times(self.noise.uniform(own, *counters, indices=indices)), noise)
+        if term.real_apart and stream == "critic":
+            u, noise = self.noise.uniform_and_normal(
+                self.sample_shape, "critic_adversarial_real", *counters, indices=indices
+            )
+            draw.adversarial_real = Draw((own_times or times)(u), noise)
+        return draw
+
+    def _generated(self, batch: MicroBatch, samples: torch.Tensor) -> Images:
+        """The samples with the other end of a bridge's path."""
+        return Images(samples, batch.labels, self.references.x1(samples, batch.data), self._seen(batch))
 
     def _seen(self, batch: MicroBatch) -> torch.Tensor | None:
         return batch.data["reference"] if self.references.seen else None
@@ -233,27 +343,28 @@ class DistillationTrainer(Trainer):
     def _critic_loss(
         self, batch: MicroBatch, samples: torch.Tensor, update: int
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        draw = self._draw(batch, "critic", update)
-        fake, data = self._generated(batch, samples, draw), batch.data
-        x1 = data["reference"] if self.references.bridge else draw.noise
+        draw, data = self._draw(batch, "critic", update), batch.data
+        fake = self._generated(batch, samples)
+        x1 = data["reference"] if self.references.bridge else None
         real = Images(data.get("images"), data.get("labels"), x1, self._seen(batch))
         if self.settings.critic_class_dropout_prob > 0:
             dropped = self.noise.uniform("labels", self.step, update, indices=batch.indices)
             dropped = dropped < self.settings.critic_class_dropout_prob
             fake, real = (images.with_class(self.null_class, dropped) for images in (fake, real))
         augmentation = self.augmentation(batch.indices, update)
-        # One transformation for both: they share everything but the images.
-        told = None if augmentation is None else augmentation.labels
         if augmentation is not None:
-            fake, real = (images.augmented(augmentation) for images in (fake, real))
-        return self.game_losses.critic_loss(self._field(self.critic.module), fake, real, draw, told)
+            fake = fake.augmented(augmentation)
+            if not self.settings.adversarial.shared_augmentation:
+                augmentation = self.augmentation(batch.indices, update, 1)
+            real = real.augmented(augmentation)
+        return self.game_losses.critic_loss(self._field(self.critic.module), fake, real, draw)
 
     def _generator_loss(
         self, critic: Field, batch: MicroBatch, samples: torch.Tensor, update: int
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         judged = self.adversarial is not None and self.images_seen >= self.settings.adversarial.start_images
         draw = self._draw(batch, "generator", update)
-        return self.game_losses.generator_loss(critic, self._generated(batch, samples, draw), draw, judged)
+        return self.game_losses.generator_loss(critic, self._generated(batch, samples), draw, judged)
 
     # What comes out.
 
@@ -265,11 +376,15 @@ class DistillationTrainer(Trainer):
         scheduler = type(teacher.scheduler).from_config(
             teacher.scheduler.config,
             solver="euler",
+            prediction_type=self.start.prediction_type,
             init_time=self.start.init_time,
             noise_channels=self.start.noise_channels,
         )
         network = self.averages.network if network is None else network
         settings = {name: teacher.config[name] for name in ("id2label", "vae_pixel_min", "image_upsampling")}
+        if self.settings.student_guidance_scale != 1:
+            channels = self.settings.student_guidance_channels
+            settings["guidance"] = {"scale": self.settings.student_guidance_scale, "channels": channels}
         return OneStepInterpolantPipeline(network, scheduler, vae=teacher.vae, **settings)
 
     def facts(self) -> dict[str, Any]:
@@ -288,17 +403,17 @@ class DistillationTrainer(Trainer):
         shown = self.shown_batch(self.data, GRID_COLUMNS) if roles.needed else {}
         labels = torch.arange(GRID_COLUMNS, device=self.accelerator.device) % max(1, self.num_classes)
         labels = shown["labels"] if roles.needed and roles.paired else labels
-        batch = MicroBatch(labels, shown, indices)
-        noise = self._generator_noise("samples", 0, indices=indices)
+        batch = MicroBatch(self._student_noise("samples", 0, indices=indices), labels, shown, indices)
         pipeline = self.pipeline()
         half = torch.tensor(self.interpolant.middle_time(), device=labels.device)
         t = self.interpolant.nearest_time(half, self.timestep_type).expand(len(labels))
         draw = Draw(t, self.noise.normal(self.sample_shape, "samples", 1, indices=indices))
         with self.accelerator.autocast():
             start = roles.start(shown)
-            samples = self._field(pipeline.transformer).one_step(noise, self.start.init_time, labels, start)
-            made = self._generated(batch, samples, draw)
-            x_t = self.interpolant.interpolate(samples, made.x1, t, draw.noise)
+            samples = self._generate(pipeline.transformer, batch.noise, labels, shown)
+            made = self._generated(batch, samples)
+            x1 = draw.noise if made.x1 is None else made.x1
+            x_t = self.interpolant.interpolate(samples, x1, t, draw.noise)
             critic = self._field(self.critic.unwrapped)
             rows = [samples, *(field.sample(x_t, t, labels, made.reference) for field in (self.teacher_field, critic))]
         titles = ["student", f"teacher, x0 at t={t[0]:.2f}", f"critic, x0 at t={t[0]:.2f}"]

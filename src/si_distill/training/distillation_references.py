@@ -9,7 +9,7 @@ from ..data.references import optimal_assignment
 from ..errors import InputError
 from ..objectives import DistillationObjective
 from ..pipelines import InterpolantPipeline
-from .config import DistillConfig
+from .distillation_config import DistillConfig
 
 
 @dataclass(frozen=True)

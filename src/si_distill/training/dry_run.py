@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..critic import CriticNetwork
 from ..data.latents_format import VAE_FOLDER, is_latent_cache, read_manifest
 from ..errors import InputError
 from ..interpolants import Interpolant
@@ -23,7 +22,8 @@ from ..schedulers.scheduling_stochastic_interpolant import StochasticInterpolant
 from ..settings import parse_settings
 from ..units import binary_size
 from .communication import Transfer, transfers
-from .config import DistillConfig, TeacherConfig, TrainingConfig
+from .config import TeacherConfig, TrainingConfig
+from .distillation_config import DistillConfig
 from .distillation_inputs import check_guidance, fitting_objective, starting_critic, starting_student
 from .distillation_references import reference_roles
 from .memory import (
@@ -71,6 +71,8 @@ def _teacher_training(settings: TeacherConfig) -> Lines:
         "network": _network(network),
         "path": _path(interpolant, settings.prediction_type, settings.timestep_type),
         **_batch(settings),
+        "optimizer": _optimizer(vars(settings), network),
+        "averages": _averages(settings),
         "data": _data(settings),
         **_memory(parts),
         **_files(settings, parts, network),
@@ -109,12 +111,9 @@ def _distillation(settings: DistillConfig) -> Lines:
     start = starting_student(replace(settings, student=None), teacher)
     student, init_time = start.network, start.init_time
     network = teacher.transformer.requires_grad_(False)
+    settings.build_adversarial_time_sampler(interpolant, config.timestep_type)
     with torch.device("meta"):
-        critic = CriticNetwork(
-            starting_critic(settings, teacher, objective),
-            None if term is None else term.kind,
-            settings.critic_log_variance,
-        )
+        critic = starting_critic(settings, teacher, objective, load=False)
     devices = Devices.of_launcher()
     activations = distillation_activations(network, objective, term is not None, settings, devices.sharded)
     parts = training_memory([critic, student], network, student, settings, activations, devices, teacher.vae)
@@ -126,15 +125,21 @@ def _distillation(settings: DistillConfig) -> Lines:
         "teacher": f"{settings.teacher} ({source})",
         "network": _network(network),
         "path": _path(interpolant, config.prediction_type, config.timestep_type),
-        "student": f"one evaluation {_start(interpolant, init_time, start.noise_channels)}, "
+        "student": f"{'one evaluation' if settings.student_guidance_scale == 1 else 'two evaluations'} "
+        f"{_start(interpolant, settings, init_time, start.noise_channels)}, "
         + (f"from {settings.student} (not opened)" if settings.student else "from the teacher's weights"),
-        "critic": "the teacher's weights"
-        + ("" if term is None else f", adversarial term {term.kind!r}")
+        "critic": {"teacher": "the teacher's weights", "random": "random weights"}.get(
+            settings.critic_start, f"from the critic of {settings.critic_start} (not opened)"
+        )
         + f"; {parameter_count([critic]):,} parameters",
         "objective": f"{objective.name}, critic {objective.critic}, generator {objective.generator}, {objective.space} "
-        f"space, weight {objective.weight}",
+        f"space, weight {objective.weight}, critic's weight {objective.critic_weight}",
+        **_losses(settings),
         **_batch(settings),
-        "updates": f"{settings.critic_steps} of the critic and {settings.generator_steps} of the generator in an iteration",
+        "updates": _updates(settings),
+        "student's": _optimizer({name: getattr(settings, name) for name in settings.of_critic()}, start.network),
+        "critic's": _optimizer(settings.of_critic(), critic),
+        "averages": _averages(settings),
         "data": (_data(settings) + latent)
         if real
         else "no images: neither the objective nor an adversarial term uses any",
@@ -144,7 +149,62 @@ def _distillation(settings: DistillConfig) -> Lines:
     }
 
 
-def _start(interpolant: Interpolant, init_time: float, noise_channels: int) -> str:
+def _losses(settings: DistillConfig) -> Lines:
+    """How the two losses are scaled, and the adversarial term's factors, if there is one."""
+    reductions = {"student": settings.loss_reduction, "critic": settings.of_critic()["loss_reduction"]}
+    scaled = ", ".join(f"{name}'s a {reduction} over values" for name, reduction in reductions.items())
+    lines = {"losses": f"{scaled}; student's × {settings.loss_scale:g}"}
+    term = settings.adversarial
+    if term.kind == "none":
+        return lines
+    head = f", head {term.head} on the {term.features}'s features" if term.kind == "head" else ""
+    times = "the losses' times" if term.t_min is None else f"times [{term.t_min:g}, {term.t_max:g}]"
+    limits = {"logits": term.clamp, "critic's gradient": term.max_grad_value}
+    cuts = [f"{what} to ±{limit:g}" for what, limit in limits.items() if limit is not None]
+    return lines | {
+        "adversarial": f"{term.kind}{head}, critic × {term.critic_weight:g}, student × {term.generator_weight:g} "
+        f"({term.combine}), {times}, {'own' if term.own_noise else 'shared'} noise, real images "
+        f"{'apart' if term.real_apart else 'alike'}{''.join(f', cut {cut}' for cut in cuts)}, from {term.start_images:,} "
+        "images on"
+    }
+
+
+def _updates(settings: DistillConfig) -> str:
+    order = [f"{settings.critic_steps} of the critic", f"{settings.generator_steps} of the student"]
+    order = order[::-1] if settings.generator_first else order
+    frozen = settings.generator_start_images
+    waits = f"; the student's from {frozen:,} images on" if frozen else ""
+    return f"{', then '.join(order)} in an iteration, {settings.critic_draws} draws{waits}"
+
+
+def _optimizer(values: dict[str, Any], network: nn.Module) -> str:
+    """One network's optimizer, as a paper gives it, and its dropout."""
+    decay = values["weight_decay"]
+    dropout = max((module.p for module in network.modules() if isinstance(module, nn.Dropout)), default=0.0)
+    return (
+        f"{f'AdamW, weight decay {decay:g}' if decay else 'Adam'}, rate {values['learning_rate']:g} after "
+        f"{values['lr_warmup_steps']:,} updates, betas ({values['adam_beta1']:g}, {values['adam_beta2']:g}), epsilon "
+        f"{values['adam_epsilon']:g}, gradient norm up to {values['max_grad_norm']:g}, dropout {dropout:g}"
+    )
+
+
+def _averages(settings: TrainingConfig) -> str:
+    def described(value: float) -> str:
+        if value >= 1:
+            ramp = settings.ema_rampup_ratio
+            return f"half-life {value:,.0f} images" + (f", ramped up by {ramp:g}" if ramp is not None else "")
+        if value == 0:
+            return "none (the weights themselves)"
+        return f"decay {value:.8g}" + (", warmed up" if settings.ema_warmup else "")
+
+    main = settings.ema_decay if settings.ema_halflife_images is None else settings.ema_halflife_images
+    power = [f"power function of width {sigma_rel:g}" for sigma_rel in settings.ema_power_sigmas]
+    return "; ".join([described(main), *map(described, settings.ema_extra), *power])
+
+
+def _start(interpolant: Interpolant, settings: DistillConfig, init_time: float, noise_channels: int) -> str:
+    if settings.student_map == "negative_velocity":
+        return f"of −v at t = {settings.init_time or 0.5:g} on plain noise"
     if not interpolant.gaussian_reference:
         return f"from the reference image, with {noise_channels} channels of noise"
     c = interpolant.coefficients(torch.tensor(init_time, dtype=torch.float64))

@@ -61,7 +61,7 @@ class EMA:
 
     Args:
         network: the copy to keep the average in; made frozen and put in evaluation mode.
-        decay: a rule, or the final value of a constant decay that is warmed up.
+        decay: a rule, or a constant that is warmed up (see `warmed_up`).
     """
 
     def __init__(self, network: nn.Module, decay: float | DecayRule):
@@ -98,7 +98,9 @@ class Averages:
 
     def __init__(self, network: nn.Module, settings: TrainingConfig, images_per_update: int):
         def constant_or_half_life(value: float) -> float | DecayRule:
-            return value if value < 1 else half_life(value, settings.ema_rampup_ratio, images_per_update)
+            if value >= 1:
+                return half_life(value, settings.ema_rampup_ratio, images_per_update)
+            return value if settings.ema_warmup else lambda updates: value
 
         self.settings = settings
         main = settings.ema_decay if settings.ema_halflife_images is None else settings.ema_halflife_images

@@ -26,7 +26,8 @@ from torch import nn
 from ..objectives import DistillationObjective
 from ..pipelines import view_network
 from .blocks import blocks, checkpoint_blocks, half_precision_weights
-from .config import DistillConfig, TrainingConfig
+from .config import TrainingConfig
+from .distillation_config import DistillConfig
 
 FLOAT32, BFLOAT16 = 4, 2
 #: Parts of the memory, beside the averages, that are in a checkpoint.

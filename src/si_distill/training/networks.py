@@ -3,6 +3,7 @@
 import contextlib
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from accelerate import Accelerator
@@ -11,61 +12,84 @@ from torch import nn
 
 from .blocks import prepare_blocks
 from .config import TrainingConfig
-from .sharding import average_replicated, clip_grad_norm, optimizer_groups, shard
+from .sharding import average_replicated, clip_grad_norm, optimizer_groups, reshard, shard
 
 _SCHEDULES = {"constant": "constant_with_warmup", "cosine": "cosine", "linear": "linear"}
 
 
-class TrainedNetwork:
-    """Wraps a network for training on every rank.
+@dataclass(frozen=True)
+class OptimizerSettings:
+    """How one network is updated.
 
     Args:
-        accelerator: prepares the network and its optimizer, one pair at a time (what FSDP2 asks for).
-        network: the module, on the CPU.
-        settings: Adam, clipping and the shape of the schedule.
         learning_rate: the peak.
+        lr_warmup_steps: updates of linear warm-up.
+        adam_beta1, adam_beta2, adam_epsilon, weight_decay: of AdamW; without decay it is Adam.
+        max_grad_norm: limit of the gradient's norm.
         total_updates: length of a falling schedule.
         max_grad_value: each value of the gradient is cut to ± this, before the norm is; None is no cut.
     """
 
+    learning_rate: float
+    lr_warmup_steps: int
+    adam_beta1: float
+    adam_beta2: float
+    adam_epsilon: float
+    weight_decay: float
+    max_grad_norm: float
+    total_updates: int
+    max_grad_value: float | None = None
+
+    @classmethod
+    def of(cls, settings: TrainingConfig, total_updates: int) -> "OptimizerSettings":
+        """Those of the network that the unprefixed settings speak of."""
+        names = [name for name in cls.__dataclass_fields__ if hasattr(settings, name)]
+        return cls(**{name: getattr(settings, name) for name in names}, total_updates=total_updates)
+
+
+class TrainedNetwork:
+    """Wraps a network for training on every rank. It is in evaluation mode but inside `training()`.
+
+    Args:
+        accelerator: prepares the network and its optimizer, one pair at a time (what FSDP2 asks for).
+        network: the module, on the CPU.
+        settings: of the run: blocks, micro-batches and the shape of the schedule.
+        optimizer: of this network.
+    """
+
     def __init__(
-        self,
-        accelerator: Accelerator,
-        network: nn.Module,
-        settings: TrainingConfig,
-        learning_rate: float,
-        total_updates: int,
-        max_grad_value: float | None = None,
+        self, accelerator: Accelerator, network: nn.Module, settings: TrainingConfig, optimizer: OptimizerSettings
     ):
         self.accelerator = accelerator
-        self.max_grad_norm = settings.max_grad_norm
-        self.max_grad_value = max_grad_value
+        self.max_grad_norm = optimizer.max_grad_norm
+        self.max_grad_value = optimizer.max_grad_value
         self.accumulation = settings.gradient_accumulation_steps
-        network.requires_grad_(True).train()
+        network.requires_grad_(True).eval()
         prepare_blocks(network, settings)
         self.sharded = accelerator.is_fsdp2
         if self.sharded:
             network = shard(accelerator, network)
-        optimizer = torch.optim.Adam(
+        adam = (torch.optim.AdamW if optimizer.weight_decay else torch.optim.Adam)(
             optimizer_groups(network.parameters()),
-            lr=learning_rate,
-            betas=(settings.adam_beta1, settings.adam_beta2),
-            eps=settings.adam_epsilon,
+            lr=optimizer.learning_rate,
+            betas=(optimizer.adam_beta1, optimizer.adam_beta2),
+            eps=optimizer.adam_epsilon,
+            weight_decay=optimizer.weight_decay,
             fused=True,
         )
         if self.sharded:
-            _start_moments(optimizer)
+            _start_moments(adam)
             # Not by `prepare`, which finds an optimizer's parameters by the addresses of their shards: empty ones share one.
             accelerator._models.append(network)
-            self.module, self.optimizer = network, accelerator.prepare_optimizer(optimizer)
+            self.module, self.optimizer = network, accelerator.prepare_optimizer(adam)
         else:
-            self.module, self.optimizer = accelerator.prepare(network, optimizer)
+            self.module, self.optimizer = accelerator.prepare(network, adam)
         # A prepared scheduler would step once per process: the raw one is stepped by hand, once per update.
         self.schedule = get_scheduler(
             _SCHEDULES[settings.lr_scheduler_type],
             self.optimizer.optimizer,
-            num_warmup_steps=settings.lr_warmup_steps,
-            num_training_steps=total_updates,
+            num_warmup_steps=optimizer.lr_warmup_steps,
+            num_training_steps=optimizer.total_updates,
         )
         accelerator.register_for_checkpointing(self.schedule)
         self.parameters = [p for p in self.module.parameters() if p.requires_grad]
@@ -76,15 +100,31 @@ class TrainedNetwork:
         return self.accelerator.unwrap_model(self.module)
 
     @contextlib.contextmanager
+    def training(self) -> Iterator[None]:
+        """The network in training mode, for its own update: until its backward pass is done, in which checkpointed blocks
+        run again.
+        """
+        self.module.train()
+        try:
+            yield
+        finally:
+            self.module.eval()
+
+    @contextlib.contextmanager
     def frozen(self) -> Iterator[nn.Module]:
         """The bare network with gradients flowing through it but not into it."""
-        for parameter in self.parameters:
-            parameter.requires_grad_(False)
+        self._let_gradients_in(False)
         try:
             yield self.unwrapped
         finally:
-            for parameter in self.parameters:
-                parameter.requires_grad_(True)
+            self._let_gradients_in(True)
+
+    def _let_gradients_in(self, wanted: bool) -> None:
+        # What a forward has left gathered keeps the flag that it was gathered with: without a backward pass through the
+        # frozen network (detached objectives), its outermost layers would never learn again.
+        reshard(self.module)
+        for parameter in self.parameters:
+            parameter.requires_grad_(wanted)
 
     def backward(self, loss: torch.Tensor) -> None:
         """Adds the gradient of one micro-batch."""

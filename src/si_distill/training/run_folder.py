@@ -56,8 +56,13 @@ class RunFolder:
                 f"`output_dir` {self.path} already holds a run. Resume it with --resume_from_checkpoint latest, "
                 "give another --output_dir, or delete it with --overwrite_output_dir."
             )
+        values = read_yaml(config)
+        version = values.get("algorithm", 1)
+        if version != self.settings.ALGORITHM:
+            reason = self.settings.other_algorithm(version)
+            raise InputError(f"The run in {self.path} cannot be resumed: {reason}")
         # Through the class, so that a setting that did not exist when the run was started has its default.
-        saved = _with_data_apart(settings_from_dict(type(self.settings), read_yaml(config)))
+        saved = _with_data_apart(settings_from_dict(type(self.settings), values))
         now = _with_data_apart(self.settings)
         changed = [key for key in now if key not in self.settings.RESUMABLE and saved[key] != now[key]]
         if changed:

@@ -60,7 +60,7 @@ def _normalize_shards(network: nn.Module, args: tuple) -> None:
     if network.training:
         reshard(network)
         for module in network.modules():
-            if isinstance(module, MPConv):
+            if isinstance(module, MPConv) and module.forced:
                 rows = module.weight.to_local()
                 rows.copy_(normalize(rows, tuple(range(1, rows.ndim))))
 

@@ -17,7 +17,7 @@ from .config import TeacherConfig
 from .ema import Averages
 from .loss_weights import regression_weight
 from .network_settings import build_network, with_inputs
-from .networks import TrainedNetwork
+from .networks import OptimizerSettings, TrainedNetwork
 from .run_facts import describe_data, describe_network
 from .sample_noise import sample_seed
 from .trainer import Trainer
@@ -45,7 +45,7 @@ class TeacherTrainer(Trainer):
         self.class_names = self.data.class_names if network.config.num_classes else []
         self.averages = Averages(network, settings, self.global_batch_size)
         self.trained = TrainedNetwork(
-            self.accelerator, network, settings, settings.learning_rate, total_updates=settings.max_steps
+            self.accelerator, network, settings, OptimizerSettings.of(settings, total_updates=settings.max_steps)
         )
         self.averages.prepare(self.accelerator)
 
@@ -94,7 +94,7 @@ class TeacherTrainer(Trainer):
             x1, z = (noise, None) if self.interpolant.gaussian_reference else (batch["reference"], noise)
             x_t = self.interpolant.interpolate(x0, x1, t, z)
             target = self.interpolant.target(x0, x1, t, settings.prediction_type, z)
-            with trained.forward_context(micro_batch):
+            with trained.training(), trained.forward_context(micro_batch):
                 with self.accelerator.autocast():
                     network_input = self.interpolant.network_input(x_t, t, settings.prediction_type)
                     timestep = self.interpolant.network_time(t, settings.timestep_type)

@@ -1,6 +1,7 @@
-"""Laws of the training times, as maps from a uniform number to a time: the noise source stays with the caller."""
+"""Distributions of the training times, as maps from a uniform number to a time: the noise source stays with the caller."""
 
 import functools
+import math
 from dataclasses import dataclass
 
 import torch
@@ -28,6 +29,8 @@ class TimeSampler:
         t_min, t_max: ends of the times.
         mean, std: of logit(t) or ln σ.
         interpolant: needed by `lognormal`, `karras` and discrete timesteps.
+        steps: `uniform` times are drawn from this many equally spaced ones of [0, 1], ends included (DMD2: 1,000 of EDM's
+            map); None is all times.
         timestep_type: what the network is given for a time; with `discrete` times are moved to its nearest step, by at most
             half of one.
 
@@ -43,10 +46,21 @@ class TimeSampler:
     std: float = 1.0
     interpolant: Interpolant | None = None
     timestep_type: str = "time"
+    steps: int | None = None
 
     def __post_init__(self) -> None:
         if self.name not in TIME_SAMPLERS:
             raise ValueError(f"Unknown law of times {self.name!r}. Choose one of: {', '.join(TIME_SAMPLERS)}.")
+        if self.steps is not None:
+            if self.name != "uniform":
+                raise ValueError(
+                    f"Times from {self.steps} steps are uniform ones, and the distribution is {self.name!r}."
+                )
+            first, last = self._grid()
+            if first > last:
+                raise ValueError(
+                    f"None of the {self.steps} steps lies in [{self.t_min}, {self.t_max}]: widen the times."
+                )
         if self.timestep_type != "time" and self.interpolant is None:
             raise ValueError(f"timestep_type={self.timestep_type!r} needs the interpolant.")
         if self.name in ("lognormal", "karras"):
@@ -73,6 +87,10 @@ class TimeSampler:
         return t if self.timestep_type == "time" else self.interpolant.nearest_time(t, self.timestep_type)
 
     def _continuous(self, u: torch.Tensor) -> torch.Tensor:
+        if self.steps is not None:
+            first, last = self._grid()
+            number = (first + ((last - first + 1) * u.double()).floor()).clamp(max=last)
+            return (number / (self.steps - 1)).to(u.dtype)
         if self.name == "uniform":
             return (self.t_min + (self.t_max - self.t_min) * u.double()).to(u.dtype)
         low, high = self._ends(u.device)
@@ -88,6 +106,10 @@ class TimeSampler:
         # The clamp of the share may have left the interval; σ must stay within what the interpolant reaches.
         sigma = torch.minimum(torch.maximum(value.exp(), self._ratio(self.t_min, u)), self._ratio(self.t_max, u))
         return self.interpolant.times_of_ratios(sigma).clamp(self.t_min, self.t_max).to(u.dtype)
+
+    def _grid(self) -> tuple[int, int]:
+        """The first and the last step in [t_min, t_max]; ends that are steps up to rounding belong to it."""
+        return math.ceil(self.t_min * (self.steps - 1) - 1e-6), math.floor(self.t_max * (self.steps - 1) + 1e-6)
 
     @functools.lru_cache(maxsize=8)  # noqa: B019 - samplers live as long as their training
     @torch.inference_mode(False)

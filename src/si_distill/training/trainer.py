@@ -137,17 +137,27 @@ class Trainer:
         """Processes that read data, over all ranks."""
         return self.accelerator.num_processes * max(1, self.settings.dataloader_num_workers)
 
+    @property
+    def batches_per_iteration(self) -> int:
+        """Batches of data that each rank reads in an iteration."""
+        return self.settings.gradient_accumulation_steps
+
     def indices(self, micro_batch: int) -> range:
         """This rank's places in the global batch."""
         size = self.settings.per_device_train_batch_size
         start = (micro_batch * self.accelerator.num_processes + self.accelerator.process_index) * size
         return range(start, start + size)
 
-    def next_batch(self, data: TrainingData, micro_batch: int) -> Batch:
+    def next_batch(self, data: TrainingData, micro_batch: int, *draw: int) -> Batch:
         """This rank's next batch on the device: `images` (B, C, H, W), in [-1, 1] or latents as the network sees them,
         `labels` (B,), and what else `data` gives.
 
         The same whether the run was resumed or not.
+
+        Args:
+            data: the data set.
+            micro_batch: of the update.
+            draw: number of the draw in the iteration, where it has several.
         """
         settings, accelerator = self.settings, self.accelerator
         if self._batches is None:
@@ -156,7 +166,7 @@ class Trainer:
                 rank=accelerator.process_index,
                 world_size=accelerator.num_processes,
                 seed=settings.seed,
-                start=self.step * settings.gradient_accumulation_steps,
+                start=self.step * self.batches_per_iteration,
                 num_workers=settings.dataloader_num_workers,
             )
             if self._resumed:
@@ -165,14 +175,15 @@ class Trainer:
             batch = next(self._batches)
         batch, indices = on_device(batch, accelerator.device), self.indices(micro_batch)
         random_flip = settings.data.random_flip
-        flip = self.noise.uniform("flip", self.step, indices=indices) < 0.5 if random_flip else None
+        counters = (self.step, *draw)
+        flip = self.noise.uniform("flip", *counters, indices=indices) < 0.5 if random_flip else None
         if isinstance(data, LatentDataset):
             shape = batch["latents_mean"].shape[2:]
-            batch = sampled(batch, flip, self.noise.normal(shape, "latents", self.step, indices=indices), data.scaling)
+            batch = sampled(batch, flip, self.noise.normal(shape, "latents", *counters, indices=indices), data.scaling)
         elif flip is not None:
             batch = flipped(batch, flip)
         if self._references is not None:
-            batch = self._references(batch, self.noise, self.step, indices=indices)
+            batch = self._references(batch, self.noise, *counters, indices=indices)
         return batch
 
     def shown_batch(self, data: TrainingData, count: int) -> Batch:
