@@ -106,7 +106,9 @@ def main(argv: list[str]) -> None:
         image_grid(shown, names, titles or [Path(file).stem for file in settings.image]).save(out)
     else:
         image_grid(rows, column_titles=titles).save(out)
-    print(f"Saved {count} image{'s' if count > 1 else ''}, one network evaluation each: {out}")
+    calls = pipeline.num_network_evaluations
+    evaluations = "one network evaluation" if calls == 1 else f"{calls} network evaluations"
+    print(f"Saved {count} image{'s' if count > 1 else ''}, {evaluations} each: {out}")
 
 
 if __name__ == "__main__":

@@ -187,9 +187,13 @@ def _picture(elem_id: str) -> gr.Image:
 
 def _download(*results: Result):
     """The picture, or both side by side, as a file to take home."""
-    titles = ["student, 1 evaluation", *(f"teacher, {result.evaluations:g} evaluations" for result in results[1:])]
+    names = ["student", *["teacher"] * (len(results) - 1)]
+    titles = [
+        f"{name}, {result.evaluations:g} evaluation{'s' if result.evaluations != 1 else ''}"
+        for name, result in zip(names, results, strict=True)
+    ]
     with tempfile.NamedTemporaryFile(prefix="one-step-", suffix=".png", delete=False) as file:
-        image_grid([[result.picture for result in results]], column_titles=titles[: len(results)]).save(file, "PNG")
+        image_grid([[result.picture for result in results]], column_titles=titles).save(file, "PNG")
     return gr.update(value=file.name, interactive=True)
 
 

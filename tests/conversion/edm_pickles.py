@@ -145,7 +145,11 @@ def edm2_preconditioning(network: EDM2UNet2DModel, class_name: str = "Precond", 
         class_name, sigma_data=0.5, unet=module_tree(Persistent("UNet", arguments | changes), network.state_dict())
     )
     if class_name == "Precond":
-        logvar = {"logvar_fourier.freqs": torch.ones(4), "logvar_linear.weight": torch.ones(1, 4)}
+        logvar = {
+            "logvar_fourier.freqs": torch.arange(4.0),
+            "logvar_fourier.phases": torch.ones(4),
+            "logvar_linear.weight": torch.full((1, 4), 2.0),
+        }
         module_tree(root, logvar)
     return root
 

@@ -9,6 +9,7 @@ import torch
 from diffusers import AutoencoderKL, DiffusionPipeline
 from edm_pickles import Persistent, edm2_preconditioning, edm_preconditioning, write
 from helpers import tiny_edm, tiny_edm2
+from safetensors.torch import load_file
 from test_trainers import distillation
 
 from si_distill import InterpolantPipeline, OneStepInterpolantPipeline, get_interpolant
@@ -16,6 +17,7 @@ from si_distill.conversion.config import ConvertConfig
 from si_distill.conversion.convert import convert_checkpoint
 from si_distill.conversion.edm import convert_edm
 from si_distill.errors import InputError
+from si_distill.hub.staging import stage_model
 from si_distill.settings import parse_settings
 from si_distill.velocity import Field
 
@@ -106,6 +108,28 @@ def test_half_precision_becomes_single(tmp_path):
     assert pipe.transformer.dtype == torch.float32
     for name, value in network.state_dict().items():
         assert torch.equal(pipe.transformer.state_dict()[name], value.float())
+
+
+def test_edm2s_log_variance_is_kept_beside_the_teacher_and_starts_a_critic(tmp_path, capsys):
+    network = tiny_edm2(in_channels=1, num_classes=10)
+    source = write(tmp_path / "net.pkl", {"ema": edm2_preconditioning(network), "loss_fn": Persistent("EDM2Loss")})
+    convert_checkpoint(ConvertConfig(source=str(source), out=str(tmp_path / "teacher")))
+    assert "the log-variance, for critics with critic_log_variance" in capsys.readouterr().out
+    kept = load_file(tmp_path / "teacher" / "log_variance.safetensors")
+    assert kept.keys() == {"freqs", "phases", "weight"}
+    trainer = distillation(tmp_path / "teacher", tmp_path / "run", "--critic_log_variance", "true")
+    level = torch.tensor([-1.0, 0.5])
+    # EDM2's forward: logvar_linear(logvar_fourier(c_noise)), whose weight vector (2, 2, 2, 2) has unit norm: ½ each.
+    expected = 2**0.5 * torch.cos(level[:, None] * torch.arange(4.0) + 1).sum(1) / 2
+    torch.testing.assert_close(trainer.critic.unwrapped.log_variance(level).detach(), expected, rtol=1e-3, atol=1e-4)
+    # It is published with the teacher.
+    stage_model(
+        InterpolantPipeline.from_pretrained(tmp_path / "teacher"), tmp_path / "staged", "u/t", tmp_path / "teacher"
+    )
+    assert (tmp_path / "staged" / "log_variance.safetensors").is_file()
+    # A student of the same file has no use for it.
+    convert_checkpoint(ConvertConfig(source=str(source), out=str(tmp_path / "student"), kind="sid"))
+    assert not (tmp_path / "student" / "log_variance.safetensors").exists()
 
 
 def test_published_names_of_students(tmp_path):

@@ -108,6 +108,7 @@ def render_card(
         classes=facts.num_classes,
         guided=facts.num_classes and facts.network.get("class_dropout_prob", 1) > 0,
         teacher=teacher,
+        evaluations="two evaluations" if facts.guidance else "one evaluation",
         model=model_rows(facts),
         teacher_table=teacher_rows(facts),
         objective=objective_rows(facts),

@@ -33,12 +33,21 @@ def model_rows(facts: ModelFacts) -> list[Row]:
         rows.append(("Starts from", start))
     if facts.is_student:
         rows += [
-            ("Network evaluations", "1 per image, without guidance"),
+            ("Network evaluations", student_evaluations(facts)),
             ("Time of the one-step map", _text(scheduler.get("init_time"))),
         ]
     else:
         rows.append(("Solver", _text(scheduler.get("solver"))))
     return rows
+
+
+def student_evaluations(facts: ModelFacts) -> str:
+    """How often a student's network is evaluated for an image."""
+    if not facts.guidance:
+        return "1 per image, without guidance"
+    channels = facts.guidance.get("channels")
+    guided = f" of the first {channels} channels" if channels else ""
+    return f"2 per image: guidance {_number(facts.guidance.get('scale'))}{guided} is inside the student"
 
 
 def teacher_rows(facts: ModelFacts) -> list[Row]:
@@ -59,7 +68,7 @@ def teacher_rows(facts: ModelFacts) -> list[Row]:
 
 
 def objective_rows(facts: ModelFacts) -> list[Row]:
-    """The objective with all coefficients, the adversarial term, and the rhythm of the game."""
+    """The objective with all coefficients, the adversarial term, and the update ratio."""
     settings = facts.settings
     if "objective" not in settings:
         return [("Objective", MISSING)]
@@ -85,7 +94,15 @@ def objective_rows(facts: ModelFacts) -> list[Row]:
     if settings.get("student"):
         rows.append(("Started from the student", f"`{without_paths(settings['student'])}`"))
     critic, generator = settings.get("critic_steps", 1), settings.get("generator_steps", 1)
-    rows.append(("Updates per iteration", f"critic {critic}, generator {generator}"))
+    order = [f"critic {critic}", f"generator {generator}"]
+    order = order[::-1] if settings.get("generator_first") else order
+    draws = settings.get("critic_draws")
+    rows.append(("Updates per iteration", f"{', '.join(order)}" + (f", {draws} draws" if draws else "")))
+    reductions = [settings.get(name) for name in ("loss_reduction", "critic_loss_reduction")]
+    if reductions[0] is not None:
+        of_critic = reductions[1] or reductions[0]
+        scale = settings.get("loss_scale", 1.0)
+        rows.append(("Losses over values", f"generator {reductions[0]} × {_number(scale)}, critic {of_critic}"))
     return rows
 
 
@@ -149,6 +166,8 @@ def _data(facts: ModelFacts) -> str:
 def _average(settings: dict[str, Any]) -> str:
     if settings.get("ema_halflife_images") is not None:
         return f"half-life {_number(settings['ema_halflife_images'])} images"
+    if settings.get("ema_decay") == 0:
+        return "none: the weights themselves"
     return f"decay {settings['ema_decay']}" if settings.get("ema_decay") is not None else MISSING
 
 

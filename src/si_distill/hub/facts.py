@@ -25,6 +25,7 @@ class ModelFacts:
         pipeline_class: `OneStepInterpolantPipeline` (a student) or another class of ours (a teacher).
         id2label: names of the classes, or None.
         network_class, network, scheduler, vae: class name and configs of the components; `vae` is None for pixels.
+        guidance: of a student that is guided inside itself: its `scale` and `channels`.
         parameters: values in the network's weights, from the headers of its files; None without weights.
         settings: config.yaml of the training, or {}.
         metrics: lines of metrics.jsonl, or [].
@@ -40,6 +41,7 @@ class ModelFacts:
     scheduler: dict[str, Any]
     vae: dict[str, Any] | None
     parameters: int | None
+    guidance: dict[str, Any] | None = None
     settings: dict[str, Any] = field(default_factory=dict)
     metrics: list[dict[str, Any]] = field(default_factory=list)
     recorded: dict[str, Any] = field(default_factory=dict)
@@ -126,6 +128,7 @@ def read_facts(folder: str | Path, training: bool = True) -> ModelFacts:
         scheduler=_json(folder / "scheduler" / "scheduler_config.json") or {},
         vae=vae,
         parameters=_parameters(folder / "transformer"),
+        guidance=index.get("guidance"),
     )
     if training:
         facts.settings = _yaml(folder / CONFIG) or {}

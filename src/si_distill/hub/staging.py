@@ -12,6 +12,7 @@ from huggingface_hub import SpaceCardData
 from PIL import Image
 
 from ..errors import InputError
+from ..loading import LOG_VARIANCE
 from ..sampling import class_names, sample_rows, spread_labels
 from ..visualization import image_grid
 from .card import CARD, SAMPLES, is_own_text, pipeline_kind, render_card
@@ -137,8 +138,9 @@ def _take_results(run: Path, folder: Path) -> None:
     """Copies what describes the run, without the paths of this machine. The evaluation's pictures stay: they show images of
     the data set, whose licence nobody here knows.
     """
-    if (run / METRICS).is_file():
-        shutil.copyfile(run / METRICS, folder / METRICS)
+    for name in (METRICS, LOG_VARIANCE):
+        if (run / name).is_file():
+            shutil.copyfile(run / name, folder / name)
     for name in (FACTS, EVALUATION):
         if (run / name).is_file():
             values = without_paths(json.loads((run / name).read_text(encoding="utf-8")))

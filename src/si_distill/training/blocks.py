@@ -31,6 +31,11 @@ def blocks(network: nn.Module) -> list[nn.Module]:
     return [module for module in network.modules() if type(module).__name__ in names]
 
 
+def has_dropout(network: nn.Module) -> bool:
+    """Whether a network in training mode drops anything."""
+    return any(isinstance(module, nn.Dropout) and module.p > 0 for module in network.modules())
+
+
 def checkpoint_blocks(network: nn.Module) -> None:
     """Keeps of each block only its input for the backward pass, in place.
 

@@ -57,10 +57,15 @@ def transfers(
         ]
     weights = parameters * (BFLOAT16 if settings.mixed_precision == "bf16" else FLOAT32)
     judged = steps * (1 + objective.needs_field_gradient)
+    fresh = settings.critic_draws == "fresh"
+    made = critic_steps - settings.generator_first if fresh else 0  # images for the critic alone
+    on_teacher = settings.adversarial.kind == "head" and settings.adversarial.features == "teacher"
     return [
         Transfer("critic", "all-gather", weights, 2 * critic_steps + judged),
         Transfer("critic", "reduce-scatter", gradients, critic_steps),
-        Transfer("student", "all-gather", weights, 2 * steps),
+        Transfer("student", "all-gather", weights, 2 * steps + made),
         Transfer("student", "reduce-scatter", gradients, steps),
-        Transfer("teacher", "all-gather", weights, judged + critic_steps * objective.uses_teacher_in_critic),
+        Transfer(
+            "teacher", "all-gather", weights, judged + critic_steps * (objective.uses_teacher_in_critic + on_teacher)
+        ),
     ]

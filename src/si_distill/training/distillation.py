@@ -14,13 +14,12 @@ from ..data.batches import Batch
 from ..pipelines import OneStepInterpolantPipeline
 from ..velocity import Field
 from ..visualization import image_grid
-from .blocks import keep_in_bfloat16, prepare_blocks
+from .blocks import has_dropout, keep_in_bfloat16, prepare_blocks
 from .distillation_config import DistillConfig
 from .distillation_inputs import (
     check_enough_images,
     class_shares,
     fitting_objective,
-    has_dropout,
     load_fitting_images,
     load_teacher,
     needs_labels_of_stream,

@@ -175,11 +175,6 @@ def set_dropout(network: nn.Module, probability: float) -> None:
             module.p = probability
 
 
-def has_dropout(network: nn.Module) -> bool:
-    """Whether a network in training mode drops anything."""
-    return any(isinstance(module, nn.Dropout) and module.p > 0 for module in network.modules())
-
-
 def set_forced_normalization(network: nn.Module, forced: bool) -> None:
     """Whether EDM2's layers normalise their stored weights in training."""
     for module in network.modules():

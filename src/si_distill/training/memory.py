@@ -25,7 +25,7 @@ from torch import nn
 
 from ..objectives import DistillationObjective
 from ..pipelines import view_network
-from .blocks import blocks, checkpoint_blocks, half_precision_weights
+from .blocks import blocks, checkpoint_blocks, half_precision_weights, has_dropout
 from .config import TrainingConfig
 from .distillation_config import DistillConfig
 
@@ -190,12 +190,10 @@ def distillation_activations(
 ) -> int:
     """Bytes at the larger of the two peaks of one iteration.
 
-    * the critic's update: its graph of generated and, if used, real samples (and those with times of the adversarial
-      term), while the student's graph waits for the generator's update;
-    * the generator's update: the student's graph and, unless the objective detaches them, those of the frozen teacher and
-      critic; guidance doubles their batch.
-
-    With several micro-batches no graph of the student waits during the critic's updates.
+    * the critic's update: its graph of generated and, if used, real samples (and those with times or noise of the
+      adversarial term), while the student's graph waits for its own update, if one forward serves both;
+    * the student's update: its graph and, unless the objective detaches them, those of the frozen teacher and critic;
+      guidance doubles their batch.
 
     Args:
         network: the teacher's; critic and student are copies of it. A `head` is too small to count.
@@ -204,21 +202,27 @@ def distillation_activations(
         sharded: whether the networks are cut over devices.
     """
     batch = settings.per_device_train_batch_size
-    own_times = settings.adversarial.t_min is not None
-    views = 1 + (objective.uses_real_data or (adversarial and not own_times)) + 2 * own_times
+    term, on_teacher = settings.adversarial, adversarial and settings.adversarial.features == "teacher"
+    own = adversarial and (term.t_min is not None or term.own_noise)
+    views = 1 + objective.uses_real_data
+    if adversarial and not on_teacher:
+        views += own + (own or term.real_apart or not objective.uses_real_data)
 
     def graph(samples: int, frozen: bool = False) -> tuple[int, int]:
         return _graph(network, settings, samples, sharded, frozen)
 
-    student = graph(batch)
-    waiting = [student] if settings.gradient_accumulation_steps == 1 else []
+    student = graph(batch * (1 + (settings.student_guidance_scale != 1)))
+    drops = settings.dropout if settings.dropout is not None else has_dropout(network)
+    one_forward = settings.critic_draws == "shared" and settings.gradient_accumulation_steps == 1 and not drops
+    waiting = [student] if one_forward and not settings.generator_first else []
     in_critic_update = [*waiting, graph(batch * views)]
     in_generator_update = [student]
-    if objective.needs_field_gradient:
-        in_generator_update.append(graph(batch * (1 + (settings.guidance_scale != 1)), frozen=True))
-    if objective.needs_field_gradient or adversarial:
+    if objective.needs_field_gradient or on_teacher:
+        looks = objective.needs_field_gradient + (on_teacher and (own or not objective.needs_field_gradient))
+        in_generator_update.append(graph(batch * looks * (1 + (settings.guidance_scale != 1)), frozen=True))
+    if objective.needs_field_gradient or (adversarial and not on_teacher):
         guided = 1 + (settings.critic_guidance_scale != 1)
-        in_generator_update.append(graph(batch * (1 + own_times) * guided, frozen=True))
+        in_generator_update.append(graph(batch * (1 + (own and not on_teacher)) * guided, frozen=True))
     # Every graph waits with what it keeps; one block at a time is run again.
     return max(
         sum(kept for kept, _ in graphs) + max(again for _, again in graphs)
