@@ -1,14 +1,16 @@
 """Plain setuptools: `pip install .` from PyPI gives a working installation with and without a GPU."""
 
+import re
 from pathlib import Path
 
 from setuptools import find_packages, setup
 
 HERE = Path(__file__).parent
+INIT = (HERE / "src" / "si_distill" / "__init__.py").read_text(encoding="utf-8")
 
 setup(
     name="si_distill",
-    version="0.1.0",
+    version=re.search(r'^__version__ = "(.+)"$', INIT, re.MULTILINE)[1],
     description="One-step students of diffusion, flow and bridge models, for the Hugging Face ecosystem",
     long_description=(HERE / "README.md").read_text(encoding="utf-8") if (HERE / "README.md").exists() else "",
     long_description_content_type="text/markdown",

@@ -19,8 +19,8 @@ from si_distill.data.batches import on_device
 from si_distill.data.latents import LatentDataset, sampled
 from si_distill.data.latents_format import Manifest, Recipe, write_shard
 from si_distill.pipelines import LatentScaling
+from si_distill.sample_noise import SampleNoise
 from si_distill.settings import at_least, parse_settings, script_main, setting
-from si_distill.training.sample_noise import SampleNoise
 
 
 @dataclass

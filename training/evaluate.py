@@ -19,7 +19,7 @@ def main(argv: list[str]) -> None:
     settings = parse_settings(EvaluationConfig, argv, __doc__)
 
     from si_distill.evaluation.report import evaluate
-    from si_distill.evaluation.table import format_table
+    from si_distill.hub.evaluation_table import format_table
 
     result = evaluate(settings)
     if result is not None:

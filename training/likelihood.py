@@ -12,7 +12,7 @@ from si_distill.settings import parse_settings, script_main
 
 
 def main(argv: list[str]) -> None:
-    from si_distill.evaluation.likelihood_report import LikelihoodConfig
+    from si_distill.evaluation.config import LikelihoodConfig
 
     settings = parse_settings(LikelihoodConfig, argv, __doc__)
 

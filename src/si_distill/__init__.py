@@ -1,21 +1,17 @@
 """One-step students of diffusion, flow and bridge models: the public names."""
 
-from .interpolants import Interpolant, get_interpolant
-from .models.transformer_sit import SiTTransformer2DModel
-from .objectives import DistillationObjective, get_objective
-from .pipelines.pipeline_interpolant import InterpolantPipeline
-from .pipelines.pipeline_one_step_interpolant import OneStepInterpolantPipeline
-from .schedulers.scheduling_stochastic_interpolant import StochasticInterpolantScheduler
+from .lazy import lazy_names
 
 __version__ = "0.1.0"
 
-__all__ = [
-    "DistillationObjective",
-    "Interpolant",
-    "InterpolantPipeline",
-    "OneStepInterpolantPipeline",
-    "SiTTransformer2DModel",
-    "StochasticInterpolantScheduler",
-    "get_interpolant",
-    "get_objective",
-]
+__getattr__, __dir__, __all__ = lazy_names(
+    __name__,
+    {
+        "interpolants": ("Interpolant", "get_interpolant"),
+        "models.transformer_sit": ("SiTTransformer2DModel",),
+        "objectives": ("DistillationObjective", "get_objective"),
+        "pipelines.pipeline_interpolant": ("InterpolantPipeline",),
+        "pipelines.pipeline_one_step_interpolant": ("OneStepInterpolantPipeline",),
+        "schedulers.scheduling_stochastic_interpolant": ("StochasticInterpolantScheduler",),
+    },
+)

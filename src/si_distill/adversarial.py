@@ -15,8 +15,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-KINDS = ("encoder", "head")
-COMBINATIONS = ("sum", "mean")
+from .choices import ADVERSARIAL_COMBINATIONS, ADVERSARIAL_KINDS
 
 
 @dataclass(frozen=True)
@@ -38,7 +37,7 @@ class AdversarialTerm:
     clamp: float | None = None
 
     def __post_init__(self) -> None:
-        for name, choices in (("kind", KINDS), ("combine", COMBINATIONS)):
+        for name, choices in (("kind", ADVERSARIAL_KINDS), ("combine", ADVERSARIAL_COMBINATIONS)):
             if getattr(self, name) not in choices:
                 raise ValueError(
                     f"Unknown {name} {getattr(self, name)!r} of an adversarial term. Choose one of: {', '.join(choices)}."

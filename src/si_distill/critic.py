@@ -1,12 +1,11 @@
 """The critic: its network, and what else it gives in the same forward."""
 
 import math
-from collections.abc import Mapping
 
 import torch
 from torch import nn
 
-from .models.unet_edm2 import MPConv, MPFourier
+from .log_variance import LogVariance
 from .pipelines.interpolant_pipeline_network import view_network
 
 #: Kernel, stride and padding of the strided convolutions of a head, by its name; `mlp` has none.
@@ -18,40 +17,6 @@ HEADS: dict[str, tuple[tuple[int, int, int], ...]] = {
 #: Groups of the normalisation in these heads (DMD2, RealUID), and the least channels of one: on the last map, of one pixel,
 #: a group of one channel would be normalised to nothing.
 HEAD_GROUPS, GROUP_CHANNELS = 32, 8
-
-
-class LogVariance(nn.Module):
-    """u(σ), the logarithm of the loss to be expected at a noise level (Karras et al. 2024, EDM2, eq. 21).
-
-    A matching loss w ‖·‖² becomes w e^(−u) ‖·‖² + u, whose best u makes every noise level count alike. A linear map of
-    fixed random Fourier features. From an EDM2 checkpoint its weight vector has unit norm, as there; without one it starts
-    at zero, so that training starts with the plain loss.
-
-    Args:
-        weights: `freqs` (K,), `phases` (K,) and `weight` (1, K) of a checkpoint, or None.
-        channels: number K of features without a checkpoint; EDM2 has 128.
-    """
-
-    def __init__(self, weights: Mapping[str, torch.Tensor] | None = None, channels: int = 128):
-        super().__init__()
-        channels = channels if weights is None else len(weights["freqs"])
-        self.fourier = MPFourier(channels)
-        if weights is None:
-            self.linear = nn.Linear(channels, 1, bias=False)
-            nn.init.zeros_(self.linear.weight)
-        else:
-            self.linear = MPConv(channels, 1)
-            for target, name in (
-                (self.fourier.freqs, "freqs"),
-                (self.fourier.phases, "phases"),
-                (self.linear.weight.data, "weight"),
-            ):
-                target.copy_(weights[name])
-
-    def forward(self, noise_level: torch.Tensor) -> torch.Tensor:
-        """u, (B,) in float32 or wider, at ¼ ln σ, (B,)."""
-        with torch.autocast(noise_level.device.type, enabled=False):
-            return self.linear(self.fourier(noise_level).to(self.linear.weight.dtype)).squeeze(1)
 
 
 class ConvolutionalHead(nn.Module):

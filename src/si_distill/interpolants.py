@@ -3,8 +3,9 @@
 It lives there because a saved pipeline carries the scheduler's folder, and the formulas must travel with it.
 """
 
-from .schedulers.interpolant_base import PREDICTIONS, TIMESTEP_TYPES, Coefficients, Interpolant
+from .schedulers.interpolant_base import Coefficients, Interpolant
 from .schedulers.interpolant_bridge import BridgeInterpolant, BrownianBridge
+from .schedulers.interpolant_names import PREDICTIONS, TIMESTEP_TYPES
 from .schedulers.interpolant_paths import (
     GAUSSIAN_INTERPOLANTS,
     INTERPOLANTS,

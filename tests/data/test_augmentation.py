@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from si_distill.data.augmentation import AUGMENT_LABELS, AUGMENT_NUMBERS, Augmentation
-from si_distill.training.sample_noise import SampleNoise
+from si_distill.sample_noise import SampleNoise
 
 #: What an anisotropy of 2 grows by.
 F = 2**0.4

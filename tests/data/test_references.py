@@ -11,8 +11,8 @@ from test_sources import encoded, random_image
 from si_distill.data import DataConfig, load_images, load_training_data
 from si_distill.data.references import optimal_assignment, reference_source
 from si_distill.errors import InputError
+from si_distill.sample_noise import SampleNoise
 from si_distill.settings import settings_from_dict
-from si_distill.training.sample_noise import SampleNoise
 
 
 def pairs(folder, images, references) -> DataConfig:

@@ -144,6 +144,7 @@ def test_a_folder_saved_again_has_the_same_files(root, name, tmp_path):
         "scheduler/interpolant_base.py",
         "scheduler/interpolant_bridge.py",
         "scheduler/interpolant_forward.py",
+        "scheduler/interpolant_names.py",
         "scheduler/interpolant_paths.py",
         "scheduler/interpolant_solvers.py",
         "scheduler/interpolant_steps.py",

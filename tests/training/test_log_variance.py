@@ -8,8 +8,8 @@ from helpers import tiny_edm2
 from trainer_builders import distillation
 
 from si_distill import InterpolantPipeline, StochasticInterpolantScheduler
-from si_distill.critic import LogVariance
 from si_distill.errors import InputError
+from si_distill.log_variance import LogVariance
 
 
 @pytest.fixture(scope="module")

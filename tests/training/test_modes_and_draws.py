@@ -12,8 +12,9 @@ from test_trainers import lines, save_teacher
 from trainer_builders import distillation
 
 from si_distill import InterpolantPipeline, OneStepInterpolantPipeline, StochasticInterpolantScheduler
-from si_distill.critic import CriticNetwork, LogVariance
+from si_distill.critic import CriticNetwork
 from si_distill.errors import InputError
+from si_distill.log_variance import LogVariance
 from si_distill.models import EDMUNet2DModel
 from si_distill.models.extension import fresh_network, negated_at
 from si_distill.training.times import TimeSampler

@@ -13,8 +13,9 @@ from helpers import tiny_edm2, tiny_sit
 from script_runs import DISTILL, ROOT
 from trainer_builders import distillation, teaching
 
-from si_distill.critic import CriticNetwork, LogVariance
+from si_distill.critic import CriticNetwork
 from si_distill.errors import InputError
+from si_distill.log_variance import LogVariance
 from si_distill.settings import parse_settings
 from si_distill.training.acceleration import build_accelerator
 from si_distill.training.config import TeacherConfig

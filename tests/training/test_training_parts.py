@@ -9,14 +9,15 @@ from diffusers_models import tiny_dit, tiny_unet
 from helpers import tiny_edm, tiny_edm2, tiny_sit
 from interpolant_families import TIMES, every_family, noise, truth
 
+from si_distill.choices import LOSS_WEIGHTS
 from si_distill.data import GlobalBatchSampler
 from si_distill.errors import InputError
 from si_distill.interpolants import GAUSSIAN_INTERPOLANTS, get_interpolant
 from si_distill.pipelines import view_network
+from si_distill.sample_noise import STREAMS, SampleNoise, sample_seed
 from si_distill.training.blocks import keep_in_bfloat16
 from si_distill.training.config import TeacherConfig
-from si_distill.training.loss_weights import LOSS_WEIGHTS, regression_weight
-from si_distill.training.sample_noise import STREAMS, SampleNoise, sample_seed
+from si_distill.training.loss_weights import regression_weight
 from si_distill.training.times import TimeSampler
 
 

@@ -11,8 +11,9 @@ from diffusers.models.modeling_utils import ModelMixin
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
+from ..autoencoders import load_vae
 from ..errors import InputError
-from ..loading import LOG_VARIANCE, load_vae
+from ..log_variance import LOG_VARIANCE
 from ..pipelines import view_network
 from ..settings import read_yaml
 from ..velocity import Field

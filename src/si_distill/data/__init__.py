@@ -1,15 +1,12 @@
-from .batches import TrainingData
-from .config import DataConfig
-from .sampler import GlobalBatchSampler
-from .sources import ImageDataset, load_images
-from .stream import ImageStream, load_training_data
+from ..lazy import lazy_names
 
-__all__ = [
-    "DataConfig",
-    "GlobalBatchSampler",
-    "ImageDataset",
-    "ImageStream",
-    "TrainingData",
-    "load_images",
-    "load_training_data",
-]
+__getattr__, __dir__, __all__ = lazy_names(
+    __name__,
+    {
+        "batches": ("TrainingData",),
+        "config": ("DataConfig",),
+        "sampler": ("GlobalBatchSampler",),
+        "sources": ("ImageDataset", "load_images"),
+        "stream": ("ImageStream", "load_training_data"),
+    },
+)

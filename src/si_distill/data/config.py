@@ -1,10 +1,14 @@
 """Settings of a data source."""
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
+from ..choices import DEGRADATIONS
 from ..errors import InputError
 from ..settings import at_least, setting
-from .degradations import DEGRADATIONS, Degradation, get_degradation
+
+if TYPE_CHECKING:
+    from .degradations import Degradation
 
 #: How images and references of two data sets meet in a batch.
 COUPLINGS = ("independent", "optimal_transport")
@@ -44,7 +48,7 @@ class DataConfig:
         None, "Column of each image's own reference (a pair); with `reference_name`, of that data set's images."
     )
     degradation: str | None = setting(
-        None, "The reference is the image itself, degraded after crop and flip.", tuple(DEGRADATIONS)
+        None, "The reference is the image itself, degraded after crop and flip.", DEGRADATIONS
     )
     degradation_kwargs: dict = setting({}, "Settings of the degradation, e.g. {factor: 4} (docs/bridges.md).")
     reference_name: str | None = setting(
@@ -108,7 +112,7 @@ class DataConfig:
             return f"unpaired, {self.reference_name}{files}, split {self.reference_split}, coupling {self.coupling}"
         return f"of each pair, column {self.reference_column}" if self.reference_column else None
 
-    def build_degradation(self) -> Degradation | None:
+    def build_degradation(self) -> "Degradation | None":
         """The degradation, or None.
 
         Raises:
@@ -116,6 +120,8 @@ class DataConfig:
         """
         if self.degradation is None:
             return None
+        from .degradations import get_degradation
+
         try:
             degradation = get_degradation(self.degradation, **self.degradation_kwargs)
             degradation.check_size(self.image_size)

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
+from ..autoencoders import load_vae
 from ..errors import InputError
-from ..loading import load_vae
 from ..pipelines import LatentScaling
 from .batches import Batch, IndexedData
 from .config import DataConfig

@@ -20,9 +20,9 @@ from accelerate.utils import gather_object
 from safetensors import SafetensorError
 from tqdm.auto import tqdm
 
+from ..autoencoders import describe_vae, load_vae
 from ..errors import InputError
 from ..launching import join_processes
-from ..loading import describe_vae, load_vae
 from ..pipelines import LatentScaling
 from ..units import binary_size
 from .decoding import CROP, UnreadableImage

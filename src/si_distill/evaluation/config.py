@@ -1,11 +1,12 @@
-"""Settings of `training/evaluate.py`."""
+"""Settings of `training/evaluate.py` and `training/likelihood.py`."""
 
+import math
 import os
 from dataclasses import dataclass, field
 
 from ..data.config import DataConfig
 from ..errors import InputError
-from ..schedulers.scheduling_stochastic_interpolant import SOLVERS
+from ..schedulers.interpolant_solvers import SOLVERS
 from ..settings import at_least, setting
 
 METRICS = ("fid", "kid", "prc", "isc")
@@ -91,3 +92,30 @@ class EvaluationConfig:
                     raise InputError(f"`{name}` holds {value!r}; choose of: {', '.join(choices)}.")
         if not self.metrics:
             raise InputError(f"`metrics` is empty; choose of: {', '.join(METRICS)}.")
+
+
+@dataclass
+class LikelihoodConfig:
+    """Whose likelihood of which images."""
+
+    teacher: str | None = setting(None, "The teacher: a pipeline folder or a Hub id.")
+    data: DataConfig = field(default_factory=DataConfig)
+    num_samples: int | None = setting(None, "The first images of the data; by default all.")
+    probes: int = setting(1, "Hutchinson's probes for each image; 0 computes the exact trace (small images).")
+    rtol: float = setting(1e-5, "Relative tolerance of the solver.")
+    atol: float = setting(1e-5, "Absolute tolerance of the solver.")
+    batch_size: int = setting(256, "Images at once.")
+    seed: int = setting(0, "Dequantisation and probes of image i are drawn from (seed, i).")
+    output: str | None = setting(None, "JSON file; by default likelihood.json in a local teacher folder.")
+
+    def __post_init__(self) -> None:
+        if not self.teacher:
+            raise InputError("`teacher` is not set: give its folder or Hub id, e.g. --teacher runs/teacher.")
+        for name in ("rtol", "atol"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value > 0):
+                raise InputError(f"`{name}` must be a positive number, got {value}.")
+        for name, least in (("probes", 0), ("batch_size", 1), ("seed", 0)):
+            at_least(name, getattr(self, name), least)
+        if self.num_samples is not None:
+            at_least("num_samples", self.num_samples, 1)

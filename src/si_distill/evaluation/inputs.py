@@ -9,7 +9,7 @@ from .. import fingerprints
 from ..data import DataConfig, ImageDataset, load_images
 from ..data.references import reference_source, references_config
 from ..errors import InputError
-from ..training.sample_noise import SampleNoise
+from ..sample_noise import SampleNoise
 
 
 class Inputs:

@@ -20,7 +20,7 @@ from torch import nn
 from ..errors import InputError
 from ..pipelines import InterpolantPipeline
 from ..pipelines.interpolant_probability_flow import ProbabilityFlow, as_array, solve_adaptively
-from ..training.sample_noise import SampleNoise
+from ..sample_noise import SampleNoise
 
 #: Below this β/α at the first time the noise still shows the data and N(0, I) is no prior for it.
 SMALLEST_PRIOR_RATIO = 20.0

@@ -1,9 +1,7 @@
-"""`training/likelihood.py`: settings, and what it writes."""
+"""`training/likelihood.py`: what it writes."""
 
 import json
-import math
 import os
-from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -11,39 +9,12 @@ from typing import Any
 import torch
 
 from ..data import load_images
-from ..data.config import DataConfig
 from ..errors import InputError
 from ..loading import load_pipeline
 from ..pipelines import InterpolantPipeline
-from ..settings import at_least, setting, settings_to_dict
+from ..settings import settings_to_dict
+from .config import LikelihoodConfig
 from .likelihood import bits_per_dimension
-
-
-@dataclass
-class LikelihoodConfig:
-    """Whose likelihood of which images."""
-
-    teacher: str | None = setting(None, "The teacher: a pipeline folder or a Hub id.")
-    data: DataConfig = field(default_factory=DataConfig)
-    num_samples: int | None = setting(None, "The first images of the data; by default all.")
-    probes: int = setting(1, "Hutchinson's probes for each image; 0 computes the exact trace (small images).")
-    rtol: float = setting(1e-5, "Relative tolerance of the solver.")
-    atol: float = setting(1e-5, "Absolute tolerance of the solver.")
-    batch_size: int = setting(256, "Images at once.")
-    seed: int = setting(0, "Dequantisation and probes of image i are drawn from (seed, i).")
-    output: str | None = setting(None, "JSON file; by default likelihood.json in a local teacher folder.")
-
-    def __post_init__(self) -> None:
-        if not self.teacher:
-            raise InputError("`teacher` is not set: give its folder or Hub id, e.g. --teacher runs/teacher.")
-        for name in ("rtol", "atol"):
-            value = getattr(self, name)
-            if not (math.isfinite(value) and value > 0):
-                raise InputError(f"`{name}` must be a positive number, got {value}.")
-        for name, least in (("probes", 0), ("batch_size", 1), ("seed", 0)):
-            at_least(name, getattr(self, name), least)
-        if self.num_samples is not None:
-            at_least("num_samples", self.num_samples, 1)
 
 
 def measure_likelihood(settings: LikelihoodConfig) -> dict[str, Any]:

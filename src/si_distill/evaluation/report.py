@@ -15,6 +15,7 @@ from accelerate import PartialState
 from ..data import DataConfig, ImageDataset, load_images
 from ..errors import InputError
 from ..hub.card import write_card
+from ..hub.evaluation_table import format_table
 from ..hub.facts import EVALUATION
 from ..launching import join_processes
 from ..settings import settings_to_dict
@@ -36,7 +37,6 @@ from .pictures import COLUMNS_OF_PICTURES, draw_neighbours, draw_quality, draw_s
 from .reference import Reference, check_reference, data_reference, read_reference
 from .samples import DatasetSource, FileSource
 from .shards import Shards, slug
-from .table import format_table
 
 
 def evaluate(settings: EvaluationConfig) -> dict[str, Any] | None:

@@ -15,7 +15,7 @@ from .. import fingerprints
 from ..data import ImageDataset
 from ..errors import InputError
 from ..pipelines import InterpolantPipeline, OneStepInterpolantPipeline
-from ..training.sample_noise import SampleNoise, sample_seed
+from ..sample_noise import SampleNoise, sample_seed
 from ..visualization import to_uint8
 from .inputs import Inputs
 from .metrics import peak_signal_to_noise, spread

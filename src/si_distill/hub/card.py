@@ -8,7 +8,6 @@ import jinja2
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..errors import InputError
-from ..evaluation.table import format_table
 from .card_tables import (
     MISSING,
     model_rows,
@@ -17,6 +16,7 @@ from .card_tables import (
     training_command,
     training_rows,
 )
+from .evaluation_table import format_table
 from .facts import CONFIG, EVALUATION, STUDENT, TEACHER, ModelFacts, read_facts, without_paths
 
 TEMPLATES = Path(__file__).parent / "model_cards"

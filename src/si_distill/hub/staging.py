@@ -12,7 +12,7 @@ from huggingface_hub import SpaceCardData
 from PIL import Image
 
 from ..errors import InputError
-from ..loading import LOG_VARIANCE
+from ..log_variance import LOG_VARIANCE
 from ..sampling import class_names, sample_rows, spread_labels
 from ..visualization import image_grid
 from .card import CARD, SAMPLES, is_own_text, pipeline_kind, render_card

@@ -1,5 +1,10 @@
-from .transformer_sit import SIT_PRESETS, SiTTransformer2DModel
-from .unet_edm import EDMUNet2DModel
-from .unet_edm2 import EDM2_PRESETS, EDM2UNet2DModel
+from ..lazy import lazy_names
 
-__all__ = ["EDM2_PRESETS", "SIT_PRESETS", "EDM2UNet2DModel", "EDMUNet2DModel", "SiTTransformer2DModel"]
+__getattr__, __dir__, __all__ = lazy_names(
+    __name__,
+    {
+        "transformer_sit": ("SIT_PRESETS", "SiTTransformer2DModel"),
+        "unet_edm": ("EDMUNet2DModel",),
+        "unet_edm2": ("EDM2_PRESETS", "EDM2UNet2DModel"),
+    },
+)

@@ -1,14 +1,11 @@
-from .interpolant_latents import LatentScaling
-from .interpolant_pipeline_network import NetworkView, guided_outputs, network_condition, view_network
-from .pipeline_interpolant import InterpolantPipeline
-from .pipeline_one_step_interpolant import OneStepInterpolantPipeline
+from ..lazy import lazy_names
 
-__all__ = [
-    "InterpolantPipeline",
-    "LatentScaling",
-    "NetworkView",
-    "OneStepInterpolantPipeline",
-    "guided_outputs",
-    "network_condition",
-    "view_network",
-]
+__getattr__, __dir__, __all__ = lazy_names(
+    __name__,
+    {
+        "interpolant_latents": ("LatentScaling",),
+        "interpolant_pipeline_network": ("NetworkView", "guided_outputs", "network_condition", "view_network"),
+        "pipeline_interpolant": ("InterpolantPipeline",),
+        "pipeline_one_step_interpolant": ("OneStepInterpolantPipeline",),
+    },
+)

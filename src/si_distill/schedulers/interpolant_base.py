@@ -1,6 +1,7 @@
 """What all stochastic interpolants share: x_t, conversions between predictions and of times, the one-step map.
 
-It imports only torch: a copy travels beside the scheduler into every saved pipeline (here: `si_distill.interpolants`).
+It imports only torch and its siblings: a copy travels beside the scheduler into every saved pipeline (here:
+`si_distill.interpolants`).
 
 Conventions (Albergo, Boffi & Vanden-Eijnden 2023, "Stochastic Interpolants", eq. 2.1):
 
@@ -15,9 +16,8 @@ from typing import Any, ClassVar
 
 import torch
 
-PREDICTIONS = ("velocity", "sample", "epsilon", "score", "v_prediction", "edm")
-#: What number a network is given for the time t (see `Interpolant.network_time`).
-TIMESTEP_TYPES = ("time", "discrete", "log_sigma")
+from .interpolant_names import PREDICTIONS, TIMESTEP_TYPES
+
 Noise = torch.Tensor | None
 
 

@@ -16,6 +16,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from .interpolant_base import Interpolant  # noqa: F401 - a helper's import: what travels is what is named here
 from .interpolant_bridge import BridgeInterpolant  # noqa: F401 - as above
 from .interpolant_forward import InterpolantForwardMixin
+from .interpolant_names import PREDICTIONS  # noqa: F401 - as above
 from .interpolant_paths import get_interpolant
 from .interpolant_solvers import (
     SOLVERS,

@@ -5,20 +5,21 @@ Names are those of transformers' `TrainingArguments` where it has them.
 """
 
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
-import torch
-
+from ..choices import LOSS_WEIGHTS, TIME_SAMPLERS
 from ..data.config import DataConfig
 from ..errors import InputError
 from ..evaluation.config import MeasurementConfig
-from ..interpolants import PREDICTIONS, TIMESTEP_TYPES, Interpolant, get_interpolant
+from ..schedulers.interpolant_names import PREDICTIONS, TIMESTEP_TYPES
 from ..settings import at_least, positive, setting
-from .loss_weights import LOSS_WEIGHTS, regression_weight
-from .posthoc_ema import power_exponent
-from .profiling import RECORDED, WARM_UP
-from .teacher_references import check_teacher_references
-from .times import TIME_SAMPLERS, TimeSampler
+
+if TYPE_CHECKING:
+    from ..interpolants import Interpolant
+    from .times import TimeSampler
+
+#: Iterations of a start that `profile` records: after allocation, compilation and tuning.
+PROFILED = range(4, 7)
 
 
 @dataclass
@@ -143,10 +144,10 @@ class TrainingConfig:
             raise InputError(
                 f"`augment_prob` is {self.augment_prob}: augmentation would move images and not their references. Take 0."
             )
-        if self.profile and self.max_steps < WARM_UP + RECORDED:
+        if self.profile and self.max_steps < PROFILED[-1]:
             raise InputError(
-                f"`profile` records iterations {WARM_UP + 1} to {WARM_UP + RECORDED}, but `max_steps` is {self.max_steps}: "
-                f"set it to at least {WARM_UP + RECORDED}."
+                f"`profile` records iterations {PROFILED[0]} to {PROFILED[-1]}, but `max_steps` is {self.max_steps}: "
+                f"set it to at least {PROFILED[-1]}."
             )
         self._check_averages()
         if self.time_steps is not None:
@@ -165,8 +166,11 @@ class TrainingConfig:
                 raise InputError(
                     f"`ema_extra` must hold decays in [0, 1) or half-lives of at least 1 image, got {value}."
                 )
-        for sigma_rel in self.ema_power_sigmas:
-            power_exponent(sigma_rel)
+        if self.ema_power_sigmas:
+            from .posthoc_ema import power_exponent
+
+            for sigma_rel in self.ema_power_sigmas:
+                power_exponent(sigma_rel)
         for name in ("ema_extra", "ema_power_sigmas"):
             values = getattr(self, name)
             if len(set(values)) < len(values):
@@ -175,7 +179,7 @@ class TrainingConfig:
             if getattr(self, name) is not None:
                 at_least(name, getattr(self, name), 1)
 
-    def check_times(self, interpolant: Interpolant) -> None:
+    def check_times(self, interpolant: "Interpolant") -> None:
         """Refuses training times at an end where the interpolant's velocity is infinite."""
         for end in interpolant.singular_ends:
             if self.t_min <= end <= self.t_max:
@@ -206,13 +210,15 @@ class TrainingConfig:
         if not 0 <= values["weight_decay"] < float("inf"):
             raise InputError(f"`{prefix}weight_decay` must be finite and not negative, got {values['weight_decay']}.")
 
-    def build_time_sampler(self, interpolant: Interpolant, timestep_type: str) -> TimeSampler:
+    def build_time_sampler(self, interpolant: "Interpolant", timestep_type: str) -> "TimeSampler":
         """The distribution of the training times, for a network that is given `timestep_type` for them."""
         return self._time_sampler(self.time_sampler, self.t_min, self.t_max, interpolant, timestep_type)
 
     def _time_sampler(
-        self, name: str, low: float, high: float, interpolant: Interpolant, timestep_type: str
-    ) -> TimeSampler:
+        self, name: str, low: float, high: float, interpolant: "Interpolant", timestep_type: str
+    ) -> "TimeSampler":
+        from .times import TimeSampler
+
         try:
             return TimeSampler(
                 name, low, high, self.time_mean, self.time_std, interpolant, timestep_type, self.time_steps
@@ -239,6 +245,8 @@ class TeacherConfig(TrainingConfig):
     )
 
     def __post_init__(self) -> None:
+        from .teacher_references import check_teacher_references
+
         super().__post_init__()
         interpolant = self.build_interpolant()
         if self.prediction_type == "velocity":
@@ -257,6 +265,10 @@ class TeacherConfig(TrainingConfig):
                 f"`loss_weight` {self.loss_weight!r} is for noise and score networks; with prediction_type="
                 f"{self.prediction_type} the loss has its own: leave it at none."
             )
+        import torch
+
+        from .loss_weights import regression_weight
+
         for name in ("t_min", "t_max"):
             c = self.build_interpolant().coefficients(torch.tensor(getattr(self, name), dtype=torch.float64))
             # cos(π/2) is not quite 0.
@@ -266,7 +278,9 @@ class TeacherConfig(TrainingConfig):
                     f"interpolant {self.interpolant!r}: keep away from that end, e.g. by 0.001 (SiT)."
                 )
 
-    def build_interpolant(self) -> Interpolant:
+    def build_interpolant(self) -> "Interpolant":
+        from ..interpolants import get_interpolant
+
         try:
             return get_interpolant(self.interpolant, **self.interpolant_kwargs)
         except ValueError as error:

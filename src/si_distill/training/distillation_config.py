@@ -2,18 +2,18 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-
-from ..adversarial import COMBINATIONS, KINDS, AdversarialTerm
-from ..critic import HEADS
+from ..choices import ADVERSARIAL_COMBINATIONS, ADVERSARIAL_HEADS, ADVERSARIAL_KINDS, TIME_SAMPLERS
 from ..errors import InputError
-from ..interpolants import Interpolant
-from ..objectives import DistillationObjective, get_objective
 from ..settings import at_least, positive, setting
 from .config import TrainingConfig
-from .times import TIME_SAMPLERS, TimeSampler
+
+if TYPE_CHECKING:
+    from ..adversarial import AdversarialTerm
+    from ..interpolants import Interpolant
+    from ..objectives import DistillationObjective
+    from .times import TimeSampler
 
 #: Where the critic starts from, if it is not the folder of another run.
 CRITIC_STARTS = ("teacher", "random")
@@ -25,15 +25,15 @@ STUDENT_MAPS = ("sample", "negative_velocity")
 class AdversarialConfig:
     """An adversarial term next to the objective, with the factors of its publication (see `si_distill.adversarial`)."""
 
-    kind: str = setting("none", "The term.", ("none", *KINDS))
-    head: str = setting("mlp", "Network that turns features into logits, for kind=head.", tuple(HEADS))
+    kind: str = setting("none", "The term.", ("none", *ADVERSARIAL_KINDS))
+    head: str = setting("mlp", "Network that turns features into logits, for kind=head.", ADVERSARIAL_HEADS)
     features: str = setting("critic", "Whose middle features the head reads (FastGen: teacher).", ("critic", "teacher"))
     critic_weight: float = setting(1.0, "Factor of the critic's term (SiDA's λ_D).")
     generator_weight: float = setting(0.01, "Factor of the generator's term (SiDA's λ_G).")
     combine: str = setting(
         "sum",
         "Whether the generator minimises the sum of its two losses or, as SiDA's code does, their mean.",
-        COMBINATIONS,
+        ADVERSARIAL_COMBINATIONS,
     )
     clamp: float | None = setting(None, "The generator's logits are cut to ± this (SiDA: 10).")
     max_grad_value: float | None = setting(
@@ -65,10 +65,12 @@ class AdversarialConfig:
             )
         self.build()
 
-    def build(self) -> AdversarialTerm | None:
+    def build(self) -> "AdversarialTerm | None":
         """The term, or None."""
         if self.kind == "none":
             return None
+        from ..adversarial import AdversarialTerm
+
         try:
             return AdversarialTerm(self.kind, self.critic_weight, self.generator_weight, self.combine, self.clamp)
         except ValueError as error:
@@ -242,7 +244,9 @@ class DistillConfig(TrainingConfig):
                     "`student_guidance_scale`, or leave it out."
                 )
 
-    def check_times(self, interpolant: Interpolant) -> None:
+    def check_times(self, interpolant: "Interpolant") -> None:
+        import torch
+
         super().check_times(interpolant)
         objective, low = self.build_objective(), min(self.t_min, self.generator_times[0])
         beta = interpolant.coefficients(torch.tensor(low, dtype=torch.float64)).beta
@@ -285,12 +289,12 @@ class DistillConfig(TrainingConfig):
             self.t_max if self.generator_t_max is None else self.generator_t_max,
         )
 
-    def build_generator_time_sampler(self, interpolant: Interpolant, timestep_type: str) -> TimeSampler:
+    def build_generator_time_sampler(self, interpolant: "Interpolant", timestep_type: str) -> "TimeSampler":
         """The distribution of the generator's times."""
         name = self.generator_time_sampler or self.time_sampler
         return self._time_sampler(name, *self.generator_times, interpolant, timestep_type)
 
-    def build_adversarial_time_sampler(self, interpolant: Interpolant, timestep_type: str) -> TimeSampler | None:
+    def build_adversarial_time_sampler(self, interpolant: "Interpolant", timestep_type: str) -> "TimeSampler | None":
         """The distribution of the adversarial term's own times, or None when it has the losses'."""
         low, high = self.adversarial.t_min, self.adversarial.t_max
         if low is None:
@@ -300,7 +304,9 @@ class DistillConfig(TrainingConfig):
         except InputError as error:
             raise InputError(f"Adversarial times: {error}") from None
 
-    def build_objective(self) -> DistillationObjective:
+    def build_objective(self) -> "DistillationObjective":
+        from ..objectives import get_objective
+
         try:
             return get_objective(self.objective, **self.objective_kwargs)
         except ValueError as error:

@@ -9,13 +9,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
-from ..critic import CriticNetwork, LogVariance
+from ..critic import CriticNetwork
 from ..data import TrainingData, load_training_data
 from ..data.augmentation import AUGMENT_LABELS
 from ..data.latents import LatentDataset
 from ..data.latents_format import is_latent_cache
 from ..errors import InputError
-from ..loading import load_log_variance, load_pipeline
+from ..loading import load_pipeline
+from ..log_variance import LogVariance, load_log_variance
 from ..models.extension import extend_network, fresh_network, negated_at
 from ..models.unet_edm2 import MPConv
 from ..objectives import DistillationObjective

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..autoencoders import describe_vae
 from ..data.latents_format import VAE_FOLDER, is_latent_cache, read_manifest
 from ..errors import InputError
 from ..interpolants import Interpolant
-from ..loading import describe_vae
 from ..pipelines import InterpolantPipeline, view_network
 from ..schedulers.scheduling_stochastic_interpolant import StochasticInterpolantScheduler
 from ..settings import parse_settings

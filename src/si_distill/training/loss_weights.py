@@ -4,8 +4,6 @@ import torch
 
 from ..interpolants import Coefficients
 
-LOSS_WEIGHTS = ("none", "velocity", "likelihood")
-
 
 def regression_weight(name: str, c: Coefficients, prediction_type: str) -> torch.Tensor:
     """Factor of the squared error of a network's own prediction, in the shape of the times.
@@ -19,7 +17,7 @@ def regression_weight(name: str, c: Coefficients, prediction_type: str) -> torch
       Diffusion Models").
 
     Args:
-        name: one of `LOSS_WEIGHTS`; another one than `none` is for `epsilon` and `score`.
+        name: one of `si_distill.choices.LOSS_WEIGHTS`; another one than `none` is for `epsilon` and `score`.
         c: coefficients at the times.
         prediction_type: what the network predicts.
     """

@@ -8,10 +8,10 @@ import torch
 from accelerate import Accelerator
 from torch.profiler import ProfilerActivity
 
+from .config import PROFILED
+
 #: Folder of the traces in a run.
 PROFILE = "profile"
-#: Iterations before the first recorded one (allocation, compilation, tuning), and how many are recorded.
-WARM_UP, RECORDED = 3, 3
 
 
 class IterationProfiler:
@@ -30,12 +30,12 @@ class IterationProfiler:
         self.folder = run / PROFILE
         self.on_cuda = accelerator.device.type == "cuda"
         self._profiler: torch.profiler.profile | None = None
-        self._left = WARM_UP + RECORDED if enabled and accelerator.is_main_process else 0
+        self._left = PROFILED[-1] if enabled and accelerator.is_main_process else 0
 
     @contextlib.contextmanager
     def iteration(self, step: int) -> Iterator[str | None]:
         """Around one iteration, the `step`-th counted from 1."""
-        if self._left == RECORDED:
+        if self._left == len(PROFILED):
             activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if self.on_cuda else [])]
             self._profiler = torch.profiler.profile(activities=activities, profile_memory=True)
             self._profiler.start()
@@ -54,4 +54,4 @@ class IterationProfiler:
         order = "self_cuda_time_total" if self.on_cuda else "self_cpu_time_total"
         table = profiler.key_averages().table(sort_by=order, row_limit=20, max_name_column_width=50)
         trace.with_name(f"step_{step:08d}.txt").write_text(table, encoding="utf-8")
-        print(f"{table}\nProfile of {RECORDED} iterations, the last of them step {step}: {trace}", flush=True)
+        print(f"{table}\nProfile of {len(PROFILED)} iterations, the last of them step {step}: {trace}", flush=True)

@@ -15,7 +15,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from ..critic import LogVariance
+from ..log_variance import LogVariance
 from ..models.unet_edm2 import MPConv, normalize
 from .blocks import block_classes
 

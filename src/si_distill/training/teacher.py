@@ -11,6 +11,7 @@ from ..data import load_training_data
 from ..data.latents import LatentDataset
 from ..errors import InputError
 from ..pipelines import InterpolantPipeline, network_condition
+from ..sample_noise import sample_seed
 from ..schedulers.scheduling_stochastic_interpolant import StochasticInterpolantScheduler
 from ..visualization import image_grid, tensor_to_pil
 from .config import TeacherConfig
@@ -19,7 +20,6 @@ from .loss_weights import regression_weight
 from .network_settings import build_network, with_inputs
 from .networks import OptimizerSettings, TrainedNetwork
 from .run_facts import describe_data, describe_network
-from .sample_noise import sample_seed
 from .trainer import Trainer
 
 SAMPLE_STEPS = 20

@@ -6,9 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
+from ..choices import TIME_SAMPLERS
 from ..interpolants import EDMInterpolant, Interpolant
-
-TIME_SAMPLERS = ("uniform", "logit_normal", "lognormal", "karras")
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from ..data.latents import LatentDataset, sampled
 from ..data.references import reference_source
 from ..errors import TrainingInterrupted, TrainingStopped
 from ..hub.publishing import check_ready
+from ..sample_noise import SampleNoise, sample_seed
 from ..settings import settings_to_dict
 from .acceleration import build_accelerator
 from .checkpoints import Checkpoints
@@ -28,7 +29,6 @@ from .outputs import Outputs
 from .profiling import IterationProfiler
 from .run_facts import describe_session
 from .run_folder import CHECKPOINTS, RunFolder
-from .sample_noise import SampleNoise, sample_seed
 from .throughput import Throughput
 
 #: Iterations in a row with an update that was thrown away (not finite) before training stops.

@@ -1,0 +1,112 @@
+"""The samplers' names: which there are, on which paths, and which of a scheduler's settings go together.
+
+It imports nothing but Python: a copy travels beside the scheduler into every saved pipeline.
+"""
+
+import math
+from typing import Any
+
+SOLVERS = ("euler", "heun", "ddim", "edm_heun", "dpmpp_2m", "sde_euler", "sde_heun", "dopri5", "posterior")
+#: Solvers of a bridge: the others need the noise level β/α or the score of a Gaussian reference.
+BRIDGE_SOLVERS = ("posterior", "euler", "heun")
+#: Paths whose β/α grows over many orders of magnitude, on which `dpmpp_2m` is the default.
+DIFFUSION_PATHS = ("vp", "ddpm", "edm")
+DIFFUSION_FORMS = ("sigma", "linear", "sbdm", "constant", "decreasing", "increasing-decreasing")
+LAST_STEPS = ("mean", "tweedie", "euler")
+
+
+def check_settings(
+    solver: str | None,
+    init_time: float,
+    diffusion_form: str,
+    diffusion_norm: float,
+    last_step: str | None,
+    rtol: float,
+    atol: float,
+    first_step_size: float,
+) -> None:
+    """Raises ValueError for a setting of the scheduler that is out of range by itself."""
+    for name, value, choices in (
+        ("solver", solver, (*SOLVERS, None)),
+        ("diffusion_form", diffusion_form, DIFFUSION_FORMS),
+        ("last_step", last_step, (*LAST_STEPS, None)),
+    ):
+        if value not in choices:
+            raise ValueError(f"`{name}` is {value!r}; choose one of: {', '.join(map(str, choices))}.")
+    for name, value in (("diffusion_norm", diffusion_norm), ("rtol", rtol), ("atol", atol)):
+        if not (isinstance(value, (int, float)) and math.isfinite(value) and value > 0):
+            raise ValueError(f"`{name}` must be a positive number, got {value!r}.")
+    if not 0 < init_time <= 1:
+        raise ValueError(f"`init_time` must lie in (0, 1], got {init_time}.")
+    if not 0 < first_step_size < 1:
+        raise ValueError(f"`first_step_size` must lie in (0, 1), got {first_step_size}.")
+
+
+def check_path(interpolant: Any, prediction_type: str, init_time: float, noise_channels: int) -> None:
+    """Raises ValueError for a prediction, a start or a student's noise that the path does not have."""
+    interpolant.check_predictions(prediction_type)
+    if not interpolant.reaches_sample(init_time, prediction_type):
+        raise ValueError(
+            f"A {prediction_type} prediction says nothing about the sample at `init_time` {init_time}, where the "
+            f"interpolant {interpolant.name!r} has α = 0; start below, e.g. at "
+            f"{interpolant.start_time(prediction_type):.4f}."
+        )
+    bridge = not interpolant.gaussian_reference
+    if bridge and init_time != 1:
+        raise ValueError(f"On a bridge sampling starts at its reference, `init_time` 1, got {init_time}.")
+    if not isinstance(noise_channels, int) or noise_channels < 0 or (noise_channels and not bridge):
+        raise ValueError(
+            f"`noise_channels` is {noise_channels!r}; it is a number of channels, at least 0, of a bridge's student. On "
+            "other interpolants the state itself is noise: leave it at 0."
+        )
+
+
+def default_solver(interpolant: Any, prediction_type: str) -> str:
+    """`dpmpp_2m` on diffusion paths; of a bridge `posterior` if it can be had; otherwise `euler`."""
+    if interpolant.gaussian_reference:
+        return "dpmpp_2m" if interpolant.name in DIFFUSION_PATHS else "euler"
+    return "posterior" if prediction_type == "sample" and hasattr(interpolant, "posterior") else "euler"
+
+
+def check_solver(interpolant: Any, solver: str, prediction_type: str) -> None:
+    """Raises ValueError for a solver that the path, or the prediction on it, does not have."""
+    name = interpolant.name
+    if interpolant.gaussian_reference:
+        if solver == "posterior":
+            raise ValueError(
+                f"The solver 'posterior' is for bridges, and {name!r} is none; its like here is 'sde_euler'."
+            )
+        return
+    known = [each for each in BRIDGE_SOLVERS if each != "posterior" or hasattr(interpolant, "posterior")]
+    if solver not in known:
+        raise ValueError(
+            f"The solver {solver!r} is not defined on the interpolant {name!r}; choose one of: {', '.join(known)}."
+        )
+    if prediction_type != "sample" and solver == "posterior":
+        raise ValueError(
+            f"The solver {solver!r} on the interpolant {name!r} needs a network that predicts the sample, and this one "
+            f"predicts {prediction_type}; choose 'euler' or 'heun'."
+        )
+
+
+def check_reference(interpolant: Any, prediction_type: str, given: bool, needed: bool) -> None:
+    """Raises ValueError when a step of a bridge lacks its reference, or is given one that it cannot use."""
+    if needed and not given:
+        raise ValueError(
+            "This solver of a bridge whose network predicts the sample needs the pair's `reference`; without pairs use "
+            "'posterior'."
+        )
+    if given and interpolant.noisy and prediction_type != "sample":
+        raise ValueError(
+            "A `reference` was given, but the network of this bridge predicts the velocity, which is infinite there: "
+            "networks of paired bridges predict the sample, those of unpaired ones do not see the reference."
+        )
+
+
+def evaluated_ends(steps: int, order: int, first: int = 0) -> list[tuple[int, int]]:
+    """(step, 0 for its start or 1 for its end) of each evaluation of the network.
+
+    Order 2 evaluates both ends of a step, but of the last one, to t = 0, and of the `first` ones only the start.
+    """
+    both, one = (0, 1), (0,)
+    return [(step, end) for step in range(steps) for end in (both if order == 2 and first <= step < steps - 1 else one)]
