@@ -1,4 +1,4 @@
-"""One evaluation of the student beside many of its teacher: a Gradio app, as a Space or on your machine.
+"""Compares one evaluation of the student with many of its teacher: a Gradio app, as a Space or on your machine.
 
     python pipelines/space/app.py --student runs/digits-student --teacher runs/digits-teacher
 

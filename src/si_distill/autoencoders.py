@@ -1,4 +1,4 @@
-"""Autoencoders that the user named, with an error for people."""
+"""Loads an autoencoder named by the user, with user-facing errors."""
 
 from pathlib import Path
 

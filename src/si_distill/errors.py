@@ -1,8 +1,8 @@
-"""Errors that are meant for people: the scripts print their text without a traceback."""
+"""User-facing errors: the scripts print their text without a traceback."""
 
 
 class InputError(ValueError):
-    """What the user gave cannot work: a setting, a folder, a label. Raised before any long work starts."""
+    """Invalid user input: a setting, a folder, a label. Raised before any long work starts."""
 
 
 class TrainingStopped(RuntimeError):

@@ -1,4 +1,4 @@
-"""What the launcher of a script started, against what Accelerate sees."""
+"""Compares the processes that a launcher started with those that Accelerate sees."""
 
 import os
 from datetime import timedelta
@@ -16,7 +16,7 @@ def join_processes(timeout: timedelta = timedelta(minutes=10)) -> PartialState:
         timeout: how long one may wait for another.
 
     Raises:
-        InputError: when they do not know of each other.
+        InputError: when they do not form one process group.
     """
     Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=timeout)])
     state = PartialState()
@@ -25,7 +25,7 @@ def join_processes(timeout: timedelta = timedelta(minutes=10)) -> PartialState:
 
 
 def check_processes(seen: int) -> None:
-    """Refuses processes that do not know of each other: each would do the whole work and overwrite the others'.
+    """Refuses processes without a common process group: each would do all the work and overwrite the others'.
 
     Args:
         seen: Accelerate's number of processes.

@@ -1,4 +1,4 @@
-"""Loading of a pipeline that the user named, with an error for people."""
+"""Loads a pipeline named by the user, with user-facing errors."""
 
 from typing import Any, TypeVar
 

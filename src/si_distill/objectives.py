@@ -128,7 +128,7 @@ class DistillationObjective:
 
     @property
     def uses_teacher_in_critic(self) -> bool:
-        """Whether ψ feels the teacher. For c = a (and Δ not scaled) the teacher's terms do not depend on ψ."""
+        """Whether ψ depends on the teacher. For c = a (and Δ not scaled) the teacher's terms do not depend on ψ."""
         return self.critic[2] != self.critic[0] or self.delta_scale != 1
 
     @property

@@ -1,4 +1,4 @@
-"""Pictures for people: grids of images with titles on rows and columns."""
+"""Image grids with titles on rows and columns."""
 
 from collections.abc import Sequence
 

@@ -98,7 +98,7 @@ def test_memory_of_further_averages_and_a_head_is_counted():
         ({"teacher_model": {"preset": "SiT-XS/2"}}, ["Unknown preset 'SiT-XS/2'"]),
         ({"teacher_model": {**SIT, "scheduler": "edm"}}, ["`teacher_model.scheduler` must be settings"]),
         ({"teacher_model": {**SIT, "scheduler": {"interpolant": "linar"}}}, ["teacher_model.scheduler", "'linar'"]),
-        ({"teacher_model": {"training": "a.yaml", "class": "x"}}, ["nothing can stand beside it"]),
+        ({"teacher_model": {"training": "a.yaml", "class": "x"}}, ["cannot be combined"]),
         ({"teacher_model": {**SIT, "class_dropout_prob": 0.0}, "guidance_scale": 2.0}, ["need a null class"]),
         ({"teacher_model": SIT, "t_min": 0.0}, ["must be above 0", "`t_min`"]),
         ({"teacher_model": SIT, "objective_kwargs": {"critic_weight": "edm"}}, ["EDM's preconditioning", "'linear'"]),

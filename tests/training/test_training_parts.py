@@ -129,7 +129,7 @@ def test_times_stay_in_their_range_at_the_ends_of_the_uniform_numbers(name, inte
         (dict(name="cosine"), "'cosine'.*uniform, logit_normal, lognormal, karras"),
         (dict(name="lognormal"), "'lognormal' .* needs the interpolant"),
         (dict(name="karras"), "'karras' .* needs the interpolant"),
-        (dict(name="lognormal", mean=100.0, interpolant=get_interpolant("edm")), "nothing between t_min=0.0"),
+        (dict(name="lognormal", mean=100.0, interpolant=get_interpolant("edm")), "no times between t_min=0.0"),
         (dict(name="karras", t_max=0.05, interpolant=get_interpolant("ddpm")), "t_max=0.05 on the interpolant 'ddpm'"),
     ],
 )

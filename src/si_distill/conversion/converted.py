@@ -16,7 +16,7 @@ class Converted:
     A converted checkpoint, not yet written.
 
     Args:
-        kind: what it was, for people.
+        kind: what it was, in readable form.
         transformer: the network by the contract of this library.
         scheduler: path, prediction and time of the network.
         student: whether it is a one-step student, or a teacher.

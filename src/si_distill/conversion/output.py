@@ -1,4 +1,4 @@
-"""Writes a converted checkpoint as a pipeline folder: whole, checked, or not at all."""
+"""Writes a converted checkpoint as a checked pipeline folder, or writes nothing."""
 
 import contextlib
 import tempfile

@@ -1,4 +1,4 @@
-"""Opening a data set with `datasets`, with errors for people, finding its columns, and reading what is in a row."""
+"""Opens a data set with `datasets` (with user-facing errors), finds its columns and reads its rows."""
 
 import contextlib
 from collections.abc import Iterator

@@ -27,7 +27,7 @@ class DataConfig:
     split: str = setting("train", "The split to read.")
     streaming: bool = setting(False, "Read while training instead of downloading and indexing first.")
     shuffle_buffer_size: int = setting(
-        1000, "Encoded images of a stream that are shuffled at once, in each process that reads."
+        1000, "Number of encoded images of a stream that each reading process shuffles together."
     )
     image_column: str | None = setting(None, "Column of the images; found by its type when not given.")
     label_column: str | None = setting(
@@ -37,13 +37,11 @@ class DataConfig:
         None, "Number of classes of a stream whose labels are plain numbers; the network's when not given."
     )
     image_size: int = setting(8, "Height and width in pixels: resize and centre crop. `digits` is 8.")
-    random_flip: bool = setting(False, "Exchange left and right in half of the images that training reads.")
+    random_flip: bool = setting(False, "Mirror half of the training images horizontally.")
     max_train_samples: int | None = setting(
-        None, "Use only the first that many images; of a stream as many, shared out evenly among its shards."
+        None, "Use only this many images, the first ones; of a stream, an equal share from each shard."
     )
-    max_corrupt_images: int = setting(
-        100, "Images that each process may find unreadable, and skip, before training stops."
-    )
+    max_corrupt_images: int = setting(100, "Unreadable images that each process may skip before training stops.")
     reference_column: str | None = setting(
         None, "Column of each image's own reference (a pair); with `reference_name`, of that data set's images."
     )
@@ -58,8 +56,8 @@ class DataConfig:
     reference_split: str = setting("train", "Its split.")
     coupling: str = setting(
         "independent",
-        "How unpaired images and references meet; `optimal_transport` pairs those of each process's batch with the least "
-        "squared distance.",
+        "How unpaired images and references are paired; `optimal_transport` minimises, within each process's batch, the "
+        "total squared distance.",
         COUPLINGS,
     )
 

@@ -25,9 +25,7 @@ class LatentsConfig:
         ("float16", "float32"),
     )
     mixed_precision: str = setting("no", "`bf16` runs the VAE in bfloat16.", ("no", "bf16"))
-    dry_run: bool = setting(
-        False, "Say what would be made and how large it is: no weights, no images, nothing written."
-    )
+    dry_run: bool = setting(False, "Print what would be made and its size; load and write nothing.")
 
     def __post_init__(self) -> None:
         if not self.vae or not self.output_dir:

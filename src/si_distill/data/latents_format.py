@@ -82,7 +82,7 @@ class Recipe:
     images_per_shard: int
 
     def difference(self, other: "Recipe") -> str:
-        """What makes other latents of the other one, for people; empty where nothing does: a VAE may lie elsewhere now."""
+        """A readable list of differences that change the latents; empty if there are none (a VAE may have moved)."""
         pairs = [(name, value, getattr(other, name)) for name, value in self.__dict__.items()]
         nested = [
             (f"{name}.{key}", value.get(key), now.get(key))
@@ -118,7 +118,7 @@ class Manifest:
         return sum(shard.skipped for shard in self.shards)
 
     def write(self, folder: Path) -> None:
-        """Writes the manifest, whole or not at all, with totals for people and a hash that tells of changes by hand."""
+        """Writes the manifest atomically, with readable totals and a hash that reveals manual changes."""
         values = {
             "format": FORMAT,
             "images": self.images,

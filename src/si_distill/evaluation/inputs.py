@@ -1,4 +1,4 @@
-"""What bridges start from in an evaluation: reference images by index, with the truth beside them where there are pairs."""
+"""Inputs of bridges in an evaluation: reference images by index, with their ground truth for pairs."""
 
 from collections.abc import Sequence
 from typing import Any

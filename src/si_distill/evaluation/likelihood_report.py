@@ -18,7 +18,7 @@ from .likelihood import bits_per_dimension
 
 
 def measure_likelihood(settings: LikelihoodConfig) -> dict[str, Any]:
-    """Measures, and writes the result beside the teacher.
+    """Computes the likelihood and writes the result next to the teacher.
 
     Returns:
         The contents of the file.

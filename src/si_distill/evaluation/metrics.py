@@ -10,7 +10,7 @@ from tqdm.auto import trange
 
 from .features import PixelFeatures
 
-#: Ends of the 95 % intervals: quantiles, and standard deviations of a normal law.
+#: Ends of the 95 % intervals: quantiles, and standard deviations of a normal distribution.
 QUANTILES, DEVIATIONS = (0.025, 0.975), 1.96
 #: Resamples of a share; a draw costs nothing.
 SHARE_RESAMPLES = 10_000
@@ -192,7 +192,7 @@ def spread(samples: torch.Tensor) -> torch.Tensor:
 def diversity(spreads: np.ndarray) -> float:
     """√ of the mean `spread`, in the unit of the values; NaN is an input without one, 0 a deterministic map.
 
-    Of a law x0 | x1 it estimates √(E tr Cov(x0 | x1) / d), so that a student's may be read beside its teacher's.
+    For a distribution x0 | x1 it estimates √(E tr Cov(x0 | x1) / d), to compare a student with its teacher.
     """
     return float(np.sqrt(np.nanmean(spreads)))
 

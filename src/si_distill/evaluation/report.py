@@ -242,7 +242,7 @@ def _output_path(settings: EvaluationConfig) -> Path:
     if settings.output:
         path = Path(settings.output)
         if path.suffix != ".json":
-            raise InputError(f"`output` {path} must end in .json; the table and the pictures are laid beside it.")
+            raise InputError(f"`output` {path} must end in .json; the table and the pictures are written next to it.")
     else:
         path = Path(folders[0]) / EVALUATION if folders else Path(EVALUATION)
     if not path.parent.is_dir():

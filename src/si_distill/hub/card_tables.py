@@ -1,4 +1,4 @@
-"""The tables of a model card: facts as rows of text, with what is not known said in so many words."""
+"""The tables of a model card: facts as rows of text; missing facts are stated as such."""
 
 import shlex
 from typing import Any

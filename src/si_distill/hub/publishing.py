@@ -191,7 +191,7 @@ def _class_name(path: Path) -> str | None:
 
 @contextmanager
 def _explained(repo_id: str):
-    """Turns what the Hub's client raises into sentences."""
+    """Turns exceptions of the Hub's client into user-facing errors."""
     try:
         yield
     except HfHubHTTPError as error:

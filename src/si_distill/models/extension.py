@@ -15,7 +15,7 @@ Pipeline = TypeVar("Pipeline", bound=DiffusionPipeline)
 def extend_network(network: Network, zero: bool = True, **arguments: int) -> Network:
     """A copy with other sizes of its further inputs, e.g. `condition_channels=6` or `augment_dim=9`.
 
-    With zeros in the new inputs' weights the copy's output is the original's, whatever is put in.
+    While the weights of the new inputs are zero, the copy's output equals the original's for any input.
 
     Args:
         network: of a class that has these arguments.
@@ -42,7 +42,7 @@ def extend_network(network: Network, zero: bool = True, **arguments: int) -> Net
 
 
 def extend_pipeline(pipeline: Pipeline, condition_channels: int) -> Pipeline:
-    """The pipeline with a network that sees an image of so many channels beside x_t, and does not heed it yet.
+    """The pipeline with a network that takes an image of this many extra channels, with zero weights at first.
 
     Raises:
         ValueError: as `extend_network`.

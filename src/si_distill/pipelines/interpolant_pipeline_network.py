@@ -220,7 +220,7 @@ def network_condition(
 ) -> torch.Tensor | None:
     """
     What a network sees beside x_t, (B, condition_channels, H, W), or None: the channels of the reference image, then those
-    of a bridge student's noise. An unpaired bridge's network has no room for the reference and does not see it.
+    of a bridge student's noise. An unpaired bridge's network does not take the reference.
 
     Args:
         network: whose `condition_channels` say what it takes (see `NetworkView`).
@@ -236,11 +236,11 @@ def network_condition(
         return noise
     if reference is None:
         raise ValueError(
-            f"This network sees a reference image of {channels - noise_channels} channels beside x_t, and none was given."
+            f"This network takes a reference image of {channels - noise_channels} channels, and none was given."
         )
     if channels != reference.shape[1] + noise_channels:
         raise ValueError(
-            f"This network sees a reference image of {channels - noise_channels} channels beside x_t, but the one given has "
+            f"This network takes a reference image of {channels - noise_channels} channels, but the one given has "
             f"{reference.shape[1]}."
         )
     return reference if noise is None else torch.cat([reference, noise.to(reference)], 1)

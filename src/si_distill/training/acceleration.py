@@ -60,7 +60,7 @@ def _check_launcher(accelerator: Accelerator, settings: TrainingConfig) -> None:
     if kind != DistributedType.FSDP and os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
         raise InputError(
             f"The launcher asks for FSDP, but on {accelerator.num_processes} process(es) on {accelerator.device.type} "
-            "Accelerate does not shard: it would train each network whole without a word. Launch several processes on GPUs, "
+            "Accelerate does not shard: it would silently train unsharded networks. Launch several processes on GPUs, "
             "or take configs/accelerate/ddp.yaml or cpu.yaml."
         )
     if kind != DistributedType.NO and kind != DistributedType.FSDP and not kind.startswith("MULTI_"):

@@ -67,7 +67,7 @@ def compile_blocks(network: nn.Module) -> None:
 
 
 def check_compiler(settings: TrainingConfig, device: torch.device) -> None:
-    """Tries the compiler on a trifle, so that a missing one is said before any work.
+    """Compiles a trivial function, to fail early if there is no compiler.
 
     Raises:
         InputError: when it fails.

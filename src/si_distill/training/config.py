@@ -69,7 +69,7 @@ class TrainingConfig:
     )
     mixed_precision: str = setting("no", "`bf16` runs networks in bfloat16; losses stay in float32.", ("no", "bf16"))
     gradient_checkpointing: bool = setting(
-        False, "Compute activations again in the backward pass: less memory, longer iterations, the same numbers."
+        False, "Recompute activations in the backward pass: less memory, longer iterations, identical results."
     )
     compile: bool = setting(False, "Compile the networks' repeated blocks by torch.compile.")
     dataloader_num_workers: int = setting(0, "Processes that read images, per device.")
@@ -79,7 +79,7 @@ class TrainingConfig:
         None, "Iterations between measurements of the pipeline; off when not given."
     )
     metric_for_best_model: str = setting(
-        "frechet_distance", "The pipeline with the smallest one is kept in best/.", ("frechet_distance", "kid")
+        "frechet_distance", "The pipeline with the smallest value is kept in best/.", ("frechet_distance", "kid")
     )
     evaluation: MeasurementConfig = field(default_factory=MeasurementConfig)
     save_steps: int = setting(500, "Iterations between checkpoints.")
@@ -90,7 +90,7 @@ class TrainingConfig:
     push_to_hub: bool = setting(False, "Publish the finished pipeline on the Hub.")
     hub_model_id: str | None = setting(None, "Where: `user/name`.")
     hub_private_repo: bool = setting(False, "Whether a new repository there is private.")
-    dry_run: bool = setting(False, "Say what the run would need and do: no weights, no images, nothing written.")
+    dry_run: bool = setting(False, "Print what the run would need and do; load no weights or images and write nothing.")
     algorithm: int | None = setting(
         None, "Version of the training algorithm that a run was started with; written to its config.yaml."
     )
@@ -189,7 +189,7 @@ class TrainingConfig:
                 )
 
     def other_algorithm(self, version: int) -> str:
-        """Why a run that was started under another version cannot go on under this one, in a sentence."""
+        """Explains why a run started under another version cannot be resumed under this one."""
         newer = sorted(number for number in self.ALGORITHM_CHANGES if number > version)
         changes = "; ".join(f"since version {number}, {self.ALGORITHM_CHANGES[number]}" for number in newer)
         return (

@@ -27,7 +27,9 @@ class AdversarialConfig:
 
     kind: str = setting("none", "The term.", ("none", *ADVERSARIAL_KINDS))
     head: str = setting("mlp", "Network that turns features into logits, for kind=head.", ADVERSARIAL_HEADS)
-    features: str = setting("critic", "Whose middle features the head reads (FastGen: teacher).", ("critic", "teacher"))
+    features: str = setting(
+        "critic", "Network whose features the head reads (FastGen: teacher).", ("critic", "teacher")
+    )
     critic_weight: float = setting(1.0, "Factor of the critic's term (SiDA's λ_D).")
     generator_weight: float = setting(0.01, "Factor of the generator's term (SiDA's λ_G).")
     combine: str = setting(
@@ -48,7 +50,7 @@ class AdversarialConfig:
     shared_augmentation: bool = setting(
         True, "Whether real images are augmented as the generated ones in their place, or apart (SiDA: false)."
     )
-    start_images: int = setting(0, "Generated images before the generator feels the term (SiDA: 200,000).")
+    start_images: int = setting(0, "Generated images before the term is added to the generator's loss (SiDA: 200,000).")
 
     def __post_init__(self) -> None:
         at_least("adversarial.start_images", self.start_images, 0)
@@ -165,7 +167,7 @@ class DistillConfig(TrainingConfig):
         "A bridge student's channels of noise; by default an image's next to a pair's reference, else 0 (no noise).",
     )
     init_time: float | None = setting(None, "Time of the one-step map; by default the interpolant's own.")
-    adam_beta1: float = setting(0.0, "First-moment decay of Adam; 0 for the game (SiD, RealUID).")
+    adam_beta1: float = setting(0.0, "First-moment decay of Adam; 0 for min-max training (SiD, RealUID).")
     t_min: float = setting(0.02, "Smallest time of the losses.")
     t_max: float = setting(0.98, "Largest time of the losses.")
     generator_time_sampler: str | None = setting(

@@ -1,4 +1,4 @@
-"""What a distillation starts from, loaded and checked against each other before anything is written."""
+"""Loads the starting point of a distillation and checks that its parts fit, before anything is written."""
 
 import copy
 from dataclasses import dataclass, replace
@@ -416,7 +416,7 @@ def load_fitting_images(settings: DistillConfig, teacher: InterpolantPipeline, r
 
 
 def _difference(student: OneStepInterpolantPipeline, teacher: InterpolantPipeline, channels: int) -> str | None:
-    """What keeps a finished student with so many noise channels from being one of this teacher, or None."""
+    """Why a finished student with this many noise channels does not fit this teacher, or None."""
     found, wanted = (
         {name: tuple(value.shape) for name, value in network.state_dict().items()}
         for network in (student.transformer, _with_noise(teacher.transformer, channels))

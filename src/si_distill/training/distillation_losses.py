@@ -171,7 +171,7 @@ class DistillationLosses:
             critic: frozen, its gradient flowing through it.
             fake: generated images, with their graph.
             draw: times and noise.
-            judged: whether the student feels the adversarial term.
+            judged: whether to add the adversarial loss.
         """
         objective, samples, t = self.objective, fake.x0, draw.t
         fakes = self._at(fake, draw)

@@ -231,7 +231,7 @@ def _from_description(described: dict[str, Any]) -> InterpolantPipeline:
     """The pipeline that `teacher_model` describes: a network and its scheduler, or the settings that train the teacher."""
     if "training" in described:
         if len(described) > 1:
-            raise InputError("`teacher_model.training` names the settings of the teacher; nothing can stand beside it.")
+            raise InputError("`teacher_model.training` cannot be combined with other settings of `teacher_model`.")
         training = parse_settings(TeacherConfig, ["--config", str(described["training"])])
         scheduler = {name: getattr(training, name) for name in ("interpolant", "prediction_type", "timestep_type")}
         network = _trained_network(training)

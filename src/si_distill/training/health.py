@@ -1,4 +1,4 @@
-"""Early warnings of a game that goes wrong, with what to try."""
+"""Early warnings of training going wrong, with suggestions."""
 
 from collections import defaultdict
 
@@ -35,7 +35,7 @@ class HealthMonitor:
             "critic": (
                 critic > 1.05 * teacher,
                 f"the critic follows the student worse than the teacher does ({critic:.4g} against {teacher:.4g} on its "
-                "samples), so its advice is wrong. Try more critic_steps, a higher critic_learning_rate or a lower "
+                "samples), so its gradient is wrong. Try more critic_steps, a higher critic_learning_rate or a lower "
                 "learning_rate.",
             ),
             "distance": (

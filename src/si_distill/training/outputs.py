@@ -1,4 +1,4 @@
-"""What a run writes beside its checkpoints: sample grids, the pipeline with its card, the best one, and the Hub.
+"""What a run writes besides its checkpoints: sample grids, the pipeline and its card, the best one, Hub uploads.
 
 Everything that samples or writes is collective: all ranks call it, because a sharded network needs all of them, and rank 0
 writes.
@@ -23,7 +23,7 @@ from .run_folder import RunFolder
 
 
 class Outputs:
-    """Writes what a run shows and gives.
+    """Writes the samples, pipelines and uploads of a run.
 
     Args:
         settings: of the run.

@@ -31,7 +31,7 @@ _FILE = re.compile(r"step_(\d+)-sigma_(.+)\.safetensors")
 def power_exponent(sigma_rel: float) -> float:
     """The γ of a profile whose standard deviation is `sigma_rel` times the training's length.
 
-    p is the law of t·Beta(γ+1, 1), so σ_rel = (γ+1)^½ (γ+2)^−1 (γ+3)^−½: a cubic in γ, of which the largest root is the one
+    p is the pdf of t·Beta(γ+1, 1), so σ_rel = (γ+1)^½ (γ+2)^−1 (γ+3)^−½: a cubic in γ, of which the largest root is the one
     that rises with time.
 
     Raises:

@@ -1,4 +1,4 @@
-"""What a run notes in facts.json beyond its settings: data, networks, hardware, versions. The model card tells of them."""
+"""What a run notes in facts.json beyond its settings: data, networks, hardware, versions. They appear in the model card."""
 
 import os
 import platform

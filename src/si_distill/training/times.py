@@ -24,7 +24,7 @@ class TimeSampler:
       of the interpolant, with its σ from 0.002 to 80 and ρ = 7.
 
     Args:
-        name: the law.
+        name: of the distribution.
         t_min, t_max: ends of the times.
         mean, std: of logit(t) or ln σ.
         interpolant: needed by `lognormal`, `karras` and discrete timesteps.
@@ -34,7 +34,7 @@ class TimeSampler:
             half of one.
 
     Raises:
-        ValueError: for an unknown law, one without its interpolant, an interval of times that is empty, or times that the
+        ValueError: for an unknown distribution, one without its interpolant, an empty interval of times, or times that the
             network cannot be given.
     """
 
@@ -49,7 +49,7 @@ class TimeSampler:
 
     def __post_init__(self) -> None:
         if self.name not in TIME_SAMPLERS:
-            raise ValueError(f"Unknown law of times {self.name!r}. Choose one of: {', '.join(TIME_SAMPLERS)}.")
+            raise ValueError(f"Unknown distribution of times {self.name!r}. Choose one of: {', '.join(TIME_SAMPLERS)}.")
         if self.steps is not None:
             if self.name != "uniform":
                 raise ValueError(
@@ -64,16 +64,16 @@ class TimeSampler:
             raise ValueError(f"timestep_type={self.timestep_type!r} needs the interpolant.")
         if self.name in ("lognormal", "karras"):
             if self.interpolant is None:
-                raise ValueError(f"The law of times {self.name!r} is one of noise levels and needs the interpolant.")
+                raise ValueError(f"The distribution {self.name!r} is one of noise levels and needs the interpolant.")
             if not self.interpolant.gaussian_reference:
                 raise ValueError(
-                    f"The law of times {self.name!r} is one of noise levels, which the interpolant "
+                    f"The distribution of times {self.name!r} is one of noise levels, which the interpolant "
                     f"{self.interpolant.name!r} does not have: use uniform or logit_normal."
                 )
             low, high = self._ends(torch.device("cpu")).tolist()
             if not low < high:
                 raise ValueError(
-                    f"The law of times {self.name!r} has nothing between t_min={self.t_min} and t_max={self.t_max} on the "
+                    f"The distribution {self.name!r} has no times between t_min={self.t_min} and t_max={self.t_max} on the "
                     f"interpolant {self.interpolant.name!r}: widen them, or choose another mean."
                 )
         if self.timestep_type != "time":
@@ -113,7 +113,7 @@ class TimeSampler:
     @functools.lru_cache(maxsize=8)  # noqa: B019 - samplers live as long as their training
     @torch.inference_mode(False)
     def _ends(self, device: torch.device) -> torch.Tensor:
-        """Values of the law's own uniform variable at t_min and t_max: of the normal's distribution function, or of the
+        """Values of the distribution's own uniform variable at t_min and t_max: of the normal's CDF, or of the
         times of EDM's map.
         """
         ends = torch.tensor([self.t_min, self.t_max], dtype=torch.float64, device=device)
