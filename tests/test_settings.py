@@ -166,6 +166,23 @@ def test_a_file_lies_over_the_files_that_it_includes(tmp_path):
         parse_settings(DistillConfig, ["--config", str(tmp_path / "b.yaml")])
 
 
+@pytest.mark.parametrize(
+    ("cls", "name", "text"),
+    [
+        (EvaluationConfig, "features", "features: runpy:run_path"),
+        (DistillConfig, "evaluation.features", "evaluation: {features: runpy:run_path}"),
+    ],
+)
+def test_code_is_named_on_the_command_line_and_not_in_a_file(tmp_path, cls, name, text):
+    (tmp_path / "c.yaml").write_text(text)
+    argv = ["--config", str(tmp_path / "c.yaml"), *(["--pipeline", "runs/x"] if cls is EvaluationConfig else [])]
+    argv += [] if cls is EvaluationConfig else ["--output_dir", str(tmp_path), "--teacher", "runs/x"]
+    with pytest.raises(InputError, match=f"`{name}` in the config file.*add --{name} runpy:run_path"):
+        parse_settings(cls, argv)
+    parse_settings(cls, [*argv, f"--{name}", "runpy:run_path"])
+    parse_settings(cls, [*argv, f"--{name}", "pixels"])
+
+
 @pytest.mark.parametrize("text", ["- a\n- b\n", "output_dir: [\n", ""])
 def test_a_config_file_that_is_no_mapping_is_refused(tmp_path, text):
     file = tmp_path / "c.yaml"

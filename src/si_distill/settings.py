@@ -18,7 +18,13 @@ from .errors import InputError, PublishError, TrainingInterrupted, TrainingStopp
 T = TypeVar("T")
 
 
-def setting(default: Any, help: str, choices: tuple[str, ...] | None = None, kept: tuple[str, ...] = ()) -> Any:
+def setting(
+    default: Any,
+    help: str,
+    choices: tuple[str, ...] | None = None,
+    kept: tuple[str, ...] = (),
+    names_code: bool = False,
+) -> Any:
     """A documented field of a settings dataclass; a dict or list default is copied for each instance.
 
     Args:
@@ -26,8 +32,9 @@ def setting(default: Any, help: str, choices: tuple[str, ...] | None = None, kep
         help: for `--help`.
         choices: the values that it can have; None is any of its type.
         kept: keys of a companion `…_kwargs` that also fit another choice (see `parse_settings`).
+        names_code: whether a value with a colon is imported and called, which only the command line may ask for.
     """
-    metadata = {"help": help, "choices": choices, "kept": kept}
+    metadata = {"help": help, "choices": choices, "kept": kept, "names_code": names_code}
     if isinstance(default, (dict, list)):
         return dataclasses.field(default_factory=lambda: type(default)(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
@@ -43,7 +50,7 @@ def parse_settings(cls: type[T], argv: list[str], description: str = "") -> T:
     choice, such as `critic_weight`, stay.
 
     Raises:
-        InputError: for an unknown key, a value of the wrong type, a file that is missing or not YAML.
+        InputError: for an unknown key, a value of the wrong type, a file that is missing, not YAML, or names code.
         SystemExit: after `--help`.
     """
     if "-h" in argv or "--help" in argv:
@@ -56,6 +63,7 @@ def parse_settings(cls: type[T], argv: list[str], description: str = "") -> T:
             _drop_companions(cls, values, layer, str(source))
             values = _merge(values, layer)
     overrides = [(key, value) for key, value in overrides if key != "config"]
+    _refuse_code(cls, values, dict(overrides))
     _drop_companions(cls, values, dict(overrides), "the command line")
     for key, value in overrides:
         *sections, last = key.split(".")
@@ -220,6 +228,20 @@ def _drop_companions(cls: type, values: dict[str, Any], layer: dict[str, Any], s
                 f"note: {source} chooses {key}={chosen} instead of {before}: {gone} no longer applies"
                 + (f", {stays} stays." if stays else "."),
                 file=sys.stderr,
+            )
+
+
+def _refuse_code(cls: type, values: dict[str, Any], overrides: dict[str, Any], prefix: str = "") -> None:
+    """Refuses code that a file names (`package.module:Class`): it may be someone else's, such as a run's config.yaml."""
+    hints = typing.get_type_hints(cls)
+    for field in dataclasses.fields(cls):
+        name, value = f"{prefix}{field.name}", values.get(field.name)
+        if dataclasses.is_dataclass(hints[field.name]) and isinstance(value, dict):
+            _refuse_code(hints[field.name], value, overrides, f"{name}.")
+        elif field.metadata.get("names_code") and isinstance(value, str) and ":" in value and name not in overrides:
+            raise InputError(
+                f"`{name}` in the config file is {value!r}, code that would be imported and run. A file cannot ask for "
+                f"that: if you trust this code, add --{name} {value} to the command, otherwise another value."
             )
 
 

@@ -4,12 +4,14 @@ import io
 import os
 import pickle
 import re
+import zipfile
 
 import numpy as np
 import pytest
 import torch
 from edm_pickles import Persistent, module_tree, write
 
+from si_distill.conversion.checkpoints import read_checkpoint
 from si_distill.conversion.pickles import PickledObject, load_plain_pickle
 from si_distill.errors import InputError
 
@@ -158,3 +160,44 @@ def test_not_a_pickle(tmp_path):
             load_plain_pickle(path)
     with pytest.raises(InputError, match="There is no pickle file"):
         load_plain_pickle(tmp_path / "missing.pkl")
+
+
+FORGED = {
+    "an array of objects": ReducedTo(np.ndarray, ((1,), "O", b"\x10" * 8)),
+    "in a set": ReducedTo(set, (ReducedTo(np.ndarray, ((1,), "O", b"\x10" * 8)),)),
+    "memory that nobody wrote": ReducedTo(np.ndarray, ((1000,), "f8")),
+    "a scalar of another array": ReducedTo(np._core.multiarray.scalar, (np.dtype("u8"), np.arange(3))),
+    "a state for a name": ReducedTo(np.ndarray, ((0,),), {"shape": (4,)}),
+}
+
+
+@pytest.mark.parametrize("protocol", [2, 4])
+@pytest.mark.parametrize("case", FORGED)
+def test_names_that_are_arguments_cannot_be_called(case, protocol, tmp_path):
+    path = tmp_path / "forged.pkl"
+    path.write_bytes(pickle.dumps(FORGED[case], protocol))
+    with pytest.raises(InputError, match=re.escape(str(path))):
+        load_plain_pickle(path)
+
+
+def test_what_is_shared_forty_deep_stays_shared(tmp_path):
+    nested = []
+    for _ in range(40):
+        nested = [nested, nested]
+    path = tmp_path / "nested.pkl"
+    path.write_bytes(pickle.dumps({"lists": nested}))
+    read = load_plain_pickle(path)["lists"]
+    assert read[0] is read[1]
+
+
+def test_an_archive_that_unpacks_to_much_more_is_refused(tmp_path):
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("archive/data.pkl", pickle.dumps(None))
+        archive.writestr("archive/data/0", bytes(2**26))
+    checkpoint = tmp_path / "bomb.pt"
+    checkpoint.write_bytes(file.getvalue())
+    pickled = write(tmp_path / "bomb.pkl", NestedBytes(file.getvalue()))
+    for read, path in ((read_checkpoint, checkpoint), (load_plain_pickle, pickled)):
+        with pytest.raises(InputError, match="would unpack to"):
+            read(path)

@@ -143,3 +143,15 @@ def test_neither_a_dry_run_nor_a_description_of_the_teacher_makes_another_run(tm
     assert "iterations" in dry_run(distillation(**again))
     with pytest.raises(InputError, match="started with other settings"):
         dry_run(distillation(**again, seed=5))
+
+
+def test_a_class_that_an_index_names_is_not_imported_from_anywhere(teacher_folder, tmp_path):
+    folder = tmp_path / "teacher"
+    shutil.copytree(teacher_folder, folder)
+    index = json.loads((folder / "model_index.json").read_text())
+    index["vae"] = ["antigravity", "Anything"]
+    (folder / "model_index.json").write_text(json.dumps(index))
+    sys.modules.pop("antigravity", None)
+    with pytest.raises(InputError, match="its vae has the class Anything of antigravity"):
+        dry_run(distillation(teacher=str(folder)))
+    assert "antigravity" not in sys.modules

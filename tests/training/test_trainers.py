@@ -1,6 +1,8 @@
 """The trainers in this process: what an iteration does, what is refused, what a resumed run insists on."""
 
+import contextlib
 import json
+import os
 import shutil
 
 import pytest
@@ -296,6 +298,33 @@ def flip_a_bit(file):
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
     file.write_bytes(content)
+
+
+class Hostile:
+    """Runs a command when it is unpickled freely."""
+
+    def __init__(self, sentinel):
+        self.sentinel = sentinel
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.sentinel}",)
+
+
+@pytest.mark.parametrize("name", ["custom_checkpoint_0.pkl", "optimizer.bin", "random_states_0.pkl"])
+def test_nothing_that_a_checkpoint_holds_runs(teacher_folder, tmp_path, name):
+    """With a manifest that was written again to match."""
+    folder, sentinel = tmp_path / "run", tmp_path / "sentinel"
+    distillation(teacher_folder, folder, "--max_steps", 1).train()
+    checkpoint = folder / "checkpoints" / "step_00000001"
+    torch.save({"state": Hostile(sentinel)}, checkpoint / name)
+    manifest = json.loads((checkpoint / "manifest.json").read_text())
+    manifest["files"] = {
+        file.name: file.stat().st_size for file in checkpoint.iterdir() if file.name != "manifest.json"
+    }
+    (checkpoint / "manifest.json").write_text(json.dumps(manifest))
+    with contextlib.suppress(InputError):  # Accelerate goes on without the random states, which nothing here uses
+        distillation(teacher_folder, folder, "--max_steps", 2, "--resume_from_checkpoint", "latest").train()
+    assert not sentinel.exists()
 
 
 def test_old_checkpoints_go_only_when_new_ones_are_whole(teacher_folder, tmp_path):

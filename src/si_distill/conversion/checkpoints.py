@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from ..errors import InputError
+from .pickles import check_archive
 
 StateDict = dict[str, torch.Tensor]
 
@@ -35,6 +36,8 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         if path.suffix == ".safetensors":
             content = load_file(path)
         else:
+            with path.open("rb") as file:
+                check_archive(file)
             with torch.serialization.safe_globals([argparse.Namespace]):
                 # Optimizer states stay on disk, where the format allows it.
                 content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))

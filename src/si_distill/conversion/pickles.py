@@ -2,13 +2,14 @@
 
 Checkpoints of EDM, EDM2, SiD and SiDA, and EDM2's reference statistics, are Python pickles. A pickle is a program: it names
 functions and calls them, and EDM's also carry the source code of their classes. Here the names that it may use are a short
-list, and each stands for something of ours that only builds tensors, arrays, plain containers, or a record of an object's
-attributes. Any other name is an error that says it.
+list, and each stands for something of ours that checks its arguments and builds only tensors, arrays, plain containers, or a
+record of an object's attributes. Names that a pickle needs only as arguments cannot be called. Any other name is an error.
 """
 
 import io
 import math
 import pickle
+import zipfile
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
@@ -102,6 +103,15 @@ class _Function:
         raise pickle.UnpicklingError("it tries to change a function")
 
 
+class _Name:
+    """A name that a pickle uses only as an argument: it can be neither called nor changed."""
+
+    __slots__ = ()
+
+    def __setstate__(self, state: Any) -> None:
+        raise pickle.UnpicklingError("it tries to change a name")
+
+
 class _DType:
     """A NumPy dtype of numbers, truth values or text; its byte order arrives as state."""
 
@@ -119,7 +129,9 @@ class _DType:
 
 
 class _Array(np.ndarray):
-    """A NumPy array that is empty until its contents arrive as state."""
+    """A NumPy array that is empty until its contents arrive as state. No pickle can name it: only `_reconstruct` makes one,
+    since a shape and a type of the pickle's choice would give memory that was never written, or forged objects.
+    """
 
     def __setstate__(self, state: Any) -> None:
         _, shape, dtype, is_fortran, raw = state
@@ -127,22 +139,29 @@ class _Array(np.ndarray):
         super().__setstate__((1, array.shape, array.dtype, bool(is_fortran), array.tobytes("F" if is_fortran else "C")))
 
 
-def _plain(value: Any) -> Any:
-    """The same with arrays of NumPy's own class."""
+def _plain(value: Any, done: dict[int, Any] | None = None) -> Any:
+    """The same with arrays of NumPy's own class. What is shared stays shared: containers nested in themselves forty deep
+    would otherwise fill the memory.
+    """
+    done = {} if done is None else done
+    if id(value) in done:
+        return done[id(value)]
+    plain = value
     if isinstance(value, _Array):
-        return value.view(np.ndarray)
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return type(value)(_plain(item) for item in value)
-    if isinstance(value, PickledObject):
-        value.state = _plain(value.state)
-    return value
+        plain = value.view(np.ndarray)
+    elif isinstance(value, dict):
+        plain = {key: _plain(item, done) for key, item in value.items()}
+    elif isinstance(value, (list, tuple)):
+        plain = type(value)(_plain(item, done) for item in value)
+    elif isinstance(value, PickledObject):
+        value.state = _plain(value.state, done)
+    done[id(value)] = plain
+    return plain
 
 
 def _array(raw: bytes, dtype: _DType, shape: tuple[int, ...], order: str = "C") -> np.ndarray:
-    if not isinstance(dtype, _DType):
-        raise pickle.UnpicklingError("an array without a type")
+    if not isinstance(dtype, _DType) or not isinstance(raw, (bytes, bytearray)):
+        raise pickle.UnpicklingError("an array without a type or without bytes")
     return np.frombuffer(raw, dtype.dtype).reshape(shape, order=order).copy(order)
 
 
@@ -159,7 +178,34 @@ def _persistent_object(meta: dict[str, Any]) -> PickledObject:
 
 def _storage(data: bytes) -> Any:
     """The bytes of a tensor are a checkpoint of their own: a pickle in the pickle, which torch reads with its own list."""
+    if not isinstance(data, bytes):
+        raise pickle.UnpicklingError("a storage without bytes")
+    check_archive(io.BytesIO(data))
     return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+
+
+def check_archive(file: Any) -> None:
+    """Refuses a zip archive that declares more than it can hold: PyTorch stores its records without compression.
+
+    Args:
+        file: opened for reading in binary mode; anything else than a zip archive passes.
+
+    Raises:
+        ValueError: for one whose records together are much larger than the file.
+    """
+    size = file.seek(0, io.SEEK_END)
+    if not zipfile.is_zipfile(file):
+        return
+    with zipfile.ZipFile(file) as archive:
+        declared = sum(record.file_size for record in archive.infolist())
+    if declared > 2 * size + 2**20:
+        raise ValueError(f"it is an archive of {size:,} bytes that would unpack to {declared:,}")
+
+
+def _set(items: Any = ()) -> set:
+    if not isinstance(items, (list, tuple)):
+        raise pickle.UnpicklingError(f"a set of a {type(items).__name__}")
+    return set(items)
 
 
 def _tensor(storage: Any, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *_: Any) -> torch.Tensor:
@@ -177,7 +223,7 @@ def _parameter(data: torch.Tensor, *_: Any) -> torch.Tensor:
 
 
 _ALLOWED: dict[tuple[str, str], Any] = {
-    ("builtins", "set"): set,
+    ("builtins", "set"): _Function(_set),
     ("builtins", "getattr"): _Function(lambda *_: None),  # a hook, pickled as a method of its module; it is left out
     ("collections", "OrderedDict"): OrderedDict,
     ("dnnlib.util", "EasyDict"): dict,  # a dict with attribute access
@@ -189,7 +235,7 @@ _ALLOWED: dict[tuple[str, str], Any] = {
     ("torch.nn.modules.container", "ModuleList"): _ModuleList,
     ("torch.nn.modules.container", "Sequential"): _Sequential,
     ("numpy", "dtype"): _DType,
-    ("numpy", "ndarray"): _Array,
+    ("numpy", "ndarray"): _Name(),
 }
 for _numpy in ("numpy.core", "numpy._core"):  # before and since NumPy 2
     _ALLOWED |= {

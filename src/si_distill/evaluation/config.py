@@ -21,7 +21,9 @@ class MeasurementConfig:
     """How a run's pipeline is measured while it trains; the real images are those of `data`."""
 
     features: str = setting(
-        "pixels", "As for evaluate.py: inception-v3-compat, dinov2, clip, pixels, package.module:Class."
+        "pixels",
+        "As for evaluate.py: inception-v3-compat, dinov2, clip, pixels, package.module:Class.",
+        names_code=True,
     )
     feature_weights: str | None = setting(None, "File of its weights, if not at torch-fidelity's usual place.")
     reference: str | None = setting(None, "Statistics (.npz) instead of those of `data`.")
@@ -53,7 +55,9 @@ class EvaluationConfig:
     reference: str | None = setting(
         None, "Statistics (.npz with mu and sigma), published or cached, instead of `data`."
     )
-    features: str = setting("pixels", "inception-v3-compat, dinov2, clip, pixels, or your own package.module:Class.")
+    features: str = setting(
+        "pixels", "inception-v3-compat, dinov2, clip, pixels, or your own package.module:Class.", names_code=True
+    )
     feature_weights: str | None = setting(None, "File of its weights, if not at torch-fidelity's usual place.")
     metrics: list[str] = setting(list(METRICS), f"What to compute: {', '.join(METRICS)}.")
     kid_subsets: int = setting(100, "Subsets of up to 1,000 images that KID is a mean over.")

@@ -11,6 +11,7 @@ import re
 import shutil
 import zlib
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 from accelerate import Accelerator
@@ -23,6 +24,8 @@ from ..errors import InputError, TrainingStopped
 #: How a full disk or a lost folder shows itself: torch and safetensors wrap the system's error in types of their own.
 WRITE_ERRORS = (OSError, RuntimeError, SafetensorError, CheckpointException)
 MANIFEST = "manifest.json"
+#: What the trainer keeps of its own. JSON: Accelerate would unpickle it without restrictions.
+STATE = "state.json"
 #: Larger files are known by their size alone: reading back the tensors of an XL network would take longer than writing them.
 CHECKSUM_BYTES = 16 * 2**20
 _FOLDER = re.compile(r"step_(\d+)")
@@ -32,7 +35,7 @@ class Checkpoints:
     """The `checkpoints/` folder of a run.
 
     Args:
-        accelerator: its models, optimizers and registered objects are what a checkpoint holds.
+        accelerator: its models and optimizers are what a checkpoint holds.
         folder: the `checkpoints/` folder.
         keep: how many to keep.
         images_per_update: the global batch, which a resumed run must keep.
@@ -46,11 +49,12 @@ class Checkpoints:
         self.images_per_update = images_per_update
         self.workers = workers
 
-    def save(self, step: int, rank_state: dict[str, Any] | None = None) -> None:
+    def save(self, step: int, state: dict[str, Any], rank_state: dict[str, Any] | None = None) -> None:
         """Saves a checkpoint of this step; collective.
 
         Args:
             step: iterations done.
+            state: what all ranks need to go on besides the accelerator's models and optimizers; plain data (JSON).
             rank_state: what this rank alone needs to go on, such as the place in its stream of images; plain data (JSON).
 
         Raises:
@@ -61,7 +65,7 @@ class Checkpoints:
         main = self.accelerator.is_main_process
         stages = (
             lambda: self._clear(partial) if main else None,
-            lambda: self._write(partial, rank_state or {}),
+            lambda: self._write(partial, state, rank_state or {}),
             # On each machine: what another one has written may still be in its memory.
             lambda: _fsync_all(partial) if self.accelerator.is_local_main_process else None,
             lambda: self._seal(partial, final, step) if main else None,
@@ -85,8 +89,10 @@ class Checkpoints:
                 )
                 raise TrainingStopped(f"Could not save the checkpoint of step {step}: {errors[0]}. {kept}")
 
-    def _write(self, partial: Path, rank_state: dict[str, Any]) -> None:
+    def _write(self, partial: Path, state: dict[str, Any], rank_state: dict[str, Any]) -> None:
         self.accelerator.save_state(str(partial))
+        if self.accelerator.is_main_process:
+            (partial / STATE).write_text(json.dumps(state), encoding="utf-8")
         self._rank_file(partial).write_text(json.dumps(rank_state), encoding="utf-8")
 
     def _rank_file(self, path: Path) -> Path:
@@ -170,16 +176,29 @@ class Checkpoints:
                 "update: it goes on as the uninterrupted run up to rounding, not bit for bit."
             )
 
-    def load(self, path: Path) -> None:
-        """Loads everything that `save` saved, on every rank.
+    def load(self, path: Path) -> dict[str, Any]:
+        """Loads what the accelerator saved, on every rank; nothing that a checkpoint holds is run.
+
+        Returns:
+            The `state` that `save` was given.
 
         Raises:
-            InputError: when the tensors do not fit this run's networks.
+            InputError: when the tensors do not fit this run's networks, or the state is missing or damaged.
         """
         try:
+            state = json.loads((path / STATE).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise InputError(
+                f"The checkpoint {path} has no {STATE}: it was saved by an earlier release. Finish the run with that "
+                "release, or start a new one."
+            ) from None
+        except (OSError, ValueError) as error:
+            raise InputError(f"Cannot read {path / STATE}: {error}. Resume from another checkpoint.") from error
+        try:
             self.accelerator.load_state(str(path))
-        except (RuntimeError, KeyError, ValueError, SafetensorError, CheckpointException) as error:
+        except (RuntimeError, KeyError, ValueError, UnpicklingError, SafetensorError, CheckpointException) as error:
             raise InputError(f"The checkpoint {path} does not fit this run: {error}") from error
+        return state
 
     def rank_state(self, path: Path) -> dict[str, Any] | None:
         """What this rank gave to `save`; None when the ranks or their workers were others, so that it belongs to nobody."""

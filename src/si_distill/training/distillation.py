@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from ..critic import FeatureNetwork
+from ..critic import CriticNetwork, FeatureNetwork
 from ..data.batches import Batch
 from ..pipelines import OneStepInterpolantPipeline
 from ..velocity import Field
@@ -86,13 +86,20 @@ class DistillationTrainer(Trainer):
         check_enough_images(settings, self.data, self.global_batch_size)
         self.class_shares = class_shares(settings, teacher, self.data)
         critic = starting_critic(settings, teacher, self.objective)
-
-        network = teacher.transformer.requires_grad_(False)
+        teacher.transformer.requires_grad_(False)
         self.start = starting_student(settings, teacher)
+        self._build_trained(critic)
+        self._place_teacher()
+        self._build_losses()
+        self.health = HealthMonitor()
+
+    def _build_trained(self, critic: CriticNetwork) -> None:
+        """Critic and student with their optimizers, and the student's averages."""
+        settings = self.settings
         self.student_drops = has_dropout(self.start.network) or settings.student_class_dropout_prob > 0
-        averages = Averages(self.start.network, settings, images_per_update=self.global_batch_size)
+        self.averages = Averages(self.start.network, settings, images_per_update=self.global_batch_size)
         of_critic = settings.of_critic()
-        critic_sum = of_critic.pop("loss_reduction") == "sum"
+        del of_critic["loss_reduction"]  # of its loss, not of its optimizer
         self.critic = TrainedNetwork(
             self.accelerator,
             critic,
@@ -109,9 +116,12 @@ class DistillationTrainer(Trainer):
             settings,
             OptimizerSettings.of(settings, total_updates=settings.max_steps * settings.generator_steps),
         )
-        averages.prepare(self.accelerator)
-        self.averages = averages
-        network.eval()
+        self.averages.prepare(self.accelerator)
+
+    def _place_teacher(self) -> None:
+        """The frozen teacher on its device, sharded or in bfloat16 where the run is, and its field."""
+        settings, teacher = self.settings, self.teacher_pipeline
+        network = teacher.transformer.eval()
         teacher_features = settings.adversarial.features == "teacher"
         prepare_blocks(network, settings, self.objective.needs_field_gradient or teacher_features)
         if self.accelerator.is_fsdp2:
@@ -125,6 +135,10 @@ class DistillationTrainer(Trainer):
         self.teacher_field = self._field(
             FeatureNetwork(network) if teacher_features else network, settings.guidance_scale
         )
+
+    def _build_losses(self) -> None:
+        """Both losses, and the distributions of their times."""
+        settings = self.settings
         self.game_losses = DistillationLosses(
             self.objective,
             self.adversarial,
@@ -134,8 +148,8 @@ class DistillationTrainer(Trainer):
             math.prod(self.sample_shape),
             self.accelerator.autocast,
             sees_reference=self.references.bridge and self.references.seen,
-            teacher_features=teacher_features,
-            critic_sum=critic_sum,
+            teacher_features=settings.adversarial.features == "teacher",
+            critic_sum=settings.of_critic()["loss_reduction"] == "sum",
             generator_sum=settings.loss_reduction == "sum",
             scale=settings.loss_scale,
         )
@@ -144,7 +158,6 @@ class DistillationTrainer(Trainer):
             "generator": settings.build_generator_time_sampler(self.interpolant, self.timestep_type),
         }
         self.adversarial_times = settings.build_adversarial_time_sampler(self.interpolant, self.timestep_type)
-        self.health = HealthMonitor()
 
     def _field(self, network: Callable[..., tuple[torch.Tensor, ...]], guidance_scale: float = 1.0) -> Field:
         interval = (self.settings.guidance_t_min, self.settings.guidance_t_max)
@@ -367,8 +380,9 @@ class DistillationTrainer(Trainer):
 
     # What comes out.
 
-    def learning_rates(self) -> dict[str, float]:
-        return {"learning_rate": self.generator.learning_rate, "critic_learning_rate": self.critic.learning_rate}
+    @property
+    def networks(self) -> dict[str, TrainedNetwork]:
+        return {"": self.generator, "critic_": self.critic}
 
     def pipeline(self, network: nn.Module | None = None) -> OneStepInterpolantPipeline:
         teacher = self.teacher_pipeline

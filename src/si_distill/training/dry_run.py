@@ -18,6 +18,7 @@ from ..data.latents_format import VAE_FOLDER, is_latent_cache, read_manifest
 from ..errors import InputError
 from ..interpolants import Interpolant
 from ..pipelines import InterpolantPipeline, view_network
+from ..pipelines.interpolant_pipeline_folder import STOCK_LIBRARIES
 from ..schedulers.scheduling_stochastic_interpolant import StochasticInterpolantScheduler
 from ..settings import parse_settings
 from ..units import binary_size
@@ -258,6 +259,11 @@ def _on_meta(folder: str, name: str, entry: list[str] | None) -> nn.Module | Non
     """A component of a pipeline folder, by the class that its index names."""
     if entry is None or entry[0] is None:
         return None
+    if str(entry[0]).split(".")[0] not in (*STOCK_LIBRARIES, "si_distill"):
+        raise ValueError(
+            f"its {name} has the class {entry[1]} of {entry[0]}, and only those of diffusers, transformers and si_distill "
+            "are imported."
+        )
     cls = getattr(importlib.import_module(entry[0]), entry[1])
     with torch.device("meta"):
         return cls.from_config(cls.load_config(folder, subfolder=name))

@@ -91,7 +91,6 @@ class TrainedNetwork:
             num_warmup_steps=optimizer.lr_warmup_steps,
             num_training_steps=optimizer.total_updates,
         )
-        accelerator.register_for_checkpointing(self.schedule)
         self.parameters = [p for p in self.module.parameters() if p.requires_grad]
 
     @property

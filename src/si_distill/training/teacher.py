@@ -109,8 +109,9 @@ class TeacherTrainer(Trainer):
         self.averages.update(trained.unwrapped, self.step)
         return {"loss": total, "grad_norm": norm}, applied
 
-    def learning_rates(self) -> dict[str, float]:
-        return {"learning_rate": self.trained.learning_rate}
+    @property
+    def networks(self) -> dict[str, TrainedNetwork]:
+        return {"": self.trained}
 
     def pipeline(self, network: nn.Module | None = None) -> InterpolantPipeline:
         scheduler = StochasticInterpolantScheduler(

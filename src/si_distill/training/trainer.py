@@ -25,6 +25,7 @@ from .acceleration import build_accelerator
 from .checkpoints import Checkpoints
 from .config import TrainingConfig
 from .ema import Averages
+from .networks import TrainedNetwork
 from .outputs import Outputs
 from .profiling import IterationProfiler
 from .run_facts import describe_session
@@ -79,7 +80,6 @@ class Trainer:
         set_seed(settings.seed)
         self.setup()
         self.outputs = Outputs(settings, self.accelerator, self.run, self.averages, self.pipeline, self.sample_grid)
-        self.accelerator.register_for_checkpointing(self)
 
     # What a subclass says.
 
@@ -99,8 +99,9 @@ class Trainer:
         """Warnings for the user from one line of the log."""
         return []
 
-    def learning_rates(self) -> dict[str, float]:
-        """The present learning rates, for the log."""
+    @property
+    def networks(self) -> dict[str, TrainedNetwork]:
+        """The trained networks by the prefix of their settings (`""`, `critic_`)."""
         raise NotImplementedError
 
     def pipeline(self, network: nn.Module | None = None) -> DiffusionPipeline:
@@ -118,11 +119,20 @@ class Trainer:
     # The state that is saved with the networks.
 
     def state_dict(self) -> dict[str, Any]:
-        return {"step": self.step, "failures": self.failures, "means": self._saved_means, "counts": dict(self._counts)}
+        schedules = {name: network.schedule.state_dict() for name, network in self.networks.items()}
+        return {
+            "step": self.step,
+            "failures": self.failures,
+            "means": self._saved_means,
+            "counts": dict(self._counts),
+            "schedules": schedules,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.step, self.failures, self._counts = state["step"], state["failures"], dict(state["counts"])
         self._totals = {name: mean * self._counts[name] for name, mean in state["means"].items()}
+        for name, network in self.networks.items():
+            network.schedule.load_state_dict(state["schedules"][name])
 
     # Arithmetic of the global batch.
 
@@ -274,7 +284,7 @@ class Trainer:
         accelerator.wait_for_everyone()  # every rank has checked the folder before rank 0 writes to it
         found = self.checkpoints.find(settings.resume_from_checkpoint) if settings.resume_from_checkpoint else None
         if found:
-            self.checkpoints.load(found)
+            self.load_state_dict(self.checkpoints.load(found))
             self._resumed, self._data_state = True, self.checkpoints.rank_state(found)
             self.run.forget_metrics_after(self.step)
             self.run.write_config()
@@ -333,7 +343,7 @@ class Trainer:
         self._totals, self._counts = {}, {}
         values = {
             **means,
-            **self.learning_rates(),
+            **{f"{name}learning_rate": network.learning_rate for name, network in self.networks.items()},
             **self.throughput.line(self.global_batch_size),
             **self._data_counts(),
         }
@@ -348,7 +358,7 @@ class Trainer:
 
     def _save(self) -> None:
         self._saved_means = self._means()  # collective, so not inside `state_dict`
-        self.checkpoints.save(self.step, self._batches and self._batches.state_dict())
+        self.checkpoints.save(self.step, self.state_dict(), self._batches and self._batches.state_dict())
         self.outputs.pipeline(self.step)
 
     def _on_signal(self, number: int, frame: Any) -> None:
