@@ -218,7 +218,8 @@ FASTGEN = {  # fastgen/configs/experiments/EDM/config_dmd2_in64.py and what it b
     "batch": 512,
     "images": round(600_000 / 5 * 512, -6),
     "average": (0.9995001, False),  # callbacks.py, EMA_CONST_CALLBACKS: 0.9999 in each of five steps
-    "critic times": ("uniform", 0.02002002, 0.98098098, 1000),  # noise_schedule.py:931, the student's
+    "critic times": ("uniform", 0.002002002, 0.998998999, 1000),  # noise_schedule.py:744-745, 931, the student's too
+    "student times": ("uniform", 0.002002, 0.998999),
     "classes": None,  # those of the images
     "gan": ("head", 1.0, 0.003, "sum", None),  # dmd2.py:386; config_dmd2_in64.py
     "gan head": ("dmd2", "teacher"),  # dmd2.py:360-377; configs/discriminator.py

@@ -86,13 +86,14 @@ class Augmentation:
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
         """The transformed images, (B, C, S, S).
 
-        Bicubic with mirrored edges (EDM filters at twice the resolution); what is only flipped, or not moved at all, is
-        exact.
+        Bicubic, mirrored about the centres of the outermost pixels as in EDM's code (which filters at twice the resolution);
+        what is only flipped, or not moved at all, is exact.
         """
         images = torch.where(_per_image(self.flip_x), images.flip(3), images)
         images = torch.where(_per_image(self.flip_y), images.flip(2), images)
         grid = F.affine_grid(self._output_to_input().to(images.dtype), list(images.shape), align_corners=False)
-        moved = F.grid_sample(images, grid, mode="bicubic", padding_mode="reflection", align_corners=False)
+        grid = grid * (images.shape[-1] / (images.shape[-1] - 1))  # ±1 at the centres of these pixels
+        moved = F.grid_sample(images, grid, mode="bicubic", padding_mode="reflection", align_corners=True)
         return torch.where(_per_image(self.labels[:, 2:].any(1)), moved, images)
 
     def _output_to_input(self) -> torch.Tensor:

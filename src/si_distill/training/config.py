@@ -244,6 +244,9 @@ class TeacherConfig(TrainingConfig):
         {}, "The network: `class` (SiTTransformer2DModel when not given), `preset` (e.g. SiT-S/2), and its arguments."
     )
 
+    ALGORITHM = 2
+    ALGORITHM_CHANGES = {2: "augmented images are mirrored about the centres of the outermost pixels"}
+
     def __post_init__(self) -> None:
         from .teacher_references import check_teacher_references
 

@@ -181,7 +181,8 @@ class DistillConfig(TrainingConfig):
     ALGORITHM = 2
     ALGORITHM_CHANGES = {
         2: "networks that are not being updated are in evaluation mode (without dropout); the factors of adversarial terms, "
-        "clipping and Adam's epsilon apply to losses in published units (`loss_reduction`, `loss_scale`)"
+        "clipping and Adam's epsilon apply to losses in published units (`loss_reduction`, `loss_scale`); augmented images "
+        "are mirrored about the centres of the outermost pixels"
     }
 
     def __post_init__(self) -> None:
