@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from helpers import tiny_edm, tiny_sit
+from helpers import tiny_edm, tiny_edm2, tiny_sit
 
-from si_distill import InterpolantPipeline, StochasticInterpolantScheduler
-from si_distill.models.extension import extend_network, extend_pipeline
+from si_distill import InterpolantPipeline, SiTTransformer2DModel, StochasticInterpolantScheduler
+from si_distill.models.extension import extend_network, extend_pipeline, with_learned_positions
 from si_distill.pipelines import guided_outputs, network_condition, view_network
 
 
@@ -91,3 +91,20 @@ def test_guidance_shows_the_condition_to_both_halves(inputs):
     guided = guided_outputs(network, x, t, labels, 3, 2.0, condition=condition)[0]
     with_class, without = (network(x, t, y, condition=condition).sample for y in (labels, null))
     torch.testing.assert_close(guided, without + 2 * (with_class - without))
+
+
+def test_learned_positions_start_as_the_sines_and_are_saved(tmp_path):
+    network = tiny_sit()
+    learned = with_learned_positions(network)
+    x, t, labels = torch.randn(2, 1, 8, 8), torch.tensor([0.3, 0.8]), torch.tensor([0, 1])
+    with torch.no_grad():
+        assert torch.equal(learned(x, t, labels).sample, network(x, t, labels).sample)
+        learned.pos_embed.pos_embed.add_(torch.randn_like(learned.pos_embed.pos_embed))
+        moved = learned(x, t, labels).sample
+        assert not torch.equal(moved, network(x, t, labels).sample)
+        learned.save_pretrained(tmp_path)
+        assert torch.equal(SiTTransformer2DModel.from_pretrained(tmp_path)(x, t, labels).sample, moved)
+    names = {name for name, _ in learned.named_parameters()} - {name for name, _ in network.named_parameters()}
+    assert names == {"pos_embed.pos_embed"}
+    with pytest.raises(ValueError, match="only SiT's networks have"):
+        with_learned_positions(tiny_edm2())

@@ -372,6 +372,7 @@ def test_the_reports_student_is_theirs(name):
         "negative_velocity", 4.0, 3,
     )  # fmt: skip
     assert (settings.student_class_dropout_prob, settings.critic_class_dropout_prob) == (0.1, 0.1)
+    assert settings.learned_positions  # distill_ddp.py:31, 89, 126: requires_grad(…, True) of every parameter
     assert (settings.guidance_scale, settings.critic_guidance_scale, settings.mixed_precision) == (1.0, 1.0, "no")
 
 

@@ -18,6 +18,7 @@ from trainer_builders import distillation
 
 from si_distill import InterpolantPipeline, StochasticInterpolantScheduler
 from si_distill.models import EDMUNet2DModel
+from si_distill.models.extension import with_learned_positions
 
 B, N = 4, 64
 SIGMA_MIN, SIGMA_MAX, RHO, SIGMA_DATA = 0.002, 80.0, 7.0, 0.5
@@ -492,8 +493,8 @@ def test_si_adistill(tmp_path):
     )
     played.play()
     critic, average, teacher = played.critic, played.average, played.teacher
-    # Their student is the teacher's copy; ours holds the sign and the time in its weights.
-    student = copy.deepcopy(teacher).requires_grad_(True)
+    # Their student is the teacher's copy; ours holds the sign and the time in its weights. All parameters are trained.
+    student = with_learned_positions(teacher).requires_grad_(True)
     (batch,) = played.batches
     y, z = batch.labels, batch.noise
 

@@ -1,4 +1,4 @@
-"""Copies of finished networks that are changed in one respect: further inputs, other time and sign, or fresh weights."""
+"""Copies of finished networks that are changed in one respect: inputs, time and sign, positions, or fresh weights."""
 
 from typing import Any, TypeVar
 
@@ -73,6 +73,22 @@ def negated_at(network: Network, t: float) -> Network:
     last = ("proj_out.weight", "proj_out.bias")
     folded.load_state_dict({name: -value if name in last else value for name, value in weights.items()})
     return folded.train(network.training)
+
+
+def with_learned_positions(network: Network) -> Network:
+    """A copy whose position embedding is a parameter: the public loop of si-adistill trains it, sines at first.
+
+    Raises:
+        ValueError: for a class other than SiT's.
+    """
+    if not isinstance(network, SiTTransformer2DModel):
+        raise ValueError(f"A {type(network).__name__} has no `learned_positions`; only SiT's networks have.")
+    weights = {**network.state_dict(), "pos_embed.pos_embed": network.pos_embed.pos_embed}
+    kind = next(iter(weights.values()))
+    with kind.device:
+        copied = type(network).from_config({**_own_config(network), "learned_positions": True}).to(kind.dtype)
+    copied.load_state_dict(weights)
+    return copied.train(network.training)
 
 
 def fresh_network(network: Network) -> Network:

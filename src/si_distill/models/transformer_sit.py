@@ -176,6 +176,8 @@ class SiTTransformer2DModel(
             the class, zero at first. 0 is none.
         condition_channels (`int`): channels of an image that the network sees beside x_t (a reference, the student's
             noise), by a patch embedding of its own that is zero at first. 0 is none.
+        learned_positions (`bool`): whether the position embedding, sines at first, is a parameter. SiT's is fixed; the
+            public code of si-adistill trains it.
 
     Raises:
         ValueError: when `patch_size` does not divide `sample_size`, or the width is not a multiple of 4 (2-D positions).
@@ -203,6 +205,7 @@ class SiTTransformer2DModel(
         dropout: float = 0.0,
         augment_dim: int = 0,
         condition_channels: int = 0,
+        learned_positions: bool = False,
     ):
         super().__init__()
         if sample_size % patch_size:
@@ -214,6 +217,10 @@ class SiTTransformer2DModel(
             )
         self.out_channels = 2 * in_channels if learn_sigma else in_channels
         self.pos_embed = PatchEmbed(sample_size, sample_size, patch_size, in_channels, dim)
+        if learned_positions:
+            sines = self.pos_embed.pos_embed
+            del self.pos_embed.pos_embed
+            self.pos_embed.pos_embed = nn.Parameter(sines)
         # Beside `pos_embed.proj`, not more channels of it: with zeros the sum is x_t's own embedding to the last bit.
         self.condition_embed = (
             nn.Conv2d(condition_channels, dim, patch_size, stride=patch_size, bias=False)

@@ -162,6 +162,9 @@ class DistillConfig(TrainingConfig):
         "The student's image: x̂0 of β x1 (`sample`, the default), or −v of x1 itself (public si-adistill).",
         STUDENT_MAPS,
     )
+    learned_positions: bool = setting(
+        False, "Train the position embeddings of student and critic too (public si-adistill)."
+    )
     noise_channels: int | None = setting(
         None,
         "A bridge student's channels of noise; by default an image's next to a pair's reference, else 0 (no noise).",

@@ -17,7 +17,7 @@ from ..data.latents_format import is_latent_cache
 from ..errors import InputError
 from ..loading import load_pipeline
 from ..log_variance import LogVariance, load_log_variance
-from ..models.extension import extend_network, fresh_network, negated_at
+from ..models.extension import extend_network, fresh_network, negated_at, with_learned_positions
 from ..models.unet_edm2 import MPConv
 from ..objectives import DistillationObjective
 from ..pipelines import InterpolantPipeline, OneStepInterpolantPipeline, view_network
@@ -106,6 +106,7 @@ def starting_student(settings: DistillConfig, teacher: InterpolantPipeline) -> S
             be given noise.
     """
     start = _negated_student(settings, teacher) or _plain_student(settings, teacher)
+    start = replace(start, network=_positioned(settings, start.network))
     interpolant, timestep_type = teacher.scheduler.interpolant, teacher.scheduler.config.timestep_type
     init_time = start.init_time
     if init_time != 1 and not interpolant.gaussian_reference:
@@ -183,6 +184,16 @@ def set_forced_normalization(network: nn.Module, forced: bool) -> None:
             module.forced = forced
 
 
+def _positioned(settings: DistillConfig, network: nn.Module) -> nn.Module:
+    """The network, or with `learned_positions` a copy whose positions are trained too."""
+    if not settings.learned_positions:
+        return network
+    try:
+        return with_learned_positions(network)
+    except ValueError as error:
+        raise InputError(f"`learned_positions` does not fit the teacher: {error} Leave it out.") from None
+
+
 def _with_noise(network: nn.Module, channels: int) -> nn.Module:
     """A copy of the teacher's network that sees this many further channels.
 
@@ -213,7 +224,7 @@ def starting_critic(
     """
     _check_log_variance(settings, objective, teacher.scheduler.config.timestep_type)
     term = settings.adversarial
-    network = _critic_network(settings, teacher, objective)
+    network = _positioned(settings, _critic_network(settings, teacher, objective))
     if settings.critic_start == "random":
         network = fresh_network(network)
     log_variance = None
