@@ -154,6 +154,16 @@ def test_no_augmentation_is_zeros_and_every_parameter_learns():
     assert [name for name, value in network.named_parameters() if value.grad is None] == []
 
 
+@pytest.mark.parametrize("kind", EDM_KINDS)
+def test_every_weight_of_a_fresh_network_is_drawn(kind, monkeypatch):
+    """Memory that nobody has written would be NaN here."""
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *size, **kwargs: empty(*size, **kwargs).fill_(math.nan))
+    shape = dict(sample_size=8, in_channels=3, num_classes=3, augment_dim=2, num_blocks=1, channel_mult_emb=2)
+    network = EDMUNet2DModel(**{**shape, **EDM_KINDS[kind]})
+    assert all(parameter.isfinite().all() for parameter in network.parameters())
+
+
 def test_gradient_checkpointing_changes_nothing():
     network = tiny_edm("adm").train()
     x, c_noise, labels, _ = inputs(network)

@@ -329,6 +329,10 @@ class EDMUNet2DModel(ModelMixin, ConfigMixin):
                 nn.init.zeros_(module.weight)
             elif layer == "map_label":
                 nn.init.normal_(module.weight)
+            elif isinstance(module, ResamplingConv2d):  # as PyTorch's own convolutions, by which nothing else fills it
+                bound = module.weight[0].numel() ** -0.5
+                nn.init.uniform_(module.weight, -bound, bound)
+                nn.init.uniform_(module.bias, -bound, bound)
             if module.bias is not None and (last or not adm):
                 nn.init.zeros_(module.bias)
 
