@@ -31,10 +31,7 @@ def extend_network(network: Network, zero: bool = True, **arguments: int) -> Net
             raise ValueError(f"A {type(network).__name__} has no `{name}`: it cannot be given that input.")
         if size < config[name]:
             raise ValueError(f"The network's `{name}` is {config[name]} and can only grow, but {size} was asked for.")
-    weights = network.state_dict()
-    kind = next(iter(weights.values()))
-    with kind.device:  # also the meta device, on which a dry run counts
-        extended = type(network).from_config({**config, **arguments}).to(kind.dtype).train(network.training)
+    extended, weights = _rebuilt(network, **arguments), network.state_dict()
     extended.load_state_dict(
         {name: _grown(weights.get(name), new, zero) for name, new in extended.state_dict().items()}
     )
@@ -64,15 +61,10 @@ def negated_at(network: Network, t: float) -> Network:
     """
     if not isinstance(network, SiTTransformer2DModel):
         raise ValueError(f"A {type(network).__name__} has no scale of its time embedding; only SiT's networks have.")
-    config = _own_config(network)
-    weights = network.state_dict()
-    kind = next(iter(weights.values()))
-    with kind.device:
-        folded = type(network).from_config({**config, "timestep_scale": config["timestep_scale"] * t})
-    folded = folded if kind.dtype == torch.float32 else folded.to(kind.dtype)
+    folded = _rebuilt(network, timestep_scale=network.config.timestep_scale * t)
     last = ("proj_out.weight", "proj_out.bias")
-    folded.load_state_dict({name: -value if name in last else value for name, value in weights.items()})
-    return folded.train(network.training)
+    folded.load_state_dict({name: -value if name in last else value for name, value in network.state_dict().items()})
+    return folded
 
 
 def with_learned_positions(network: Network) -> Network:
@@ -83,12 +75,9 @@ def with_learned_positions(network: Network) -> Network:
     """
     if not isinstance(network, SiTTransformer2DModel):
         raise ValueError(f"A {type(network).__name__} has no `learned_positions`; only SiT's networks have.")
-    weights = {**network.state_dict(), "pos_embed.pos_embed": network.pos_embed.pos_embed}
-    kind = next(iter(weights.values()))
-    with kind.device:
-        copied = type(network).from_config({**_own_config(network), "learned_positions": True}).to(kind.dtype)
-    copied.load_state_dict(weights)
-    return copied.train(network.training)
+    copied = _rebuilt(network, learned_positions=True)
+    copied.load_state_dict({**network.state_dict(), "pos_embed.pos_embed": network.pos_embed.pos_embed})
+    return copied
 
 
 def fresh_network(network: Network) -> Network:
@@ -102,6 +91,15 @@ def fresh_network(network: Network) -> Network:
                 for parameter in module.parameters():
                     torch.nn.init.zeros_(parameter)
     return fresh
+
+
+def _rebuilt(network: Network, **changes: Any) -> Network:
+    """A network of the same class, device, precision and mode with other values in its config, and fresh weights."""
+    kind = next(network.parameters())
+    with kind.device:  # also the meta device, on which a dry run counts
+        rebuilt = type(network).from_config({**_own_config(network), **changes})
+    rebuilt = rebuilt if rebuilt.dtype == kind.dtype else rebuilt.to(kind.dtype)
+    return rebuilt.train(network.training)
 
 
 def _own_config(network: ModelMixin) -> dict[str, Any]:
