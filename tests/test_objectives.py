@@ -184,7 +184,7 @@ class TestPresets:
     def test_refuse_what_they_do_not_know(self):
         with pytest.raises(ValueError, match=r"Unknown objective 'sids'.*gap, cross_term, cross_term_detached, sid"):
             get_objective("sids")
-        with pytest.raises(ValueError, match=r"'sid' does not take \{'beta': 0.9\}"):
+        with pytest.raises(ValueError, match="'sid' has no coefficient `beta`; it takes alpha, space, weight"):
             get_objective("sid", beta=0.9)
         with pytest.raises(ValueError, match=r"Unknown space 'epsilon'.*velocity, sample"):
             get_objective("gap", space="epsilon")

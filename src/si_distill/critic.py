@@ -40,8 +40,8 @@ class ConvolutionalHead(nn.Module):
             modules += [nn.Conv2d(width, width, kernel, stride, padding), nn.GroupNorm(groups, width), nn.SiLU()]
         if side < 1:
             raise ValueError(
-                f"The head's convolutions (kernel, stride, padding: {layers}) do not fit the network's middle features, "
-                f"which are a map of {size} × {size}: choose head=mlp."
+                f"its convolutions need a larger map than the {size} × {size} of the network's middle features. Set "
+                "`adversarial.head` to mlp."
             )
         self.layers = nn.Sequential(*modules, nn.Conv2d(width, 1, 1))
 

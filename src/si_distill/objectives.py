@@ -12,6 +12,7 @@ conditional velocity İ of the sample behind x_t,
 All three arguments may be given as velocities or as x̂0-predictions (`space`); the target is then İ or x0. Only torch.
 """
 
+import inspect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -320,6 +321,10 @@ PRESETS: dict[str, Callable[..., DistillationObjective]] = {
 }
 
 
+#: What any preset takes beside its coefficients.
+OVERRIDES = ("space", "weight", "critic_weight")
+
+
 def get_objective(
     name: str,
     *,
@@ -342,9 +347,15 @@ def get_objective(
     """
     if name not in PRESETS:
         raise ValueError(f"Unknown objective {name!r}. Choose one of: {', '.join(PRESETS)}.")
+    known = list(inspect.signature(PRESETS[name]).parameters)
+    unknown = [coefficient for coefficient in coefficients if coefficient not in known]
+    if unknown:
+        raise ValueError(
+            f"The objective {name!r} has no coefficient `{unknown[0]}`; it takes {', '.join([*known, *OVERRIDES])}."
+        )
     try:
         objective = PRESETS[name](**coefficients)
     except TypeError as error:
-        raise ValueError(f"The objective {name!r} does not take {coefficients}: {error}.") from None
-    changes = {"space": space, "weight": weight, "critic_weight": critic_weight}
+        raise ValueError(f"The coefficients of {name!r} must be numbers, got {coefficients}: {error}.") from None
+    changes = dict(zip(OVERRIDES, (space, weight, critic_weight), strict=True))
     return replace(objective, **{key: value for key, value in changes.items() if value is not None})

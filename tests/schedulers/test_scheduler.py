@@ -323,7 +323,7 @@ class TestContract:
             (dict(prediction_type="epsilon"), "epsilon prediction says nothing about the sample .* at 0.9877"),
             (dict(prediction_type="score", interpolant="trigonometric"), "score prediction says nothing"),
             (dict(interpolant="cosine"), "Unknown interpolant 'cosine'"),
-            (dict(interpolant_kwargs={"b0": 1}), "'linear' does not take the settings"),
+            (dict(interpolant_kwargs={"b0": 1}), "'linear' has no setting `b0`"),
             (dict(interpolant="vp", interpolant_kwargs={"b0": 3, "b1": 2}), "0 < b0 < b1"),
             (dict(interpolant="edm", interpolant_kwargs={"sigma_max": 0}), "0 < sigma_min < sigma_max"),
             (dict(num_train_timesteps=0), "at least 1, got 0"),

@@ -104,7 +104,7 @@ def test_memory_of_further_averages_and_a_head_is_counted():
         ({"teacher_model": SIT, "objective_kwargs": {"critic_weight": "edm"}}, ["EDM's preconditioning", "'linear'"]),
         (
             {"teacher_model": SIT, "adversarial": {"kind": "head", "head": "dmd2"}},
-            ["do not fit the network's middle features, which are a map of 4 × 4", "head=mlp"],
+            ["larger map than the 4 × 4 of the network's middle features", "`adversarial.head` to mlp"],
         ),
         (
             {"teacher_model": {"class": "UNet2DModel", "sample_size": 8}, "augment_prob": 0.1},

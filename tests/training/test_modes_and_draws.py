@@ -410,7 +410,7 @@ def test_dmd2s_head_makes_one_logit_of_a_map_of_eight():
     assert shapes == [width, (32,), (32,), (32,), width, (32,), (32,), (32,), (1, 32, 1, 1), (1,)]
     _, logits, _ = critic(torch.randn(2, 1, 16, 16), torch.zeros(2))
     assert logits.shape == (2, 1)
-    with pytest.raises(ValueError, match="are a map of 4 × 4: choose head=mlp"):
+    with pytest.raises(ValueError, match=r"larger map than the 4 × 4 .*`adversarial\.head` to mlp"):
         CriticNetwork(
             EDMUNet2DModel(sample_size=8, in_channels=1, model_channels=32, channel_mult=[1, 1]), "head", "dmd2"
         )

@@ -4,6 +4,7 @@ It imports only torch: a copy travels beside the scheduler into every saved pipe
 """
 
 import functools
+import inspect
 import math
 from typing import Any
 
@@ -143,10 +144,16 @@ def get_interpolant(name: str, **config: Any) -> Interpolant:
     """
     if name not in INTERPOLANTS:
         raise ValueError(f"Unknown interpolant {name!r}. Choose one of: {', '.join(INTERPOLANTS)}.")
+    known = list(inspect.signature(INTERPOLANTS[name]).parameters)
+    unknown = [setting for setting in config if setting not in known]
+    if unknown:
+        raise ValueError(
+            f"The interpolant {name!r} has no setting `{unknown[0]}`; it has {', '.join(known) or 'none at all'}."
+        )
     try:
         return INTERPOLANTS[name](**config)
     except TypeError as error:
-        raise ValueError(f"The interpolant {name!r} does not take the settings {config}: {error}.") from None
+        raise ValueError(f"The settings of the interpolant {name!r} must be numbers, got {config}: {error}.") from None
 
 
 @functools.lru_cache(maxsize=16)
