@@ -28,9 +28,7 @@ def test_kills_processes_and_odd_batches_change_no_figure(teacher_folder, tmp_pa
     killed = [*command("evaluate.py", *arguments, "--batch_size", 3, "--output", tmp_path / "killed.json", processes=2)]
     process = subprocess.Popen(killed, env=environment(), cwd=ROOT, start_new_session=True, stderr=subprocess.DEVNULL)
     features = tmp_path / "killed_features"
-    for _ in range(3000):
-        if list(features.glob("*/shard_*.npz")):
-            break
+    while not list(features.glob("*/shard_*.npz")):
         assert process.poll() is None
         time.sleep(0.02)
     os.killpg(process.pid, signal.SIGKILL)

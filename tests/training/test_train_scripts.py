@@ -131,9 +131,7 @@ def test_signals_save_say_how_to_resume_and_lose_nothing(uninterrupted, teacher_
             env=environment(), cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         )  # fmt: skip
         before = len(metrics(folder)) if (folder / "metrics.jsonl").exists() else 0
-        for _ in range(600):
-            if (folder / "metrics.jsonl").exists() and len(metrics(folder)) >= before + 2:
-                break
+        while not (folder / "metrics.jsonl").exists() or len(metrics(folder)) < before + 2:
             assert process.poll() is None, process.stdout.read()
             time.sleep(0.1)
         process.send_signal(number)
