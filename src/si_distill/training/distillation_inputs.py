@@ -318,7 +318,7 @@ def load_critic(critic: CriticNetwork, run: Path) -> None:
                 f"`critic_start`: the critic of {run} does not fit this teacher: {name} has the shape {shape} instead of "
                 f"{tuple(value.shape)}."
             )
-    critic.load_state_dict({name: weights[name] for name in own if name not in fresh}, strict=False)
+    critic.load_state_dict({name: value if name in fresh else weights[name] for name, value in own.items()})
 
 
 def _check_log_variance(settings: DistillConfig, objective: DistillationObjective, timestep_type: str) -> None:
