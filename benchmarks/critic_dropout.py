@@ -20,7 +20,7 @@ from bench_tools import Workers, advance, cell, hardware, hardware_line, markdow
 from digits_sweep import Judge
 
 from si_distill.settings import at_least, parse_settings, script_main, setting
-from si_distill.training.distillation_config import DistillConfig
+from si_distill.training.distillation.config import DistillConfig
 
 #: Number of the first update whose noise is used for the comparison: training never comes that far.
 FIRST_JUDGED = 10**9
@@ -47,7 +47,7 @@ class DropoutConfig:
 
 
 def build(config: DropoutConfig, seed: int, folder: str):
-    from si_distill.training.distillation import DistillationTrainer
+    from si_distill.training.distillation.trainer import DistillationTrainer
 
     arguments = ["--config", config.base, "--teacher", config.teacher, "--seed", str(seed), "--output_dir", "unset"]
     settings = parse_settings(DistillConfig, [*arguments, "--max_steps", str(config.steps)])

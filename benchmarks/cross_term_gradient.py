@@ -19,7 +19,7 @@ from bench_tools import Workers, advance, hardware, hardware_line, markdown_tabl
 
 from si_distill import get_objective
 from si_distill.settings import at_least, parse_settings, script_main, setting
-from si_distill.training.distillation_config import DistillConfig
+from si_distill.training.distillation.config import DistillConfig
 
 LOSSES = ("gap", "cross_term", "cross_term_detached")
 #: Number of the first update whose noise is used for the comparison: training never comes that far.
@@ -46,7 +46,7 @@ class GradientConfig:
 
 def gradients(trainer, critic: torch.nn.Module, batches: int) -> dict[str, torch.Tensor]:
     """Gradient of each of `LOSSES` in the student's weights, the mean over batches that training does not use."""
-    from si_distill.velocity import Field
+    from si_distill.field import Field
 
     student = trainer.generator.unwrapped
     weights = list(student.parameters())
@@ -76,7 +76,7 @@ def gradients(trainer, critic: torch.nn.Module, batches: int) -> dict[str, torch
 
 def compare(objective: str, config: GradientConfig) -> list[dict]:
     """The rows of one state: each loss with the critic as it is and with the settled one."""
-    from si_distill.training.distillation import DistillationTrainer
+    from si_distill.training.distillation.trainer import DistillationTrainer
 
     arguments = ["--config", config.base, "--teacher", config.teacher, "--objective", objective]
     settings = parse_settings(DistillConfig, [*arguments, "--output_dir", "unset"])

@@ -106,8 +106,8 @@ def train(kind: str, seed: int, config: SuperresConfig, folder: Path) -> Any:
 
     from si_distill import InterpolantPipeline, OneStepInterpolantPipeline
     from si_distill.training.config import TeacherConfig
-    from si_distill.training.distillation import DistillationTrainer
-    from si_distill.training.distillation_config import DistillConfig
+    from si_distill.training.distillation.config import DistillConfig
+    from si_distill.training.distillation.trainer import DistillationTrainer
     from si_distill.training.teacher import TeacherTrainer
 
     class RegressionTrainer(TeacherTrainer):

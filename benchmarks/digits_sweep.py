@@ -42,7 +42,7 @@ from si_distill.settings import (
     settings_from_dict,
     settings_to_dict,
 )
-from si_distill.training.distillation_config import DistillConfig
+from si_distill.training.distillation.config import DistillConfig
 
 #: Noise of the evaluated images: the same for every run, as in `training/evaluate.py`.
 EVALUATION_SEED = 0
@@ -114,7 +114,7 @@ def judge_teacher(config: SweepConfig) -> list[dict[str, float]]:
 
 def distil(name: str, seed: int, arguments: list[str], config: SweepConfig) -> dict:
     """One run: trains with the product's trainer and evaluates its moving average on the way."""
-    from si_distill.training.distillation import DistillationTrainer
+    from si_distill.training.distillation.trainer import DistillationTrainer
 
     judge = Judge(config.num_samples)
     with tempfile.TemporaryDirectory() as folder:  # named in the settings, but nothing is written outside `train()`

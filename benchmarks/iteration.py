@@ -82,7 +82,7 @@ class Processes:
 
     def __init__(self, rows: list[Loop], bench: Bench):
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["iteration_loops", "si_distill.training.distillation"])
+        context.set_forkserver_preload(["iteration_loops", "si_distill.training.distillation.trainer"])
         self._running = {}
         for row in rows:
             here, there = context.Pipe()

@@ -135,8 +135,8 @@ def serve(connection: Connection, loop: Loop, bench: Bench) -> None:
 def ours(pace: Iterable[int], loop: Loop, bench: Bench) -> None:
     """Iterations of the product's own trainer with the settings of the published run."""
     from si_distill.settings import parse_settings
-    from si_distill.training.distillation import DistillationTrainer
-    from si_distill.training.distillation_config import DistillConfig
+    from si_distill.training.distillation.config import DistillConfig
+    from si_distill.training.distillation.trainer import DistillationTrainer
 
     with tempfile.TemporaryDirectory() as folder:
         arguments = ["--config", RECIPE, "--teacher", bench.teacher, "--output_dir", f"{folder}/run"]
@@ -323,8 +323,6 @@ def randomize_zeros(network: Any) -> None:
 def _touch_libraries(device: str) -> None:
     """Loads what a first forward and backward load, so that it is not counted as the loop's memory."""
     import torch
-
-    import si_distill.training.distillation  # noqa: F401
 
     network = torch.nn.Sequential(torch.nn.Conv2d(4, 64, 2, 2), torch.nn.Flatten(2), torch.nn.Linear(256, 64)).to(
         device

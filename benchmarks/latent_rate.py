@@ -16,8 +16,8 @@ from bench_tools import hardware, hardware_line, markdown_table, write_json, wri
 
 from si_distill.data import DataConfig
 from si_distill.data.batches import on_device
-from si_distill.data.latents import LatentDataset, sampled
-from si_distill.data.latents_format import Manifest, Recipe, write_shard
+from si_distill.data.latents.dataset import LatentDataset, sampled
+from si_distill.data.latents.format import Manifest, Recipe, write_shard
 from si_distill.pipelines import LatentScaling
 from si_distill.sample_noise import SampleNoise
 from si_distill.settings import at_least, parse_settings, script_main, setting

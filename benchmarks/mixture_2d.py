@@ -31,10 +31,10 @@ from torch import nn
 
 from si_distill import DistillationObjective, StochasticInterpolantScheduler, get_objective
 from si_distill.errors import InputError
+from si_distill.field import Field
 from si_distill.objectives import PRESETS
 from si_distill.settings import at_least, parse_settings, script_main, setting
-from si_distill.training.ema import EMA
-from si_distill.velocity import Field
+from si_distill.training.averaging.ema import EMA
 
 #: Besides the presets' own defaults: SiD's other coefficient, and the detached direction with SiD's weight and space, which
 #: is DMD2 without its adversarial term.

@@ -17,9 +17,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from si_distill.models import SiTTransformer2DModel
 from si_distill.settings import at_least, parse_settings, positive, script_main, setting
-from si_distill.training.communication import transfers
-from si_distill.training.distillation_config import DistillConfig
-from si_distill.training.memory import Devices, distillation_activations, parameter_count, training_memory
+from si_distill.training.distillation.config import DistillConfig
+from si_distill.training.dry_run.communication import transfers
+from si_distill.training.dry_run.memory import Devices, distillation_activations, parameter_count, training_memory
 
 RECIPE = Path(__file__).parent.parent / "configs/imagenet256/distill.yaml"
 SIZES = ("SiT-S/2", "SiT-B/2", "SiT-L/2", "SiT-XL/2")

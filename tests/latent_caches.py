@@ -5,8 +5,8 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderKL
 
-from si_distill.data.latents_config import LatentsConfig
-from si_distill.data.latents_encoding import precompute_latents
+from si_distill.data.latents.config import LatentsConfig
+from si_distill.data.latents.encoding import precompute_latents
 from si_distill.settings import parse_settings
 
 

@@ -276,9 +276,9 @@ def test_the_page_on_scaling_is_what_its_command_prints(capsys):
 
 def test_rings_send_what_their_operations_need():
     from si_distill import get_objective
-    from si_distill.training.communication import transfers
-    from si_distill.training.distillation_config import DistillConfig
-    from si_distill.training.memory import Devices
+    from si_distill.training.distillation.config import DistillConfig
+    from si_distill.training.dry_run.communication import transfers
+    from si_distill.training.dry_run.memory import Devices
 
     def sent(name, devices, **values):
         settings = DistillConfig(output_dir="run", teacher="teacher", critic_steps=2, generator_steps=3, **values)

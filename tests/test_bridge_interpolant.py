@@ -7,9 +7,9 @@ import torch
 from interpolant_families import TIMES, double, noise
 
 from si_distill.choices import TIME_SAMPLERS
+from si_distill.field import Field
 from si_distill.interpolants import PREDICTIONS, BridgeInterpolant, get_interpolant
 from si_distill.training.times import TimeSampler
-from si_distill.velocity import Field
 
 
 class QuarticBridge(BridgeInterpolant):

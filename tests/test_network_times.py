@@ -9,10 +9,10 @@ from trainer_builders import distillation
 from si_distill import InterpolantPipeline, OneStepInterpolantPipeline, StochasticInterpolantScheduler, get_interpolant
 from si_distill.choices import TIME_SAMPLERS
 from si_distill.errors import InputError
+from si_distill.field import Field
 from si_distill.interpolants import GAUSSIAN_INTERPOLANTS, TIMESTEP_TYPES
 from si_distill.training.config import TeacherConfig
 from si_distill.training.times import TimeSampler
-from si_distill.velocity import Field
 
 K = 10
 DDPM = dict(num_train_timesteps=K, beta_start=0.01, beta_end=0.6)

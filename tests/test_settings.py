@@ -10,7 +10,7 @@ from si_distill.errors import InputError
 from si_distill.evaluation.config import EvaluationConfig
 from si_distill.settings import parse_settings, settings_from_dict, settings_to_dict
 from si_distill.training.config import TeacherConfig
-from si_distill.training.distillation_config import DistillConfig
+from si_distill.training.distillation.config import DistillConfig
 
 ROOT = Path(__file__).parent.parent
 DISTILL = ["--output_dir", "runs/s", "--teacher", "runs/t"]

@@ -5,8 +5,8 @@ import torch
 from helpers import tiny_sit
 
 from si_distill import InterpolantPipeline, StochasticInterpolantScheduler, get_interpolant
+from si_distill.field import Field
 from si_distill.interpolants import GAUSSIAN_INTERPOLANTS, PREDICTIONS
-from si_distill.velocity import Field
 
 
 @pytest.mark.parametrize("name", GAUSSIAN_INTERPOLANTS)

@@ -18,7 +18,7 @@ from latent_caches import tiny_autoencoder
 from si_distill import InterpolantPipeline, OneStepInterpolantPipeline, StochasticInterpolantScheduler
 from si_distill.settings import parse_settings
 from si_distill.training.config import TeacherConfig
-from si_distill.training.distillation_config import DistillConfig
+from si_distill.training.distillation.config import DistillConfig
 
 ROOT = Path(__file__).parent.parent
 PAGE = (ROOT / "docs/imagenet.md").read_text(encoding="utf-8")

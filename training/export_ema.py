@@ -32,8 +32,8 @@ def main(argv: list[str]) -> None:
 
     from si_distill import InterpolantPipeline, OneStepInterpolantPipeline
     from si_distill.errors import InputError
-    from si_distill.training.ema import EMA_WEIGHTS
-    from si_distill.training.posthoc_ema import EMA_SNAPSHOTS, Snapshots, reconstruct
+    from si_distill.training.averaging.ema import EMA_WEIGHTS
+    from si_distill.training.averaging.posthoc import EMA_SNAPSHOTS, Snapshots, reconstruct
 
     run, output = Path(settings.run), Path(settings.output)
     if not settings.run or not settings.output:

@@ -12,11 +12,11 @@ from si_distill.settings import parse_settings, script_main
 
 
 def main(argv: list[str]) -> None:
-    from si_distill.data.latents_config import LatentsConfig
+    from si_distill.data.latents.config import LatentsConfig
 
     settings = parse_settings(LatentsConfig, argv, __doc__)
 
-    from si_distill.data.latents_encoding import precompute_latents, print_dry_run
+    from si_distill.data.latents.encoding import precompute_latents, print_dry_run
 
     print_dry_run(settings) if settings.dry_run else precompute_latents(settings)
 

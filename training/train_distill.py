@@ -12,16 +12,16 @@ from si_distill.settings import parse_settings, script_main
 
 
 def main(argv: list[str]) -> None:
-    from si_distill.training.distillation_config import DistillConfig
+    from si_distill.training.distillation.config import DistillConfig
 
     settings = parse_settings(DistillConfig, argv, __doc__)
 
     if settings.dry_run:
-        from si_distill.training.dry_run import print_dry_run
+        from si_distill.training.dry_run.report import print_dry_run
 
         return print_dry_run(settings)
 
-    from si_distill.training.distillation import DistillationTrainer
+    from si_distill.training.distillation.trainer import DistillationTrainer
 
     DistillationTrainer(settings).train()
 

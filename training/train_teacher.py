@@ -16,7 +16,7 @@ def main(argv: list[str]) -> None:
     settings = parse_settings(TeacherConfig, argv, __doc__)
 
     if settings.dry_run:
-        from si_distill.training.dry_run import print_dry_run
+        from si_distill.training.dry_run.report import print_dry_run
 
         return print_dry_run(settings)
 

@@ -20,8 +20,8 @@ from trainer_builders import distillation
 from si_distill import InterpolantPipeline, OneStepInterpolantPipeline
 from si_distill.conversion.diffusers_teachers import convert_diffusers
 from si_distill.errors import InputError
+from si_distill.field import Field
 from si_distill.loading import load_pipeline
-from si_distill.velocity import Field
 
 SCHEDULES = {
     "linear": {},

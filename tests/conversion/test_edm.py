@@ -17,9 +17,9 @@ from si_distill.conversion.config import ConvertConfig
 from si_distill.conversion.convert import convert_checkpoint
 from si_distill.conversion.edm import convert_edm
 from si_distill.errors import InputError
+from si_distill.field import Field
 from si_distill.hub.staging import stage_model
 from si_distill.settings import parse_settings
-from si_distill.velocity import Field
 
 
 def pipeline(path, kind, **settings):

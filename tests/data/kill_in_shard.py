@@ -9,9 +9,9 @@ import os
 import signal
 import sys
 
-from si_distill.data import latents_format
-from si_distill.data.latents_config import LatentsConfig
-from si_distill.data.latents_encoding import precompute_latents
+from si_distill.data.latents import format as latents_format
+from si_distill.data.latents.config import LatentsConfig
+from si_distill.data.latents.encoding import precompute_latents
 from si_distill.settings import parse_settings
 
 save, files = latents_format.save, []

@@ -16,9 +16,9 @@ from script_runs import ROOT, command, run
 from si_distill import InterpolantPipeline, StochasticInterpolantScheduler
 from si_distill.autoencoders import load_vae
 from si_distill.data import DataConfig, load_images
-from si_distill.data.latents import LatentDataset, sampled
-from si_distill.data.latents_config import LatentsConfig
-from si_distill.data.latents_encoding import print_dry_run
+from si_distill.data.latents.config import LatentsConfig
+from si_distill.data.latents.dataset import LatentDataset, sampled
+from si_distill.data.latents.encoding import print_dry_run
 from si_distill.errors import InputError
 from si_distill.pipelines import LatentScaling
 from si_distill.settings import parse_settings

@@ -17,7 +17,7 @@ from si_distill.hub.card_tables import MISSING
 from si_distill.hub.facts import read_facts, without_paths
 from si_distill.hub.staging import stage_model
 from si_distill.settings import settings_to_dict
-from si_distill.training.distillation_config import DistillConfig
+from si_distill.training.distillation.config import DistillConfig
 
 ROOT = Path(__file__).parent.parent.parent
 FIGURES = (

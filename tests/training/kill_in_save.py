@@ -13,8 +13,8 @@ import sys
 import accelerate.utils.other
 
 from si_distill.settings import parse_settings
-from si_distill.training.distillation import DistillationTrainer
-from si_distill.training.distillation_config import DistillConfig
+from si_distill.training.distillation.config import DistillConfig
+from si_distill.training.distillation.trainer import DistillationTrainer
 
 step, moment, arguments = int(sys.argv[1]), sys.argv[2], sys.argv[3:]
 folder = f"step_{step:08d}.tmp"

@@ -31,7 +31,7 @@ from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 
 from si_distill.errors import InputError
 from si_distill.settings import script_main
-from si_distill.training import acceleration, distillation, teacher  # noqa: F401 - imported once, for all ranks
+from si_distill.training.parallel import accelerator as acceleration
 
 ROOT = Path(__file__).parent.parent.parent
 CONFIG = yaml.safe_load((ROOT / "configs" / "accelerate" / "fsdp2.yaml").read_text())["fsdp_config"]

@@ -11,8 +11,8 @@ from si_distill.errors import InputError
 from si_distill.evaluation.config import EvaluationConfig, MeasurementConfig
 from si_distill.evaluation.report import evaluate
 from si_distill.training.config import TeacherConfig
-from si_distill.training.distillation import DistillationTrainer
-from si_distill.training.distillation_config import DistillConfig
+from si_distill.training.distillation.config import DistillConfig
+from si_distill.training.distillation.trainer import DistillationTrainer
 from si_distill.training.teacher import TeacherTrainer
 
 

@@ -8,10 +8,10 @@ from trainer_builders import distillation
 
 from si_distill import InterpolantPipeline, OneStepInterpolantPipeline, StochasticInterpolantScheduler, get_interpolant
 from si_distill.errors import InputError
+from si_distill.field import Field
 from si_distill.objectives import PRESETS, get_objective
-from si_distill.training.distillation_losses import DistillationLosses, Draw, Images
-from si_distill.training.dry_run import dry_run
-from si_distill.velocity import Field
+from si_distill.training.distillation.losses import DistillationLosses, Draw, Images
+from si_distill.training.dry_run.report import dry_run
 
 PAIRS = ("--data.degradation", "downsample", "--data.degradation_kwargs", "{factor: 2}")
 

@@ -7,12 +7,12 @@ import pytest
 import yaml
 from latent_caches import tiny_autoencoder
 
-from si_distill.data.latents_config import LatentsConfig
-from si_distill.data.latents_encoding import dry_run as plan
+from si_distill.data.latents.config import LatentsConfig
+from si_distill.data.latents.encoding import dry_run as plan
 from si_distill.settings import parse_settings
 from si_distill.training.config import TeacherConfig, TrainingConfig
-from si_distill.training.distillation_config import DistillConfig
-from si_distill.training.dry_run import dry_run
+from si_distill.training.distillation.config import DistillConfig
+from si_distill.training.dry_run.report import dry_run
 
 ROOT = Path(__file__).parent.parent.parent
 CONFIGS = ROOT / "configs"

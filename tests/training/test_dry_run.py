@@ -13,8 +13,8 @@ from si_distill import InterpolantPipeline, StochasticInterpolantScheduler
 from si_distill.errors import InputError
 from si_distill.settings import settings_from_dict
 from si_distill.training.config import TeacherConfig
-from si_distill.training.distillation_config import DistillConfig
-from si_distill.training.dry_run import dry_run
+from si_distill.training.distillation.config import DistillConfig
+from si_distill.training.dry_run.report import dry_run
 
 SIT = {"sample_size": 8, "in_channels": 1, "num_classes": 10, "num_layers": 1, "num_attention_heads": 2}
 

@@ -15,15 +15,15 @@ from torch import nn
 from si_distill import InterpolantPipeline, OneStepInterpolantPipeline, StochasticInterpolantScheduler
 from si_distill.errors import InputError, TrainingStopped
 from si_distill.settings import parse_settings
-from si_distill.training.config import TeacherConfig
-from si_distill.training.ema import EMA, Averages, half_life, power_function
-from si_distill.training.posthoc_ema import (
+from si_distill.training.averaging.ema import EMA, Averages, half_life, power_function
+from si_distill.training.averaging.posthoc import (
     LARGEST_SIGMA_REL,
     Snapshots,
     fit_profile,
     power_exponent,
     reconstruct,
 )
+from si_distill.training.config import TeacherConfig
 from si_distill.training.teacher import TeacherTrainer
 
 ROOT = Path(__file__).parent.parent.parent

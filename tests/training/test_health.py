@@ -1,6 +1,6 @@
 """Warnings come when the game goes wrong for several lines in a row, and say what to try."""
 
-from si_distill.training.health import PATIENCE, HealthMonitor
+from si_distill.training.distillation.health import PATIENCE, HealthMonitor
 
 GOOD = dict(field_distance=0.2, sample_std=0.7, critic_matching_loss=0.4, teacher_matching_loss=0.6)
 

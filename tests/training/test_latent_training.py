@@ -12,7 +12,7 @@ from si_distill import InterpolantPipeline, OneStepInterpolantPipeline, Stochast
 from si_distill.errors import InputError
 from si_distill.settings import parse_settings
 from si_distill.training.config import TeacherConfig
-from si_distill.training.dry_run import dry_run
+from si_distill.training.dry_run.report import dry_run
 
 GREY = dict(in_channels=1, out_channels=1)
 MODEL = "{patch_size: 2, num_layers: 2, num_attention_heads: 2, attention_head_dim: 8}"

@@ -12,8 +12,8 @@ from si_distill import InterpolantPipeline, StochasticInterpolantScheduler
 from si_distill.models import EDM2UNet2DModel, EDMUNet2DModel, SiTTransformer2DModel
 from si_distill.objectives import get_objective
 from si_distill.pipelines import view_network
-from si_distill.training.distillation_config import AdversarialConfig, DistillConfig
-from si_distill.training.memory import (
+from si_distill.training.distillation.config import AdversarialConfig, DistillConfig
+from si_distill.training.dry_run.memory import (
     Devices,
     average_count,
     checkpoint_bytes,

@@ -13,7 +13,7 @@ import yaml
 from script_runs import ROOT
 
 from si_distill.settings import parse_settings
-from si_distill.training.distillation_config import DistillConfig
+from si_distill.training.distillation.config import DistillConfig
 
 CONFIGS = ROOT / "configs"
 RECIPES = sorted(path.stem for path in (CONFIGS / "recipes").glob("*.yaml"))

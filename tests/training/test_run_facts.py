@@ -8,8 +8,8 @@ from accelerate.state import AcceleratorState, GradientState
 from si_distill.errors import InputError, PublishError
 from si_distill.settings import parse_settings
 from si_distill.training.config import TeacherConfig
-from si_distill.training.distillation import DistillationTrainer
-from si_distill.training.distillation_config import DistillConfig
+from si_distill.training.distillation.config import DistillConfig
+from si_distill.training.distillation.trainer import DistillationTrainer
 from si_distill.training.teacher import TeacherTrainer
 
 SMALL = "--per_device_train_batch_size 4 --logging_steps 1 --eval_steps 1000 --save_steps 2".split()

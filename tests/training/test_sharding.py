@@ -17,10 +17,10 @@ from si_distill.critic import CriticNetwork
 from si_distill.errors import InputError
 from si_distill.log_variance import LogVariance
 from si_distill.settings import parse_settings
-from si_distill.training.acceleration import build_accelerator
 from si_distill.training.config import TeacherConfig
-from si_distill.training.distillation_config import DistillConfig
-from si_distill.training.sharding import average_replicated, clip_grad_norm, plain_class, shard, whole_network
+from si_distill.training.distillation.config import DistillConfig
+from si_distill.training.parallel.accelerator import build_accelerator
+from si_distill.training.parallel.sharding import average_replicated, clip_grad_norm, plain_class, shard, whole_network
 
 
 @pytest.fixture

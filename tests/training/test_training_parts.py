@@ -15,9 +15,9 @@ from si_distill.errors import InputError
 from si_distill.interpolants import GAUSSIAN_INTERPOLANTS, get_interpolant
 from si_distill.pipelines import view_network
 from si_distill.sample_noise import STREAMS, SampleNoise, sample_seed
-from si_distill.training.blocks import keep_in_bfloat16
 from si_distill.training.config import TeacherConfig
 from si_distill.training.loss_weights import regression_weight
+from si_distill.training.parallel.blocks import keep_in_bfloat16
 from si_distill.training.times import TimeSampler
 
 

@@ -13,10 +13,10 @@ from safetensors.torch import save_file
 
 from ..autoencoders import load_vae
 from ..errors import InputError
+from ..field import Field
 from ..log_variance import LOG_VARIANCE
 from ..pipelines import view_network
 from ..settings import read_yaml
-from ..velocity import Field
 from .converted import Converted
 
 

@@ -10,7 +10,7 @@ from .batches import IndexedData
 from .columns import Columns, RowReader, find_columns, open_dataset
 from .config import DataConfig
 from .decoding import UnreadableImage
-from .latents_format import images_of, is_latent_cache
+from .latents.format import images_of, is_latent_cache
 
 #: Images at the head of a data set that tell whether it is grey.
 PROBE = 16

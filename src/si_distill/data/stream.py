@@ -12,8 +12,8 @@ from ..errors import InputError
 from .batches import BatchIterator, TrainingData
 from .columns import Columns, RowReader, explained, find_columns, open_dataset
 from .config import DataConfig
-from .latents import LatentDataset
-from .latents_format import is_latent_cache
+from .latents.dataset import LatentDataset
+from .latents.format import is_latent_cache
 from .references import UnpairedData, references_config
 from .sources import PROBE, ImageDataset, check_degradation, indexed, load_images
 from .stream_reading import CHUNK, StreamBatches, rows_of

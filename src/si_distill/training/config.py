@@ -167,7 +167,7 @@ class TrainingConfig:
                     f"`ema_extra` must hold decays in [0, 1) or half-lives of at least 1 image, got {value}."
                 )
         if self.ema_power_sigmas:
-            from .posthoc_ema import power_exponent
+            from .averaging.posthoc import power_exponent
 
             for sigma_rel in self.ema_power_sigmas:
                 power_exponent(sigma_rel)

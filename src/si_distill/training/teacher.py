@@ -8,18 +8,18 @@ from PIL import Image
 from torch import nn
 
 from ..data import load_training_data
-from ..data.latents import LatentDataset
+from ..data.latents.dataset import LatentDataset
 from ..errors import InputError
 from ..pipelines import InterpolantPipeline, network_condition
 from ..sample_noise import sample_seed
 from ..schedulers.scheduling_stochastic_interpolant import StochasticInterpolantScheduler
 from ..visualization import image_grid, tensor_to_pil
+from .averaging.ema import Averages
+from .build_network import build_network, with_inputs
 from .config import TeacherConfig
-from .ema import Averages
 from .loss_weights import regression_weight
-from .network_settings import build_network, with_inputs
-from .networks import OptimizerSettings, TrainedNetwork
-from .run_facts import describe_data, describe_network
+from .run.facts import describe_data, describe_network
+from .trained_network import OptimizerSettings, TrainedNetwork
 from .trainer import Trainer
 
 SAMPLE_STEPS = 20

@@ -15,22 +15,22 @@ from tqdm.auto import tqdm
 from ..data import TrainingData
 from ..data.augmentation import AUGMENT_NUMBERS, Augmentation
 from ..data.batches import Batch, BatchIterator, flipped, on_device
-from ..data.latents import LatentDataset, sampled
+from ..data.latents.dataset import LatentDataset, sampled
 from ..data.references import reference_source
 from ..errors import TrainingInterrupted, TrainingStopped
 from ..hub.publishing import check_ready
 from ..sample_noise import SampleNoise, sample_seed
 from ..settings import settings_to_dict
-from .acceleration import build_accelerator
-from .checkpoints import Checkpoints
+from .averaging.ema import Averages
 from .config import TrainingConfig
-from .ema import Averages
-from .networks import TrainedNetwork
-from .outputs import Outputs
-from .profiling import IterationProfiler
-from .run_facts import describe_session
-from .run_folder import CHECKPOINTS, RunFolder
-from .throughput import Throughput
+from .parallel.accelerator import build_accelerator
+from .run.checkpoints import Checkpoints
+from .run.facts import describe_session
+from .run.folder import CHECKPOINTS, RunFolder
+from .run.outputs import Outputs
+from .run.profiling import IterationProfiler
+from .run.throughput import Throughput
+from .trained_network import TrainedNetwork
 
 #: Iterations in a row with an update that was thrown away (not finite) before training stops.
 MAX_FAILURES = 10
@@ -113,7 +113,7 @@ class Trainer:
         raise NotImplementedError
 
     def facts(self) -> dict[str, Any]:
-        """What the model card tells beyond the settings (see `run_facts`)."""
+        """What the model card tells beyond the settings (see `run.facts`)."""
         raise NotImplementedError
 
     # The state that is saved with the networks.

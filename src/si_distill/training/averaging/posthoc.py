@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from ..errors import InputError
+from ...errors import InputError
 
 #: Folder of the power averages' snapshots in a run.
 EMA_SNAPSHOTS = "ema_snapshots"

@@ -21,9 +21,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from .. import fingerprints
-from ..errors import InputError
-from .config import DataConfig
+from ... import fingerprints
+from ...errors import InputError
+from ..config import DataConfig
 
 MANIFEST = "latents.json"
 VAE_FOLDER = "vae"

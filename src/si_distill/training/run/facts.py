@@ -15,11 +15,11 @@ from accelerate import Accelerator
 from diffusers import DiffusionPipeline
 from torch import nn
 
-from .. import __version__
-from ..data import TrainingData
-from ..data.config import DataConfig
-from ..data.latents_format import images_of
-from .sharding import plain_class
+from ... import __version__
+from ...data import TrainingData
+from ...data.config import DataConfig
+from ...data.latents.format import images_of
+from ..parallel.sharding import plain_class
 
 
 def describe_session(accelerator: Accelerator) -> dict[str, Any]:

@@ -4,8 +4,8 @@ import torch
 from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
 
-from ..errors import InputError
-from .config import TrainingConfig
+from ...errors import InputError
+from ..config import TrainingConfig
 
 #: Graphs of one block's code that may be kept. Teacher, critic and student share that code, each with and without gradients
 #: to its weights, for one and for two halves of a batch: more than the 8 after which torch falls back to running it eagerly.

@@ -10,9 +10,9 @@ from accelerate import Accelerator
 from diffusers.optimization import get_scheduler
 from torch import nn
 
-from .blocks import prepare_blocks
 from .config import TrainingConfig
-from .sharding import average_replicated, clip_grad_norm, optimizer_groups, reshard, shard
+from .parallel.blocks import prepare_blocks
+from .parallel.sharding import average_replicated, clip_grad_norm, optimizer_groups, reshard, shard
 
 _SCHEDULES = {"constant": "constant_with_warmup", "cosine": "cosine", "linear": "linear"}
 

@@ -9,14 +9,20 @@ import torch
 from PIL import Image
 from torch import nn
 
-from ..critic import CriticNetwork, FeatureNetwork
-from ..data.batches import Batch
-from ..pipelines import OneStepInterpolantPipeline
-from ..velocity import Field
-from ..visualization import image_grid
-from .blocks import has_dropout, keep_in_bfloat16, prepare_blocks
-from .distillation_config import DistillConfig
-from .distillation_inputs import (
+from ...critic import CriticNetwork, FeatureNetwork
+from ...data.batches import Batch
+from ...field import Field
+from ...pipelines import OneStepInterpolantPipeline
+from ...visualization import image_grid
+from ..averaging.ema import Averages
+from ..parallel.blocks import has_dropout, keep_in_bfloat16, prepare_blocks
+from ..parallel.sharding import shard
+from ..run.facts import describe_data, describe_network, describe_teacher
+from ..trained_network import OptimizerSettings, TrainedNetwork
+from ..trainer import Trainer
+from .config import DistillConfig
+from .health import HealthMonitor
+from .inputs import (
     check_enough_images,
     class_shares,
     fitting_objective,
@@ -26,14 +32,8 @@ from .distillation_inputs import (
     starting_critic,
     starting_student,
 )
-from .distillation_losses import DistillationLosses, Draw, Images
-from .distillation_references import reference_roles
-from .ema import Averages
-from .health import HealthMonitor
-from .networks import OptimizerSettings, TrainedNetwork
-from .run_facts import describe_data, describe_network, describe_teacher
-from .sharding import shard
-from .trainer import Trainer
+from .losses import DistillationLosses, Draw, Images
+from .references import reference_roles
 
 #: Images in a row of a sample grid.
 GRID_COLUMNS = 10

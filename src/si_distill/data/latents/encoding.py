@@ -20,14 +20,14 @@ from accelerate.utils import gather_object
 from safetensors import SafetensorError
 from tqdm.auto import tqdm
 
-from ..autoencoders import describe_vae, load_vae
-from ..errors import InputError
-from ..launching import join_processes
-from ..pipelines import LatentScaling
-from ..units import binary_size
-from .decoding import CROP, UnreadableImage
-from .latents_config import LatentsConfig
-from .latents_format import (
+from ...autoencoders import describe_vae, load_vae
+from ...errors import InputError
+from ...launching import join_processes
+from ...pipelines import LatentScaling
+from ...units import binary_size
+from ..decoding import CROP, UnreadableImage
+from .config import LatentsConfig
+from .format import (
     MANIFEST,
     VAE_FOLDER,
     Manifest,

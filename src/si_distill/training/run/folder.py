@@ -9,12 +9,12 @@ from typing import Any
 import yaml
 from diffusers import DiffusionPipeline
 
-from ..errors import InputError
-from ..hub.facts import CONFIG, EVALUATION, FACTS, METRICS
-from ..settings import read_yaml, settings_from_dict, settings_to_dict
-from .config import TrainingConfig
-from .ema import EMA_WEIGHTS
-from .posthoc_ema import EMA_SNAPSHOTS
+from ...errors import InputError
+from ...hub.facts import CONFIG, EVALUATION, FACTS, METRICS
+from ...settings import read_yaml, settings_from_dict, settings_to_dict
+from ..averaging.ema import EMA_WEIGHTS
+from ..averaging.posthoc import EMA_SNAPSHOTS
+from ..config import TrainingConfig
 from .profiling import PROFILE
 
 SAMPLES, CHECKPOINTS = "samples", "checkpoints"

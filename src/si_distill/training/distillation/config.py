@@ -4,16 +4,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..choices import ADVERSARIAL_COMBINATIONS, ADVERSARIAL_HEADS, ADVERSARIAL_KINDS, TIME_SAMPLERS
-from ..errors import InputError
-from ..settings import at_least, positive, setting
-from .config import TrainingConfig
+from ...choices import ADVERSARIAL_COMBINATIONS, ADVERSARIAL_HEADS, ADVERSARIAL_KINDS, TIME_SAMPLERS
+from ...errors import InputError
+from ...settings import at_least, positive, setting
+from ..config import TrainingConfig
 
 if TYPE_CHECKING:
-    from ..adversarial import AdversarialTerm
-    from ..interpolants import Interpolant
-    from ..objectives import DistillationObjective
-    from .times import TimeSampler
+    from ...adversarial import AdversarialTerm
+    from ...interpolants import Interpolant
+    from ...objectives import DistillationObjective
+    from ..times import TimeSampler
 
 #: Where the critic starts from, if it is not the folder of another run.
 CRITIC_STARTS = ("teacher", "random")
@@ -71,7 +71,7 @@ class AdversarialConfig:
         """The term, or None."""
         if self.kind == "none":
             return None
-        from ..adversarial import AdversarialTerm
+        from ...adversarial import AdversarialTerm
 
         try:
             return AdversarialTerm(self.kind, self.critic_weight, self.generator_weight, self.combine, self.clamp)
@@ -311,7 +311,7 @@ class DistillConfig(TrainingConfig):
             raise InputError(f"Adversarial times: {error}") from None
 
     def build_objective(self) -> "DistillationObjective":
-        from ..objectives import get_objective
+        from ...objectives import get_objective
 
         try:
             return get_objective(self.objective, **self.objective_kwargs)

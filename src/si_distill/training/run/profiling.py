@@ -8,7 +8,7 @@ import torch
 from accelerate import Accelerator
 from torch.profiler import ProfilerActivity
 
-from .config import PROFILED
+from ..config import PROFILED
 
 #: Folder of the traces in a run.
 PROFILE = "profile"

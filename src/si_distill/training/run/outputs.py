@@ -13,13 +13,13 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 from torch import nn
 
-from ..errors import InputError, PublishError, TrainingStopped
-from ..hub.card import write_card
-from ..hub.publishing import publish_pipeline
+from ...errors import InputError, PublishError, TrainingStopped
+from ...hub.card import write_card
+from ...hub.publishing import publish_pipeline
+from ..averaging.ema import Averages
+from ..config import TrainingConfig
 from .checkpoints import WRITE_ERRORS
-from .config import TrainingConfig
-from .ema import Averages
-from .run_folder import RunFolder
+from .folder import RunFolder
 
 
 class Outputs:

@@ -8,11 +8,11 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from ..errors import TrainingStopped
-from .checkpoints import WRITE_ERRORS
-from .config import TrainingConfig
-from .posthoc_ema import EMA_SNAPSHOTS, Snapshots, power_exponent, write_weights
-from .sharding import own_parts, reshard, shard, whole_network
+from ...errors import TrainingStopped
+from ..config import TrainingConfig
+from ..parallel.sharding import own_parts, reshard, shard, whole_network
+from ..run.checkpoints import WRITE_ERRORS
+from .posthoc import EMA_SNAPSHOTS, Snapshots, power_exponent, write_weights
 
 #: Folder of the further averages in a run.
 EMA_WEIGHTS = "ema"

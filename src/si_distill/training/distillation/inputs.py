@@ -9,22 +9,22 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
-from ..critic import CriticNetwork
-from ..data import TrainingData, load_training_data
-from ..data.augmentation import AUGMENT_LABELS
-from ..data.latents import LatentDataset
-from ..data.latents_format import is_latent_cache
-from ..errors import InputError
-from ..loading import load_pipeline
-from ..log_variance import LogVariance, load_log_variance
-from ..models.extension import extend_network, fresh_network, negated_at, with_learned_positions
-from ..models.unet_edm2 import MPConv
-from ..objectives import DistillationObjective
-from ..pipelines import InterpolantPipeline, OneStepInterpolantPipeline, view_network
-from .checkpoints import whole_checkpoints
-from .distillation_config import CRITIC_STARTS, DistillConfig
-from .distillation_references import check_unseen, noise_channels
-from .run_folder import CHECKPOINTS
+from ...critic import CriticNetwork
+from ...data import TrainingData, load_training_data
+from ...data.augmentation import AUGMENT_LABELS
+from ...data.latents.dataset import LatentDataset
+from ...data.latents.format import is_latent_cache
+from ...errors import InputError
+from ...loading import load_pipeline
+from ...log_variance import LogVariance, load_log_variance
+from ...models.extension import extend_network, fresh_network, negated_at, with_learned_positions
+from ...models.unet_edm2 import MPConv
+from ...objectives import DistillationObjective
+from ...pipelines import InterpolantPipeline, OneStepInterpolantPipeline, view_network
+from ..run.checkpoints import whole_checkpoints
+from ..run.folder import CHECKPOINTS
+from .config import CRITIC_STARTS, DistillConfig
+from .references import check_unseen, noise_channels
 
 #: The critic in a checkpoint: the first network that Accelerate was given.
 CRITIC_WEIGHTS = "model.safetensors"

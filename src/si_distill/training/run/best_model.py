@@ -16,19 +16,19 @@ import torch
 from accelerate import Accelerator, PartialState
 from PIL import Image
 
-from ..data import load_images
-from ..data.latents_format import images_of
-from ..errors import InputError
-from ..evaluation.features import load_extractor
-from ..evaluation.generators import Pipeline, balanced_labels, check_images, image_shape, inputs_of
-from ..evaluation.metrics import Moments, frechet_from_moments, kernel_distance
-from ..evaluation.reference import check_reference, data_reference, read_reference
-from ..evaluation.samples import DatasetSource, PipelineSource
-from ..hub.facts import EVALUATION
-from ..pipelines import OneStepInterpolantPipeline
-from ..settings import settings_to_dict
-from .config import TrainingConfig
-from .run_folder import BEST, EVALUATIONS, replace_text, step_of
+from ...data import load_images
+from ...data.latents.format import images_of
+from ...errors import InputError
+from ...evaluation.features import load_extractor
+from ...evaluation.generators import Pipeline, balanced_labels, check_images, image_shape, inputs_of
+from ...evaluation.metrics import Moments, frechet_from_moments, kernel_distance
+from ...evaluation.reference import check_reference, data_reference, read_reference
+from ...evaluation.samples import DatasetSource, PipelineSource
+from ...hub.facts import EVALUATION
+from ...pipelines import OneStepInterpolantPipeline
+from ...settings import settings_to_dict
+from ..config import TrainingConfig
+from .folder import BEST, EVALUATIONS, replace_text, step_of
 
 
 class BestModel:

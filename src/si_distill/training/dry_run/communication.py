@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
-from ..objectives import DistillationObjective
-from .distillation_config import DistillConfig
+from ...objectives import DistillationObjective
+from ..distillation.config import DistillConfig
 from .memory import BFLOAT16, FLOAT32, Devices
 
 

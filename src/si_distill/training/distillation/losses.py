@@ -6,11 +6,11 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from ..adversarial import AdversarialTerm
-from ..data.augmentation import Augmentation
-from ..interpolants import Interpolant
-from ..objectives import DistillationObjective, Fields, sid_weight
-from ..velocity import Field
+from ...adversarial import AdversarialTerm
+from ...data.augmentation import Augmentation
+from ...field import Field
+from ...interpolants import Interpolant
+from ...objectives import DistillationObjective, Fields, sid_weight
 
 Parts = dict[str, torch.Tensor]
 

@@ -23,11 +23,11 @@ import torch.nn.functional as F
 from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
 
-from ..objectives import DistillationObjective
-from ..pipelines import view_network
-from .blocks import blocks, checkpoint_blocks, half_precision_weights, has_dropout
-from .config import TrainingConfig
-from .distillation_config import DistillConfig
+from ...objectives import DistillationObjective
+from ...pipelines import view_network
+from ..config import TrainingConfig
+from ..distillation.config import DistillConfig
+from ..parallel.blocks import blocks, checkpoint_blocks, half_precision_weights, has_dropout
 
 FLOAT32, BFLOAT16 = 4, 2
 #: Parts of the memory, beside the averages, that are in a checkpoint.

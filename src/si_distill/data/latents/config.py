@@ -2,9 +2,9 @@
 
 from dataclasses import dataclass, field
 
-from ..errors import InputError
-from ..settings import at_least, setting
-from .config import DataConfig
+from ...errors import InputError
+from ...settings import at_least, setting
+from ..config import DataConfig
 
 
 @dataclass

@@ -7,10 +7,10 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, DistributedType, DynamoBackend
 from torch.distributed.fsdp import OffloadPolicy, StateDictType
 
-from ..errors import InputError
-from ..launching import check_processes
+from ...errors import InputError
+from ...launching import check_processes
+from ..config import TrainingConfig
 from .blocks import check_compiler
-from .config import TrainingConfig
 
 
 def build_accelerator(settings: TrainingConfig) -> Accelerator:

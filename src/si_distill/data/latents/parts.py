@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
-from .config import DataConfig
-from .decoding import UnreadableImage
-from .sources import ImageDataset
-from .stream import ImageStream, load_training_data
+from ..config import DataConfig
+from ..decoding import UnreadableImage
+from ..sources import ImageDataset
+from ..stream import ImageStream, load_training_data
 
 #: An image (C, size, size), uint8, and its label; or what is wrong with it.
 Item = tuple[torch.Tensor, int] | UnreadableImage

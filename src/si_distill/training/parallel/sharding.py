@@ -15,8 +15,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from ..log_variance import LogVariance
-from ..models.unet_edm2 import MPConv, normalize
+from ...log_variance import LogVariance
+from ...models.unet_edm2 import MPConv, normalize
 from .blocks import block_classes
 
 #: Shared by two modules of diffusers' DiT: its output layer uses the embedding inside the first block.

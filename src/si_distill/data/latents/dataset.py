@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 
-from ..autoencoders import load_vae
-from ..errors import InputError
-from ..pipelines import LatentScaling
-from .batches import Batch, IndexedData
-from .config import DataConfig
-from .latents_format import MANIFEST, VAE_FOLDER, Shard, encoder_hash, map_moments, read_manifest, shard_labels
+from ...autoencoders import load_vae
+from ...errors import InputError
+from ...pipelines import LatentScaling
+from ..batches import Batch, IndexedData
+from ..config import DataConfig
+from .format import MANIFEST, VAE_FOLDER, Shard, encoder_hash, map_moments, read_manifest, shard_labels
 
 
 class LatentDataset(IndexedData):

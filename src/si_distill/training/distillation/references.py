@@ -4,12 +4,12 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from ..data.batches import Batch
-from ..data.references import optimal_assignment
-from ..errors import InputError
-from ..objectives import DistillationObjective
-from ..pipelines import InterpolantPipeline
-from .distillation_config import DistillConfig
+from ...data.batches import Batch
+from ...data.references import optimal_assignment
+from ...errors import InputError
+from ...objectives import DistillationObjective
+from ...pipelines import InterpolantPipeline
+from .config import DistillConfig
 
 
 @dataclass(frozen=True)

@@ -13,20 +13,22 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..autoencoders import describe_vae
-from ..data.latents_format import VAE_FOLDER, is_latent_cache, read_manifest
-from ..errors import InputError
-from ..interpolants import Interpolant
-from ..pipelines import InterpolantPipeline, view_network
-from ..pipelines.interpolant_pipeline_folder import STOCK_LIBRARIES
-from ..schedulers.scheduling_stochastic_interpolant import StochasticInterpolantScheduler
-from ..settings import parse_settings
-from ..units import binary_size
+from ...autoencoders import describe_vae
+from ...data.latents.format import VAE_FOLDER, is_latent_cache, read_manifest
+from ...errors import InputError
+from ...interpolants import Interpolant
+from ...pipelines import InterpolantPipeline, view_network
+from ...pipelines.interpolant_pipeline_folder import STOCK_LIBRARIES
+from ...schedulers.scheduling_stochastic_interpolant import StochasticInterpolantScheduler
+from ...settings import parse_settings
+from ...units import binary_size
+from ..build_network import CLASSES, FOREIGN_CLASSES, build_network, with_inputs
+from ..config import TeacherConfig, TrainingConfig
+from ..distillation.config import DistillConfig
+from ..distillation.inputs import check_guidance, fitting_objective, starting_critic, starting_student
+from ..distillation.references import reference_roles
+from ..run.folder import RunFolder
 from .communication import Transfer, transfers
-from .config import TeacherConfig, TrainingConfig
-from .distillation_config import DistillConfig
-from .distillation_inputs import check_guidance, fitting_objective, starting_critic, starting_student
-from .distillation_references import reference_roles
 from .memory import (
     Devices,
     checkpoint_bytes,
@@ -35,8 +37,6 @@ from .memory import (
     teacher_activations,
     training_memory,
 )
-from .network_settings import CLASSES, FOREIGN_CLASSES, build_network, with_inputs
-from .run_folder import RunFolder
 
 Lines = dict[str, str]
 

@@ -19,7 +19,7 @@ from accelerate.utils import gather_object
 from safetensors import SafetensorError
 from torch.distributed.checkpoint import CheckpointException
 
-from ..errors import InputError, TrainingStopped
+from ...errors import InputError, TrainingStopped
 
 #: How a full disk or a lost folder shows itself: torch and safetensors wrap the system's error in types of their own.
 WRITE_ERRORS = (OSError, RuntimeError, SafetensorError, CheckpointException)
