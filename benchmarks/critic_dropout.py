@@ -71,8 +71,8 @@ def gradient(trainer, batch: int, in_training: bool, mask: int) -> torch.Tensor:
     drawn = trainer._micro_batch(0)
     torch.manual_seed(mask)
     with judging(trainer, in_training) as critic:
-        samples = trainer._generate(trainer.generator.module, drawn.noise, drawn.labels, drawn.data)
-        loss, _ = trainer._generator_loss(trainer._field(critic), drawn, samples, 0)
+        samples = trainer._generate(trainer.generator.module, drawn)
+        loss = trainer._generator_loss(trainer._field(critic), drawn, samples, 0).total
         found = torch.autograd.grad(loss, trainer.generator.parameters, allow_unused=True, materialize_grads=True)
     trainer.step = step
     return torch.cat([g.flatten() for g in found])

@@ -46,25 +46,26 @@ class GradientConfig:
 
 def gradients(trainer, critic: torch.nn.Module, batches: int) -> dict[str, torch.Tensor]:
     """Gradient of each of `LOSSES` in the student's weights, the mean over batches that training does not use."""
-    from si_distill.field import Field
+    from si_distill import Condition, Field
+    from si_distill.pipelines import view_network
 
     student = trainer.generator.unwrapped
     weights = list(student.parameters())
     fields = [
-        Field(network, trainer.interpolant, trainer.prediction_type)
-        for network in (student, critic, trainer.teacher_field.network)
+        Field(network, trainer.teacher_pipeline.scheduler)
+        for network in (view_network(student), critic, trainer.teacher_field.network)
     ]
     sums = {name: torch.zeros(sum(w.numel() for w in weights)) for name in LOSSES}
     indices = range(trainer.settings.per_device_train_batch_size)
     for batch in range(batches):
         update = FIRST_JUDGED + batch
         noise = trainer.noise.normal(trainer.sample_shape, "generator_noise", update, indices=indices)
-        labels = trainer.noise.integers(trainer.num_classes, "labels", update, indices=indices)
+        told = Condition(trainer.noise.integers(trainer.num_classes, "labels", update, indices=indices))
         u, x1 = trainer.noise.uniform_and_normal(trainer.sample_shape, "generator", update, indices=indices)
-        t = trainer.time_samplers["generator"](u)
-        samples = fields[0].one_step(noise, trainer.start.init_time, labels)
+        t = trainer.plan.generator_times(u)
+        samples = fields[0].one_step(noise, trainer.start.init_time, told)
         x_t = trainer.interpolant.interpolate(samples, x1, t)
-        v_critic, v_teacher = (field(x_t, t, labels, "velocity") for field in fields[1:])
+        v_critic, v_teacher = (field(x_t, t, told, "velocity") for field in fields[1:])
         target = trainer.interpolant.velocity(samples, x1, t)
         for name in LOSSES:
             loss = get_objective(name).generator_loss(v_critic, v_teacher, target).mean()

@@ -29,13 +29,14 @@ from bench_tools import (
 from mixture_points import TARGETS, sliced_wasserstein
 from torch import nn
 
-from si_distill import DistillationObjective, StochasticInterpolantScheduler, get_objective
+from si_distill import Condition, DistillationObjective, Field, StochasticInterpolantScheduler, get_objective
 from si_distill.errors import InputError
-from si_distill.field import Field
 from si_distill.objectives import PRESETS
 from si_distill.settings import at_least, parse_settings, script_main, setting
 from si_distill.training.averaging.ema import EMA
 
+#: Points have no classes.
+UNTOLD = Condition()
 #: Besides the presets' own defaults: SiD's other coefficient, and the detached direction with SiD's weight and space, which
 #: is DMD2 without its adversarial term.
 VARIANTS = {
@@ -94,7 +95,7 @@ def presets() -> dict[str, DistillationObjective]:
 
 
 class VelocityMLP(nn.Module):
-    """An unconditional velocity network of points; labels are taken and ignored, as `Field` passes them."""
+    """An unconditional velocity network of points; it is told nothing."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -109,7 +110,7 @@ class VelocityMLP(nn.Module):
             nn.Linear(width, 2),
         )
 
-    def forward(self, x: torch.Tensor, t: torch.Tensor, labels=None, return_dict: bool = True) -> tuple[torch.Tensor]:
+    def forward(self, x: torch.Tensor, t: torch.Tensor, condition: Condition = UNTOLD) -> tuple[torch.Tensor]:
         phase = t[:, None] * self.frequencies
         return (self.layers(torch.cat([x, phase.cos(), phase.sin()], 1)),)
 
@@ -138,7 +139,7 @@ class Setup:
         return self.times(count, self.config.t_min, self.config.t_max), self.noise(count)
 
     def field(self, network: nn.Module) -> Field:
-        return Field(network, self.interpolant, "velocity")
+        return Field(network, self.scheduler)
 
     @torch.no_grad()
     def many_steps(self, network: nn.Module, count: int) -> torch.Tensor:
@@ -146,7 +147,7 @@ class Setup:
         self.scheduler.set_timesteps(self.config.sampling_steps)
         x, field = self.noise(count), self.field(network)
         for t in self.scheduler.timesteps:
-            x = self.scheduler.step(field.predict(x, t.expand(count), None), t, x).prev_sample
+            x = self.scheduler.step(field.predict(x, t.expand(count), UNTOLD), t, x).prev_sample
         return x
 
 
@@ -165,7 +166,7 @@ def train_teacher(config: MixtureConfig, target: str, seed: int) -> dict:
             setup.times(config.batch_size, 0.0, 1.0),
         )
         x_t = setup.interpolant.interpolate(x0, x1, t)
-        loss = (setup.field(network).predict(x_t, t, None) - setup.interpolant.velocity(x0, x1, t)).square().mean()
+        loss = (setup.field(network).predict(x_t, t, UNTOLD) - setup.interpolant.velocity(x0, x1, t)).square().mean()
         update(optimizer, loss)
         schedule.step()
         ema.update(network, step)
@@ -204,7 +205,7 @@ def distil(config: MixtureConfig, target: str, preset: str, seed: int, weights: 
         if step == config.steps:
             break
         started = time.perf_counter()
-        samples = setup.field(student).one_step(setup.noise(config.batch_size), 1.0, None)
+        samples = setup.field(student).one_step(setup.noise(config.batch_size), 1.0, UNTOLD)
         for _ in range(config.critic_steps):
             update(optimizers[critic], critic_loss(setup, objective, teacher, critic, samples.detach()))
         critic.requires_grad_(False)
@@ -216,7 +217,7 @@ def distil(config: MixtureConfig, target: str, preset: str, seed: int, weights: 
     # Fixed noise and data for all presets of a seed, however many numbers their games drew.
     measured = Setup(config, target, seed, stream=2)
     with torch.no_grad():
-        made = measured.field(ema.network).one_step(measured.noise(config.samples), 1.0, None)
+        made = measured.field(ema.network).one_step(measured.noise(config.samples), 1.0, UNTOLD)
     return {
         "target": target,
         "preset": preset,
@@ -241,7 +242,7 @@ def critic_loss(setup: Setup, objective, teacher: nn.Module, critic: nn.Module, 
 
     def fields(x0: torch.Tensor) -> tuple:
         x_t = path.interpolate(x0, x1, t)
-        predictions = (setup.field(network)(x_t, t, None, space) for network in (critic, teacher))
+        predictions = (setup.field(network)(x_t, t, UNTOLD, space) for network in (critic, teacher))
         return (*predictions, path.target(x0, x1, t, space))
 
     real = fields(setup.data(count)) if objective.uses_real_data else None
@@ -253,8 +254,8 @@ def generator_loss(setup: Setup, objective, teacher: nn.Module, critic: nn.Modul
     count, path, space = len(samples), setup.interpolant, objective.space
     t, x1 = setup.game_numbers(count)
     x_t = path.interpolate(samples, x1, t)
-    seen = setup.field(teacher).predict(x_t, t, None)
-    fake = setup.field(critic)(x_t, t, None, space)
+    seen = setup.field(teacher).predict(x_t, t, UNTOLD)
+    fake = setup.field(critic)(x_t, t, UNTOLD, space)
     teacher_sample = path.convert(seen, x_t, t, "velocity", "sample")
     weight = objective.loss_weight(path.coefficients(t).kappa, samples, teacher_sample)
     target = path.target(samples, x1, t, space)
@@ -265,8 +266,8 @@ def generator_loss(setup: Setup, objective, teacher: nn.Module, critic: nn.Modul
 def measure_gap(setup: Setup, teacher: nn.Module, student: nn.Module, critic: nn.Module, held_out: tuple) -> float:
     """E‖v_ψ − v*‖² at x_t of the present student's samples, a mean over the two coordinates, on fixed noise and times."""
     noise, t, x1 = held_out
-    x_t = setup.interpolant.interpolate(setup.field(student).one_step(noise, 1.0, None), x1, t)
-    fake, seen = (setup.field(network).predict(x_t, t, None) for network in (critic, teacher))
+    x_t = setup.interpolant.interpolate(setup.field(student).one_step(noise, 1.0, UNTOLD), x1, t)
+    fake, seen = (setup.field(network).predict(x_t, t, UNTOLD) for network in (critic, teacher))
     return float((fake - seen).square().mean())
 
 

@@ -1,8 +1,35 @@
 """Small real objects that many tests build."""
 
 import torch
+from torch import nn
 
+from si_distill import Condition, Field, Interpolant, StochasticInterpolantScheduler
+from si_distill.critic import CriticNetwork
 from si_distill.models import EDM2UNet2DModel, EDMUNet2DModel, SiTTransformer2DModel
+from si_distill.pipelines import view_network
+
+#: Nothing is told: of functions that stand for networks.
+UNTOLD = Condition()
+
+
+def field_on(interpolant: Interpolant, network, prediction_type: str = "velocity", timestep_type: str = "time", **rest):
+    """A field on a path. `network` is one of ours or of diffusers, or a function of (network_input, times)."""
+    view = view_network(network) if isinstance(network, nn.Module) else lambda x, t, _: (network(x, t),)
+    scheduler = StochasticInterpolantScheduler(
+        interpolant=interpolant.name,
+        interpolant_kwargs=interpolant.config,
+        prediction_type=prediction_type,
+        timestep_type=timestep_type,
+        init_time=interpolant.start_time(prediction_type, timestep_type),
+    )
+    return Field(view, scheduler, **rest)
+
+
+def said(network, x, t, labels=None, **told) -> tuple[torch.Tensor, ...]:
+    """What a network gives, or a critic with all that it has besides its prediction."""
+    if isinstance(network, CriticNetwork):
+        return network(x, t, Condition(labels, image=told.get("condition"), augment=told.get("augment_labels")))
+    return network(x, t, labels, return_dict=False, **told)
 
 
 def tiny_sit(seed: int = 0, **config) -> SiTTransformer2DModel:

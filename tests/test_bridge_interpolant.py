@@ -4,10 +4,11 @@ import math
 
 import pytest
 import torch
+from helpers import UNTOLD, field_on
 from interpolant_families import TIMES, double, noise
 
+from si_distill import Condition, Field, StochasticInterpolantScheduler
 from si_distill.choices import TIME_SAMPLERS
-from si_distill.field import Field
 from si_distill.interpolants import PREDICTIONS, BridgeInterpolant, get_interpolant
 from si_distill.training.times import TimeSampler
 
@@ -140,8 +141,9 @@ def test_one_step_starts_at_the_reference(pair):
         seen.append((x, t))
         return 2 * x
 
-    assert torch.equal(bridge.one_step(network, x1, 1.0, "sample"), 2 * x1)
-    assert torch.equal(bridge.one_step(network, x1, 1.0, "velocity"), -x1)  # Euler's step x1 − v(x1, 1)
+    assert torch.equal(field_on(bridge, network, "sample").one_step(x1, 1.0, UNTOLD), 2 * x1)
+    euler = field_on(bridge, network, "velocity").one_step(x1, 1.0, UNTOLD)  # Euler's step x1 − v(x1, 1)
+    assert torch.equal(euler, -x1)
     assert all(torch.equal(x, x1) and (t == 1).all() and t.shape == (len(x1),) for x, t in seen)
 
 
@@ -150,13 +152,16 @@ def test_field_shows_the_network_its_reference_and_converts_with_it(pair):
     bridge = get_interpolant("bridge", scale=0.5)
     x_t = bridge.interpolate(x0, x1, TIMES, z)
 
-    def network(x, t, labels, return_dict, condition):
-        assert condition is x1
+    def network(x, t, condition):
+        assert condition.image is x1
         return (x0,)
 
-    field = Field(network, bridge, "sample")
-    assert field(x_t, TIMES, None, "sample", reference=x1) is x0
-    close(field(x_t, TIMES, None, "velocity", reference=x1), bridge.velocity(x0, x1, TIMES, z))
+    scheduler = StochasticInterpolantScheduler(
+        interpolant="bridge", interpolant_kwargs={"scale": 0.5}, prediction_type="sample"
+    )
+    field, told = Field(network, scheduler), Condition(image=x1)
+    assert field(x_t, TIMES, told, "sample") is x0
+    close(field(x_t, TIMES, told, "velocity"), bridge.velocity(x0, x1, TIMES, z))
 
 
 class TestRefusals:

@@ -6,6 +6,7 @@ import interpolant_families as families
 import pytest
 import torch
 from diffusers import DDPMScheduler
+from helpers import UNTOLD, field_on
 from interpolant_families import TIMES, double, edm_preconditioning, every_family, noise
 
 from si_distill.interpolants import PREDICTIONS, VPInterpolant, get_interpolant
@@ -82,7 +83,7 @@ class TestEDM:
     @every_family
     def test_one_step_scales_the_input_once(self, name, config):
         it, x1, seen = get_interpolant(name, **config), noise(0, 3, 2), []
-        it.one_step(lambda x, t: seen.append(x) or x, x1, 0.6, "edm")
+        field_on(it, lambda x, t: seen.append(x) or x, "edm").one_step(x1, 0.6, UNTOLD)
         c = it.coefficients(double(0.6))
         expected = c.beta * x1 / (c.beta**2 + c.alpha**2 * it.sigma_data**2).sqrt()
         torch.testing.assert_close(seen[0], expected, rtol=1e-12, atol=0)

@@ -5,6 +5,7 @@ import math
 import interpolant_families as families
 import pytest
 import torch
+from helpers import UNTOLD, field_on
 from interpolant_families import FAMILIES, PRESERVING, TIMES, double, every_family, exact_predictions, noise
 
 from si_distill.interpolants import GAUSSIAN_INTERPOLANTS, PREDICTIONS, Interpolant, get_interpolant
@@ -206,7 +207,7 @@ class TestOneStep:
             calls.append((x, t))
             return torch.sin(x) * (1 + t[:, None])
 
-        x0 = get_interpolant("linear").one_step(network, x1, 1.0, "velocity")
+        x0 = field_on(get_interpolant("linear"), network).one_step(x1, 1.0, UNTOLD)
         torch.testing.assert_close(x0, x1 - 2 * torch.sin(x1), rtol=1e-14, atol=1e-14)
         ((seen, times),) = calls
         assert torch.equal(seen, x1)
@@ -223,7 +224,9 @@ class TestOneStep:
             assert torch.equal(network_input, it.network_input(x_t, t, source))
             return it.convert(torch.tanh(x_t), x_t, t, "sample", source)
 
-        torch.testing.assert_close(it.one_step(network, x1, t, source), torch.tanh(x_t), rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(
+            field_on(it, network, source).one_step(x1, t, UNTOLD), torch.tanh(x_t), rtol=1e-9, atol=1e-9
+        )
 
     def test_gives_float32_times_and_returns_the_dtype_of_the_noise(self):
         seen = []
@@ -233,7 +236,7 @@ class TestOneStep:
             return x.float()
 
         x1 = noise(0, 3, 2).bfloat16()
-        assert get_interpolant("vp").one_step(network, x1, 0.5, "sample").dtype == torch.bfloat16
+        assert field_on(get_interpolant("vp"), network, "sample").one_step(x1, 0.5, UNTOLD).dtype == torch.bfloat16
         assert seen == [(torch.bfloat16, torch.float32)]
 
 

@@ -19,7 +19,7 @@ FLOORS = (
     ("errors", "units", "choices", "fingerprints", "lazy", "sample_noise", "visualization"),
     ("schedulers", "models", "settings", "launching", "sampling", "adversarial"),
     ("interpolants", "pipelines"),
-    ("objectives", "field", "log_variance", "autoencoders"),
+    ("objectives", "log_variance", "autoencoders"),
     ("critic", "data", "conversion", "hub"),
     ("loading",),
     ("evaluation",),

@@ -1,15 +1,23 @@
 """What number a network is given for a time, and times that a network with discrete steps knows."""
 
+import copy
+
 import pytest
 import torch
 from helpers import tiny_sit
 from interpolant_families import double
 from trainer_builders import distillation
 
-from si_distill import InterpolantPipeline, OneStepInterpolantPipeline, StochasticInterpolantScheduler, get_interpolant
+from si_distill import (
+    Condition,
+    Field,
+    InterpolantPipeline,
+    OneStepInterpolantPipeline,
+    StochasticInterpolantScheduler,
+    get_interpolant,
+)
 from si_distill.choices import TIME_SAMPLERS
 from si_distill.errors import InputError
-from si_distill.field import Field
 from si_distill.interpolants import GAUSSIAN_INTERPOLANTS, TIMESTEP_TYPES
 from si_distill.training.config import TeacherConfig
 from si_distill.training.times import TimeSampler
@@ -141,11 +149,11 @@ def test_pipelines_and_fields_give_the_network_the_same_number(timestep_type):
     pipe = InterpolantPipeline(network, sched)
     pipe.set_progress_bar_config(disable=True)
     student = OneStepInterpolantPipeline(network, sched)
-    field = Field(network, sched.interpolant, "epsilon", null_class=3, timestep_type=timestep_type)
-    x1, labels, t = torch.randn(2, 1, 8, 8), torch.tensor([0, 2]), torch.full((2,), 5 / 9)
+    field, told = pipe.field(), Condition(torch.tensor([0, 2]))
+    x1, t = torch.randn(2, 1, 8, 8), torch.full((2,), 5 / 9)
     with torch.no_grad():
-        field.predict(x1, t, labels)
-        made = field.one_step(x1, 5 / 9, labels)
+        field.predict(x1, t, told)
+        made = field.one_step(x1, 5 / 9, told)
         pipe([0, 2], num_inference_steps=1, latents=x1)
         image = student([0, 2], latents=x1, output_type="latent").images
     expected = sched.interpolant.network_time(t, timestep_type)
@@ -153,3 +161,44 @@ def test_pipelines_and_fields_give_the_network_the_same_number(timestep_type):
     for given in seen:
         torch.testing.assert_close(given, expected, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(made, image, rtol=1e-5, atol=1e-5)
+
+
+def test_conventions_of_time_and_sign_are_the_schedulers():
+    x, t = torch.randn(3, 2, dtype=torch.float64), double(0.1, 0.5, 0.9)
+    foreign = dict(reversed_time=True, timestep_scale=1000.0, prediction_sign=-1)
+    sched, given = StochasticInterpolantScheduler(**foreign), []
+
+    def network(network_input, times, condition):
+        given.append(times)
+        return (-torch.sin(network_input),)
+
+    assert torch.equal(Field(network, sched).predict(x, t, Condition()), torch.sin(x))
+    torch.testing.assert_close(given[0], 1000 * (1 - t))
+
+
+@pytest.mark.parametrize("cls", [InterpolantPipeline, OneStepInterpolantPipeline])
+def test_pipelines_of_a_negated_network_give_the_same_images(cls, tmp_path):
+    network = tiny_sit(num_classes=3)
+    negated = copy.deepcopy(network)
+    for parameter in negated.proj_out.parameters():
+        parameter.data.neg_()
+    steps = {"num_inference_steps": 3} if cls is InterpolantPipeline else {}
+    images = []
+    for each, sign in ((network, 1), (negated, -1)):
+        cls(each, StochasticInterpolantScheduler(prediction_sign=sign)).save_pretrained(tmp_path / str(sign))
+        pipe = cls.from_pretrained(tmp_path / str(sign))
+        images.append(pipe([0, 2], latents=torch.ones(2, 1, 8, 8), output_type="latent", **steps).images)
+    assert torch.equal(*images)
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        (dict(timestep_scale=0), "`timestep_scale` must be a positive number, got 0"),
+        (dict(prediction_sign=0), "`prediction_sign` must be 1 or -1, got 0"),
+        (dict(timestep_type="log_sigma", init_time=0.9, reversed_time=True), "given t itself"),
+    ],
+)
+def test_conventions_that_no_network_has_are_refused(config, words):
+    with pytest.raises(ValueError, match=words):
+        StochasticInterpolantScheduler(**config)

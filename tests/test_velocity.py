@@ -2,10 +2,9 @@
 
 import pytest
 import torch
-from helpers import tiny_sit
+from helpers import field_on, tiny_sit
 
-from si_distill import InterpolantPipeline, StochasticInterpolantScheduler, get_interpolant
-from si_distill.field import Field
+from si_distill import Condition, Guidance, InterpolantPipeline, StochasticInterpolantScheduler, get_interpolant
 from si_distill.interpolants import GAUSSIAN_INTERPOLANTS, PREDICTIONS
 
 
@@ -19,15 +18,17 @@ def test_fields_and_pipelines_scale_the_input_once(name, prediction_type, guidan
     x1, labels = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 2])
     t = torch.tensor(init_time)
     x_t = interpolant.coefficients(t).beta * x1
-    field = Field(network, interpolant, prediction_type, null_class=3, guidance_scale=guidance_scale)
+    guidance, told = Guidance(guidance_scale), Condition(labels)
+    null = Condition(torch.tensor([3]))
+    field = field_on(interpolant, network, prediction_type, null=null, guidance=guidance)
     pipe = InterpolantPipeline(
         network,
         StochasticInterpolantScheduler(interpolant=name, prediction_type=prediction_type, init_time=init_time),
     )
     with torch.no_grad():
-        field.predict(x_t, t.expand(2), labels)
-        field.one_step(x1, init_time, labels)
-        pipe.predict(x_t, t, labels, guidance_scale)
+        field.predict(x_t, t.expand(2), told)
+        field.one_step(x1, init_time, told)
+        pipe.field(guidance=guidance).predict(x_t, t, told)
         pipe.set_progress_bar_config(disable=True)
         pipe([0, 2], num_inference_steps=1, guidance_scale=guidance_scale, latents=x1)
     expected = interpolant.network_input(x_t, t, prediction_type)

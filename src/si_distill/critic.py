@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from .log_variance import LogVariance
-from .pipelines.interpolant_pipeline_network import view_network
+from .pipelines import Condition, view_network
 
 #: Kernel, stride and padding of the strided convolutions of a head, by its name; `mlp` has none.
 HEADS: dict[str, tuple[tuple[int, int, int], ...]] = {
@@ -93,12 +93,9 @@ class CriticNetwork(nn.Module):
 
     def forward(
         self,
-        x_t: torch.Tensor | None = None,
-        t: torch.Tensor | None = None,
-        class_labels: torch.Tensor | None = None,
-        return_dict: bool = False,
-        augment_labels: torch.Tensor | None = None,
-        condition: torch.Tensor | None = None,
+        network_input: torch.Tensor | None = None,
+        timesteps: torch.Tensor | None = None,
+        condition: Condition | None = None,
         features: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None] | torch.Tensor:
         """The prediction (B, …), logits (B, M) or None without an adversarial term, and u (B,) or None.
@@ -108,14 +105,9 @@ class CriticNetwork(nn.Module):
         """
         if features is not None:
             return self._logits(features)
-        view = view_network(self.network)
-        told = {"augment_labels": augment_labels} if augment_labels is not None else {}
-        told |= {"condition": condition} if condition is not None else {}
-        log_variance = None if self.log_variance is None else self.log_variance(t)
-        if not self.own_features:
-            return view(x_t, t, class_labels, **told)[0], None, log_variance
-        prediction, features = view(x_t, t, class_labels, return_features=True, **told)
-        return prediction, self._logits(features), log_variance
+        outputs = view_network(self.network)(network_input, timesteps, condition, return_features=self.own_features)
+        logits = self._logits(outputs[1]) if self.own_features else None
+        return outputs[0], logits, None if self.log_variance is None else self.log_variance(timesteps)
 
     def _logits(self, features: torch.Tensor) -> torch.Tensor:
         logits = self.head(features) if self.head is not None else features
@@ -134,6 +126,6 @@ class FeatureNetwork(nn.Module):
         super().__init__()
         self.network = network
 
-    def forward(self, x_t, t, class_labels, return_dict=False, **told) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, network_input, timesteps, condition) -> tuple[torch.Tensor, torch.Tensor]:
         """The prediction (B, …) and the features (B, N, D)."""
-        return view_network(self.network)(x_t, t, class_labels, return_features=True, **told)
+        return view_network(self.network)(network_input, timesteps, condition, return_features=True)

@@ -118,7 +118,7 @@ class TestWriting:
             "SiT teacher",
             "4 × 8 × 8, 5 classes and a null class",
             "linear, prediction velocity",
-            "t → 1 − t",
+            "data at t = 1, as the network was trained",
         ):
             assert said in done.stdout
         assert "the network works on latents: add --vae" in done.stdout

@@ -17,10 +17,9 @@ from diffusers import (
 from diffusers_models import save_ddpm_pipeline, save_dit_pipeline, save_folders, tiny_dit, tiny_unet
 from trainer_builders import distillation
 
-from si_distill import InterpolantPipeline, OneStepInterpolantPipeline
+from si_distill import Condition, InterpolantPipeline, OneStepInterpolantPipeline
 from si_distill.conversion.diffusers_teachers import convert_diffusers
 from si_distill.errors import InputError
-from si_distill.field import Field
 from si_distill.loading import load_pipeline
 
 SCHEDULES = {
@@ -51,13 +50,12 @@ def test_samples_and_noise_are_those_of_diffusers_formulas(schedule, prediction_
     scheduler = DDPMScheduler(**SCHEDULES[schedule], prediction_type=prediction_type, clip_sample=False)
     pipe = convert_diffusers(str(save_folders(tmp_path, tiny_dit(out_channels=4), scheduler)))
     network, config = pipe.transformer.double(), pipe.scheduler.config
-    field = Field(network, pipe.scheduler.interpolant, config.prediction_type, timestep_type=config.timestep_type)
     steps = torch.tensor([0, 1, 42, 99]) * (config.interpolant_kwargs["num_train_timesteps"] // 100)
     t = steps.double() / (config.interpolant_kwargs["num_train_timesteps"] - 1)
     x_t, labels = noise(0, 4, 2, 8, 8), torch.tensor([0, 2, 3, 1])
     with torch.no_grad():
         output = network(x_t, steps, labels).sample[:, :2]
-        x0, x1 = (field(x_t, t, labels, space) for space in ("sample", "epsilon"))
+        x0, x1 = (pipe.field()(x_t, t, Condition(labels), space) for space in ("sample", "epsilon"))
     bar = scheduler.alphas_cumprod[steps].double().reshape(-1, 1, 1, 1)
     alpha, sigma = bar.sqrt(), (1 - bar).sqrt()
     expected = {
@@ -186,7 +184,7 @@ def test_a_guided_latent_dit_is_distilled(tmp_path):
     save_dit_pipeline(tmp_path / "dit")
     extra = ["--guidance_scale", 4, "--critic_class_dropout_prob", 0.1, "--critic_guidance_scale", 1.5]
     trainer = distillation(tmp_path / "dit", tmp_path / "run", *extra, "--max_steps", 10, "--eval_steps", 10)
-    assert trainer.null_class == 1000
+    assert int(trainer.null.labels) == 1000
     trainer.train()
     student = OneStepInterpolantPipeline.from_pretrained(tmp_path / "run")
     assert student("golden retriever", output_type="pt").images.shape == (1, 3, 8, 8)

@@ -8,16 +8,15 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline
 from edm_pickles import Persistent, edm2_preconditioning, edm_preconditioning, write
-from helpers import tiny_edm, tiny_edm2
+from helpers import field_on, tiny_edm, tiny_edm2
 from safetensors.torch import load_file
 from test_trainers import distillation
 
-from si_distill import InterpolantPipeline, OneStepInterpolantPipeline, get_interpolant
+from si_distill import Condition, InterpolantPipeline, OneStepInterpolantPipeline, get_interpolant
 from si_distill.conversion.config import ConvertConfig
 from si_distill.conversion.convert import convert_checkpoint
 from si_distill.conversion.edm import convert_edm
 from si_distill.errors import InputError
-from si_distill.field import Field
 from si_distill.hub.staging import stage_model
 from si_distill.settings import parse_settings
 
@@ -73,8 +72,8 @@ def test_a_teacher_denoises_as_its_checkpoint(kind, tmp_path):
     )
     labels = torch.tensor([0, 2, 1, 0])
     interpolant, converted = pipe.scheduler.interpolant, pipe.transformer.double()
-    field = Field(converted, interpolant, "edm", timestep_type=config.timestep_type)
-    found = field(noisy, interpolant.times_of_ratios(sigma), labels, "sample")
+    field = field_on(interpolant, converted, "edm", config.timestep_type)
+    found = field(noisy, interpolant.times_of_ratios(sigma), Condition(labels), "sample")
     # The paths' time is float64 here; EDM's networks embed ¼ ln σ in float32.
     torch.testing.assert_close(found, denoised(network.double(), noisy, sigma, labels), rtol=1e-5, atol=1e-6)
 

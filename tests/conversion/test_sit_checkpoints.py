@@ -7,10 +7,11 @@ import torch
 from conversion_runs import TIMES, convert, distance
 from foreign_sit import HEADS, sit_output, sit_weights
 
-from si_distill import InterpolantPipeline, get_interpolant
+from si_distill import Condition, InterpolantPipeline, get_interpolant
 from si_distill.errors import InputError
 
 LABELS = torch.tensor([0, 1, 4, 5, 2])  # of 5 classes; 5 is the null class
+TOLD = Condition(LABELS)
 TINY = ("--num_attention_heads", HEADS)
 
 
@@ -40,7 +41,7 @@ class TestOutputs:
         pipeline = InterpolantPipeline.from_pretrained(convert(tmp_path, weights, *TINY, *kind))
         images = torch.randn(5, 4, size, size, generator=torch.Generator().manual_seed(1))
         with torch.no_grad():
-            output = pipeline.transformer(images, TIMES, LABELS).sample
+            output = pipeline.field().predict(images, TIMES, TOLD)
         assert distance(output, -sit_output(weights, images, 1 - TIMES.double(), LABELS)) < 1e-5
         assert pipeline.scheduler.config.prediction_type == "velocity"
         assert pipeline.transformer.config.num_classes == 5
@@ -48,9 +49,10 @@ class TestOutputs:
 
     def test_agree_in_float64_up_to_float32_frequencies(self, tmp_path, images):
         weights = sit_weights()
-        network = InterpolantPipeline.from_pretrained(convert(tmp_path, weights, *TINY)).transformer.double()
+        pipeline = InterpolantPipeline.from_pretrained(convert(tmp_path, weights, *TINY))
+        pipeline.transformer.double()
         with torch.no_grad():
-            output = network(images, TIMES, LABELS).sample
+            output = pipeline.field().predict(images, TIMES.double(), TOLD)
         assert distance(output, -sit_output(weights, images, 1 - TIMES.double(), LABELS)) < 2e-7
 
     @pytest.mark.parametrize(
@@ -64,7 +66,7 @@ class TestOutputs:
         config = pipeline.scheduler.config
         assert (config.interpolant, config.prediction_type) == (interpolant, ours)
         with torch.no_grad():
-            output = pipeline.transformer(images.float(), TIMES, LABELS).sample
+            output = pipeline.field().predict(images.float(), TIMES, TOLD)
         sign = -1 if prediction == "velocity" else 1  # a derivative in t changes its sign, noise and score do not
         assert distance(output, sign * sit_output(weights, images, 1 - TIMES.double(), LABELS)) < 1e-5
 
@@ -74,7 +76,7 @@ class TestOutputs:
         out = convert(tmp_path, saved_by_sit(with_projectors(weights), **arguments), *TINY)
         pipeline = InterpolantPipeline.from_pretrained(out)
         with torch.no_grad():
-            output = pipeline.transformer(images.float(), TIMES, LABELS).sample
+            output = pipeline.field().predict(images.float(), TIMES, TOLD)
         assert distance(output, sit_output(weights, images, TIMES, LABELS)) < 1e-5
         assert pipeline.scheduler.config.interpolant == "trigonometric"
         printed = capsys.readouterr().out
@@ -106,10 +108,10 @@ def test_averages_are_preferred_and_others_can_be_chosen(tmp_path, images, which
     content = saved_by_sit(sit_weights(seed=1))
     content["model"] = sit_weights(seed=2)
     content["model"] = {f"module.{name}": tensor for name, tensor in content["model"].items()}  # of a distributed run
-    network = InterpolantPipeline.from_pretrained(convert(tmp_path, content, *TINY, *which)).transformer
+    pipeline = InterpolantPipeline.from_pretrained(convert(tmp_path, content, *TINY, *which))
     weights = sit_weights(seed=1 if chosen == "ema" else 2)
     with torch.no_grad():
-        output = network(images.float(), TIMES, LABELS).sample
+        output = pipeline.field().predict(images.float(), TIMES, TOLD)
     assert distance(output, -sit_output(weights, images, 1 - TIMES.double(), LABELS)) < 1e-5
 
 

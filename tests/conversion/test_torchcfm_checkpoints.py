@@ -5,9 +5,8 @@ import torch
 from conversion_runs import TIMES, convert, distance
 from foreign_unet import HEADS, unet_output, unet_weights
 
-from si_distill import InterpolantPipeline, OneStepInterpolantPipeline
+from si_distill import Condition, InterpolantPipeline, OneStepInterpolantPipeline
 from si_distill.errors import InputError
-from si_distill.pipelines import view_network
 
 LABELS = torch.tensor([0, 1, 2, 2, 0])
 TINY = ("--sample_size", 8, "--num_attention_heads", HEADS)
@@ -45,8 +44,9 @@ def test_a_teacher_is_the_original_in_our_time_and_sign(tmp_path, images, classe
     pipeline = InterpolantPipeline.from_pretrained(convert(tmp_path, content, *TINY))
     expected = -unet_output(weights, images, 1 - TIMES.double(), LABELS, scale_shift)
     with torch.no_grad():
-        output = view_network(pipeline.transformer)(images, TIMES, LABELS)[0]
-        precise = view_network(pipeline.transformer.double())(images.double(), TIMES, LABELS)[0]
+        output = pipeline.field().predict(images, TIMES, Condition(LABELS))
+        pipeline.transformer.double()
+        precise = pipeline.field().predict(images.double(), TIMES.double(), Condition(LABELS))
     assert distance(output, expected) < 1e-5
     assert distance(precise, expected) < 2e-7
     assert pipeline.transformer.config.num_class_embeds == (classes or None)
@@ -58,7 +58,7 @@ def test_one_head_of_each_layers_own_width(tmp_path, images):
     weights = unet_weights(attention_level=0)
     out = convert(tmp_path, weights, "--sample_size", 8, "--num_attention_heads", 1)
     with torch.no_grad():
-        output = view_network(InterpolantPipeline.from_pretrained(out).transformer)(images, TIMES, None)[0]
+        output = InterpolantPipeline.from_pretrained(out).field().predict(images, TIMES, Condition())
     assert distance(output, -unet_output(weights, images, 1 - TIMES.double(), heads=1)) < 1e-5
 
 
@@ -79,9 +79,9 @@ def test_a_generator_becomes_the_one_step_map(tmp_path, images, capsys):
 def test_a_single_average_needs_no_choice(tmp_path, images):
     weights = unet_weights(classes=3)
     content = {"net_model": unet_weights(classes=3, seed=5), "ema_models": {"0.9996": with_head(weights)}, "step": 1}
-    network = InterpolantPipeline.from_pretrained(convert(tmp_path, content, *TINY)).transformer
+    pipeline = InterpolantPipeline.from_pretrained(convert(tmp_path, content, *TINY))
     with torch.no_grad():
-        output = network(images, TIMES, LABELS).sample
+        output = pipeline.field().predict(images, TIMES, Condition(LABELS))
     assert distance(output, -unet_output(weights, images, 1 - TIMES.double(), LABELS)) < 1e-5
 
 

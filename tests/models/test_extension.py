@@ -4,9 +4,9 @@ import pytest
 import torch
 from helpers import tiny_edm, tiny_edm2, tiny_sit
 
-from si_distill import InterpolantPipeline, SiTTransformer2DModel, StochasticInterpolantScheduler
+from si_distill import Condition, Guidance, InterpolantPipeline, SiTTransformer2DModel, StochasticInterpolantScheduler
 from si_distill.models.extension import extend_network, extend_pipeline, with_learned_positions
-from si_distill.pipelines import guided_outputs, network_condition, view_network
+from si_distill.pipelines import view_network
 
 
 def numbers(seed: int, *shape: int) -> torch.Tensor:
@@ -33,30 +33,30 @@ def test_a_network_becomes_conditional_without_changing(inputs):
 def test_a_conditional_network_gets_noise_beside_its_reference(inputs):
     teacher, (reference, noise) = tiny_sit(condition_channels=1), numbers(1, 2, 3, 1, 8, 8)
     student = extend_network(teacher, condition_channels=2)
-    both = network_condition(student, reference, noise)
+    both = view_network(student).beside(reference, noise)
     assert torch.equal(both, torch.cat([reference, noise], 1))
     said = student(*inputs, condition=both).sample
-    assert torch.equal(said, teacher(*inputs, condition=network_condition(teacher, reference)).sample)
+    assert torch.equal(said, teacher(*inputs, condition=view_network(teacher).beside(reference)).sample)
     random = extend_network(teacher, zero=False, condition_channels=2)
     assert not torch.equal(random(*inputs, condition=both).sample, said)
-    silent = network_condition(random, reference, torch.zeros_like(noise))
+    silent = view_network(random).beside(reference, torch.zeros_like(noise))
     torch.testing.assert_close(random(*inputs, condition=silent).sample, said)
 
 
 def test_an_unpaired_bridge_does_not_see_its_reference():
     reference, noise = numbers(1, 2, 3, 1, 8, 8)
-    assert network_condition(tiny_sit(), reference) is None
-    assert network_condition(tiny_sit(condition_channels=1), reference, noise) is noise
+    assert view_network(tiny_sit()).beside(reference) is None
+    assert view_network(tiny_sit(condition_channels=1)).beside(reference, noise) is noise
 
 
 def test_conditions_of_other_channels_are_refused():
     network, reference = tiny_sit(condition_channels=3), numbers(0, 2, 1, 8, 8)
     with pytest.raises(ValueError, match=r"reference image of 3 channels.*none was given"):
-        network_condition(network, None)
+        view_network(network).beside(None)
     with pytest.raises(ValueError, match=r"reference image of 3 channels.*the one given has 1"):
-        network_condition(network, reference)
+        view_network(network).beside(reference)
     with pytest.raises(ValueError, match=r"reference image of 2 channels.*the one given has 1"):
-        network_condition(network, reference, reference)
+        view_network(network).beside(reference, reference)
 
 
 def test_dtype_mode_and_other_inputs_are_kept():
@@ -88,7 +88,9 @@ def test_guidance_shows_the_condition_to_both_halves(inputs):
     network, condition = tiny_sit(condition_channels=1), numbers(1, 3, 1, 8, 8)
     x, t, _ = inputs
     labels, null = torch.tensor([0, 1, 2]), torch.full((3,), 3)
-    guided = guided_outputs(network, x, t, labels, 3, 2.0, condition=condition)[0]
+    told = Condition(labels, image=condition)
+    field = InterpolantPipeline(network, StochasticInterpolantScheduler()).field(guidance=Guidance(2.0))
+    guided = field.predict(x, t, told)
     with_class, without = (network(x, t, y, condition=condition).sample for y in (labels, null))
     torch.testing.assert_close(guided, without + 2 * (with_class - without))
 

@@ -12,7 +12,7 @@ from torch.distributed.fsdp import fully_shard
 
 from si_distill import InterpolantPipeline, OneStepInterpolantPipeline, StochasticInterpolantScheduler
 from si_distill.critic import CriticNetwork
-from si_distill.pipelines import guided_outputs, view_network
+from si_distill.pipelines import Condition, Guidance, view_network
 
 NETWORKS = {
     "sit": lambda: tiny_sit(in_channels=2),
@@ -53,8 +53,8 @@ def test_views_give_prediction_and_features(name):
     x, t, y = inputs()
     view = view_network(network)
     with torch.no_grad():
-        prediction, features = view(x, t, y, return_features=True)
-        (alone,) = view(x, t, y)
+        prediction, features = view(x, t, Condition(y), return_features=True)
+        (alone,) = view(x, t, Condition(y))
     assert torch.equal(prediction, alone)
     assert prediction.shape == x.shape
     assert features.shape == (2, FACTS[name][3], FACTS[name][2])
@@ -69,7 +69,7 @@ def test_features_of_a_dit_are_the_tokens_after_half_of_its_blocks():
     hidden = network.pos_embed(x)
     for block in network.transformer_blocks[:2]:
         hidden = block(hidden, timestep=t, class_labels=y)
-    torch.testing.assert_close(view_network(network)(x, t, y, return_features=True)[1], hidden)
+    torch.testing.assert_close(view_network(network)(x, t, Condition(y), return_features=True)[1], hidden)
 
 
 @every_network
@@ -83,24 +83,24 @@ def test_features_carry_gradients_through_frozen_and_wrapped_critics(name, check
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
         wrapped = nn.parallel.DistributedDataParallel(critic)
-        prediction, logits, _ = wrapped(x, t, y)
+        prediction, logits, _ = wrapped(x, t, Condition(y))
         (prediction.square().mean() + logits.square().mean()).backward()
         student = view_network(nn.parallel.DistributedDataParallel(copy.deepcopy(network)))
-        assert student(x, t, y)[0].shape == x.shape
+        assert student(x, t, Condition(y))[0].shape == x.shape
         assert student.sample_shape == (2, 8, 8)
     finally:
         torch.distributed.destroy_process_group()
     assert all(p.grad is not None for p in critic.parameters())
     critic.requires_grad_(False)
     x.requires_grad_(True)
-    gradients = [torch.autograd.grad(out.sum(), x, retain_graph=True)[0] for out in critic(x, t, y)[:2]]
+    gradients = [torch.autograd.grad(out.sum(), x, retain_graph=True)[0] for out in critic(x, t, Condition(y))[:2]]
     assert all(gradient.abs().sum() > 0 for gradient in gradients)
 
 
 def test_a_dit_in_training_does_not_drop_labels_by_itself():
     network = tiny_dit().train()
     x, t, y = inputs()
-    outputs = [view_network(network)(x.repeat(32, 1, 1, 1), t.repeat(32), y.repeat(32))[0] for _ in range(2)]
+    outputs = [view_network(network)(x.repeat(32, 1, 1, 1), t.repeat(32), Condition(y.repeat(32)))[0] for _ in range(2)]
     assert torch.equal(*outputs)
 
 
@@ -109,7 +109,8 @@ def test_guidance_of_a_dit_uses_its_null_class():
     x, t, y = inputs()
     null = torch.full((2,), 3)
     with torch.no_grad():
-        guided = guided_outputs(network, x, t, y, view_network(network).null_class, 2.5)[0]
+        field = InterpolantPipeline(network, StochasticInterpolantScheduler()).field(guidance=Guidance(2.5))
+        guided = field.predict(x, t, Condition(y))
         conditional, unconditional = (network(x, t, labels).sample[:, :2] for labels in (y, null))
     torch.testing.assert_close(guided, unconditional + 2.5 * (conditional - unconditional), rtol=1e-4, atol=1e-5)
     assert (conditional - unconditional).abs().max() > 1e-3
@@ -193,12 +194,14 @@ def test_a_sit_with_classes_asks_for_labels():
 
 def test_a_sharded_dit_needs_its_embeddings_to_be_units_of_their_own(tmp_path):
     """DiT's output layer uses the embeddings inside the first block, which FSDP2 has put away again by then."""
+    x, t, labels = inputs()
+    told = Condition(labels)
 
     def sharded(*kinds):
         network = tiny_dit()
         for module in (*(m for m in reversed(list(network.modules())) if type(m).__name__ in kinds), network):
             fully_shard(module)
-        return view_network(network)(*inputs())[0]
+        return view_network(network)(x, t, told)[0]
 
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
@@ -208,4 +211,4 @@ def test_a_sharded_dit_needs_its_embeddings_to_be_units_of_their_own(tmp_path):
         prediction.square().mean().backward()
     finally:
         torch.distributed.destroy_process_group()
-    assert torch.equal(prediction, view_network(tiny_dit())(*inputs())[0])
+    assert torch.equal(prediction, view_network(tiny_dit())(x, t, told)[0])

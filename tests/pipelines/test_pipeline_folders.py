@@ -133,6 +133,8 @@ def test_a_folder_saved_again_has_the_same_files(root, name, tmp_path):
     assert files(tmp_path) == original
     assert files(root / f"{name}-again") == original
     assert sorted(file for file in original if file.endswith(".py")) == [
+        "interpolant_condition.py",
+        "interpolant_field.py",
         "interpolant_latents.py",
         "interpolant_pipeline_base.py",
         "interpolant_pipeline_folder.py",

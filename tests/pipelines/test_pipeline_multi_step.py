@@ -5,7 +5,7 @@ import torch
 from helpers import tiny_sit
 
 from si_distill import InterpolantPipeline, StochasticInterpolantScheduler
-from si_distill.pipelines import guided_outputs
+from si_distill.pipelines import Condition, Guidance
 
 
 @pytest.fixture
@@ -145,9 +145,9 @@ def test_guidance_interpolates_between_the_classes():
     network = tiny_sit()
     x, t, labels = torch.randn(2, 1, 8, 8, generator=seeded()), torch.tensor([0.3, 0.9]), torch.tensor([0, 2])
     with torch.no_grad():
-        unconditional = guided_outputs(network, x, t, labels, 3, 0.0)[0]
-        conditional = guided_outputs(network, x, t, labels, 3, 1.0)[0]
-        guided = guided_outputs(network, x, t, labels, 3, 4.0)[0]
+        pipe = InterpolantPipeline(network, StochasticInterpolantScheduler())
+        fields = [pipe.field(guidance=Guidance(scale)) for scale in (0.0, 1.0, 4.0)]
+        unconditional, conditional, guided = (field.predict(x, t, Condition(labels)) for field in fields)
         # Batches of 2 and of 4 rows may round differently in float32.
         torch.testing.assert_close(unconditional, network(x, t, torch.full((2,), 3)).sample, rtol=0, atol=1e-5)
         assert torch.equal(conditional, network(x, t, labels).sample)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny
-from helpers import tiny_sit
+from helpers import UNTOLD, field_on, tiny_sit
 
 from si_distill import InterpolantPipeline, OneStepInterpolantPipeline, StochasticInterpolantScheduler, get_interpolant
 
@@ -52,12 +52,8 @@ def test_latents_are_the_one_step_map(name, prediction_type):
     noise = torch.randn(2, 1, 8, 8, generator=seeded())
     labels = torch.tensor([2, 0])
     with torch.no_grad():
-        expected = interpolant.one_step(
-            lambda x_t, t: pipe.transformer(x_t, t, labels).sample, noise, init_time, prediction_type
-        )
-        elsewhere = interpolant.one_step(
-            lambda x_t, t: pipe.transformer(x_t, t, labels).sample, noise, 0.5, prediction_type
-        )
+        field = field_on(interpolant, lambda x, t: pipe.transformer(x, t, labels).sample, prediction_type)
+        expected, elsewhere = (field.one_step(noise, t, UNTOLD) for t in (init_time, 0.5))
     actual = pipe(labels, latents=noise, output_type="latent").images
     # The same float32 operations on the same numbers; the margin is for another order within a matrix product.
     torch.testing.assert_close(actual, expected, rtol=1e-6, atol=1e-6)

@@ -40,7 +40,7 @@ def expected():
 
 @pytest.mark.parametrize("loader", [OneStepInterpolantPipeline, DiffusionPipeline], ids=lambda cls: cls.__name__)
 @pytest.mark.parametrize("name", ["student", "bridge"])
-def test_this_version_loads_it(name, loader, expected, tmp_path):
+def test_this_version_loads_it(name, loader, expected, tmp_path, remote_code_cache):
     kwargs = {"trust_remote_code": True} if loader is DiffusionPipeline else {}
     pipe = loader.from_pretrained(FOLDER / name, **kwargs)
     inputs = {"class_labels": [0, 2]} if name == "student" else {"image": expected["reference"]}

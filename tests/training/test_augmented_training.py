@@ -38,7 +38,7 @@ def save_edm_teacher(folder, augment_dim):
 def listen(trainer) -> dict[str, list[dict]]:
     """What the three networks are given from now on."""
     heard = {"student": [], "critic": [], "teacher": []}
-    networks = (trainer.generator.unwrapped, trainer.critic.unwrapped.network, trainer.teacher_field.network)
+    networks = (trainer.generator.unwrapped, trainer.critic.unwrapped.network, trainer.teacher_pipeline.transformer)
     for name, network in zip(heard, networks, strict=True):
 
         def hook(module, args, kwargs, name=name):

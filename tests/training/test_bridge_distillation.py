@@ -6,10 +6,17 @@ from helpers import tiny_sit
 from PIL import Image
 from trainer_builders import distillation
 
-from si_distill import InterpolantPipeline, OneStepInterpolantPipeline, StochasticInterpolantScheduler, get_interpolant
+from si_distill import (
+    Condition,
+    Field,
+    InterpolantPipeline,
+    OneStepInterpolantPipeline,
+    StochasticInterpolantScheduler,
+    get_interpolant,
+)
 from si_distill.errors import InputError
-from si_distill.field import Field
 from si_distill.objectives import PRESETS, get_objective
+from si_distill.pipelines import view_network
 from si_distill.training.distillation.losses import DistillationLosses, Draw, Images
 from si_distill.training.dry_run.report import dry_run
 
@@ -116,7 +123,7 @@ def test_networks_see_the_pair_and_the_student_its_noise(paired_teacher, tmp_pat
     networks = {
         "student": trainer.generator.unwrapped,
         "critic": trainer.critic.unwrapped.network,
-        "teacher": trainer.teacher_field.network,
+        "teacher": trainer.teacher_pipeline.transformer,
     }
     for name, network in networks.items():
         network.register_forward_hook(
@@ -144,18 +151,22 @@ def test_the_student_starts_as_the_teacher_beside_its_noise_and_is_saved_with_it
     trainer = distillation(paired_teacher, tmp_path / "run", *PAIRS, "--max_steps", 2)
     teacher = InterpolantPipeline.from_pretrained(paired_teacher)
     reference, labels = torch.randn(3, 1, 8, 8).clamp(-1, 1), torch.tensor([1, 5, 7])
-    field = Field(teacher.transformer, teacher.scheduler.interpolant, "sample")
-    said = field.sample(reference, torch.ones(3), labels, reference)
-    student = trainer._field(trainer.generator.unwrapped)
-    torch.testing.assert_close(student.one_step(torch.zeros(3, 1, 8, 8), 1.0, labels, reference), said)
+    said = teacher.field().sample(reference, torch.ones(3), Condition(labels, image=reference))
+
+    def made(network, noise):
+        told = Condition(labels, image=view_network(network).beside(reference, noise))
+        return trainer._student_field(network).one_step(reference, 1.0, told)
+
+    student = trainer.generator.unwrapped
+    torch.testing.assert_close(made(student, torch.zeros(3, 1, 8, 8)), said)
     # From the first step on other noise is another sample: where it did nothing it would learn to do nothing.
     noise = torch.randn(3, 1, 8, 8, generator=torch.Generator().manual_seed(0))
-    assert (student.one_step(noise, 1.0, labels, reference) - said).abs().amax((1, 2, 3)).min() > 1e-3
+    assert (made(student, noise) - said).abs().amax((1, 2, 3)).min() > 1e-3
     trainer.train()
     saved = OneStepInterpolantPipeline.from_pretrained(tmp_path / "run")
     assert saved.scheduler.config.noise_channels == 1
     assert saved.network.condition_channels == 2
-    expected = trainer._field(trainer.averages.network).one_step(noise, 1.0, labels, reference)
+    expected = made(trainer.averages.network, noise)
     images = saved(labels, image=reference, latents=noise, output_type="latent").images
     torch.testing.assert_close(images, expected.detach(), rtol=1e-5, atol=1e-6)
     # A finished student goes on, with the noise that it has.
@@ -187,9 +198,9 @@ def affine_networks(reads_reference):
     parameters[1].requires_grad_()
 
     def network(p):
-        def forward(x, t, labels, return_dict, condition=None):
+        def forward(x, t, condition):
             said = p[0] * x + p[1] * t.reshape(-1, 1, 1, 1)
-            return said + p[2] * condition if reads_reference else said, None, None
+            return said + p[2] * condition.image if reads_reference else said, None, None
 
         return forward
 
@@ -201,24 +212,26 @@ def play(interpolant, preset, prediction, reads_reference=False, **settings):
     (teacher, critic), parameters = affine_networks(reads_reference)
     objective = get_objective(preset, **settings)
     kwargs = dict(sees_reference=reads_reference)
-    fields = [Field(network, interpolant, prediction) for network in (teacher, critic)]
-    losses = DistillationLosses(objective, None, interpolant, prediction, fields[0], 18, torch.enable_grad, **kwargs)
+    scheduler = StochasticInterpolantScheduler(
+        interpolant=interpolant.name, interpolant_kwargs=interpolant.config, prediction_type=prediction
+    )
+    fields = [Field(network, scheduler) for network in (teacher, critic)]
+    losses = DistillationLosses(objective, None, fields[0], 18, torch.enable_grad, **kwargs)
     x1, z = numbers(1), numbers(2)
     t = torch.linspace(0.1, 0.9, COUNT, dtype=torch.float64)
     draw = Draw(t, x1 if interpolant.gaussian_reference else z)
     samples = numbers(0).requires_grad_()
     labels = torch.zeros(COUNT, dtype=torch.long)
-    reference = x1 if reads_reference else None
-    fake = Images(samples, labels, x1, reference)
-    real = Images(numbers(3), labels, x1, reference)
-    critic_loss, _ = losses.critic_loss(fields[1], Images(samples.detach(), labels, x1, reference), real, draw)
-    generator_loss, parts = losses.generator_loss(fields[1], fake, draw, judged=False)
+    told = Condition(labels, image=x1 if reads_reference else None)
+    fake, real = (Images(x0, told, x1) for x0 in (samples, numbers(3)))
+    critic_loss = losses.critic_loss(fields[1], Images(samples.detach(), told, x1), real, draw).total
+    terms = losses.generator_loss(fields[1], fake, draw, judged=False)
     return (
         critic_loss,
         torch.autograd.grad(critic_loss, parameters)[0],
-        generator_loss,
-        torch.autograd.grad(generator_loss, samples)[0],
-        *parts.values(),
+        terms.total,
+        torch.autograd.grad(terms.total, samples)[0],
+        *terms.logged().values(),
     )
 
 
@@ -239,7 +252,7 @@ def test_the_critic_of_gap_is_matching_the_bridge():
     (_, critic), _ = affine_networks(True)
     t, x1 = torch.linspace(0.1, 0.9, COUNT, dtype=torch.float64), numbers(1)
     x_t = bridge.interpolate(numbers(0), x1, t, numbers(2))
-    said = critic(x_t, t, None, False, condition=x1)[0]
+    said = critic(x_t, t, Condition(image=x1))[0]
     expected = ((said - numbers(0)).square().flatten(1).mean(1) / (4 * t**2)).mean()
     torch.testing.assert_close(loss, expected)
 

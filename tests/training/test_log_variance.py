@@ -72,8 +72,8 @@ def test_generator_is_divided_by_e_to_the_u(teacher, tmp_path):
         critic = trainer.critic.unwrapped
         critic.log_variance.forward = lambda level, u=u: torch.full_like(level, u)
         with trainer.critic.frozen() as network:
-            _, parts = trainer._generator_loss(trainer._field(network), batch, trainer._samples(batch), 0)
-        losses.append(parts)
+            terms = trainer._generator_loss(trainer._field(network), batch, trainer._samples(batch), 0)
+        losses.append(terms.logged())
     for name in ("generator_loss", "generator_adversarial_loss"):
         torch.testing.assert_close(losses[0][name], 4 * losses[1][name], rtol=1e-5, atol=0)
 

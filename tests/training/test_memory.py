@@ -11,7 +11,7 @@ from trainer_builders import distillation
 from si_distill import InterpolantPipeline, StochasticInterpolantScheduler
 from si_distill.models import EDM2UNet2DModel, EDMUNet2DModel, SiTTransformer2DModel
 from si_distill.objectives import get_objective
-from si_distill.pipelines import view_network
+from si_distill.pipelines import Condition, view_network
 from si_distill.training.distillation.config import AdversarialConfig, DistillConfig
 from si_distill.training.dry_run.memory import (
     Devices,
@@ -49,7 +49,7 @@ def forward_bytes(network: nn.Module, batch: int, through: bool = False) -> int:
     network.requires_grad_(not through)
     x = torch.zeros(batch, *view.sample_shape, device=device, requires_grad=through)
     t, labels = torch.zeros(batch, device=device), torch.zeros(batch, dtype=torch.long, device=device)
-    return graph_bytes(network, lambda: view(x, t, labels))
+    return graph_bytes(network, lambda: view(x, t, Condition(labels)))
 
 
 def test_graph_of_two_layers_is_their_inputs():
@@ -70,7 +70,7 @@ def test_the_meta_device_keeps_what_a_real_forward_keeps(kind, through):
         lambda t: kept.setdefault(t.untyped_storage().data_ptr(), t), lambda t: t
     ):
         x = torch.zeros(2, *view_network(real).sample_shape, requires_grad=through)
-        view_network(real)(x, torch.zeros(2), torch.zeros(2, dtype=torch.long))
+        view_network(real)(x, torch.zeros(2), Condition(torch.zeros(2, dtype=torch.long)))
     for tensor in (*real.parameters(), *real.buffers()):
         kept.pop(tensor.untyped_storage().data_ptr(), None)
     expected = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
@@ -141,7 +141,7 @@ def test_the_estimate_is_what_a_real_iteration_needs(tmp_path, checkpointing):
     arguments += ["--gradient_checkpointing", str(checkpointing).lower()]
     trainer = distillation(tmp_path / "teacher", tmp_path / "run", *arguments)
     trained = (trainer.critic, trainer.generator)
-    teacher = trainer.teacher_field.network
+    teacher = trainer.teacher_pipeline.transformer
     activations = distillation_activations(teacher, trainer.objective, False, trainer.settings)
     networks = [one.unwrapped for one in trained]
     parts = training_memory(networks, teacher, networks[1], trainer.settings, activations, Devices())

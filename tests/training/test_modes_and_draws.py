@@ -11,12 +11,12 @@ from test_recipes import save_student
 from test_trainers import lines, save_teacher
 from trainer_builders import distillation
 
-from si_distill import InterpolantPipeline, OneStepInterpolantPipeline, StochasticInterpolantScheduler
+from si_distill import Condition, InterpolantPipeline, OneStepInterpolantPipeline, StochasticInterpolantScheduler
 from si_distill.critic import CriticNetwork
 from si_distill.errors import InputError
 from si_distill.log_variance import LogVariance
 from si_distill.models import EDMUNet2DModel
-from si_distill.models.extension import fresh_network, negated_at
+from si_distill.models.extension import fresh_network
 from si_distill.training.times import TimeSampler
 
 REAL = ["--objective", "realuid"]
@@ -35,12 +35,13 @@ def listen(trainer):
     heard = []
     networks = {"student": trainer.generator, "critic": trainer.critic}
     modules = {name: trained.unwrapped for name, trained in networks.items()} | {
-        "teacher": trainer.teacher_field.network
+        "teacher": trainer.teacher_pipeline.transformer
     }
     for name, module in modules.items():
 
         def hook(module, args, name=name):
-            heard.append((name, module.training, torch.is_grad_enabled(), args[0].detach(), args[2]))
+            classes = args[2].labels if isinstance(args[2], Condition) else args[2]
+            heard.append((name, module.training, torch.is_grad_enabled(), args[0].detach(), classes))
 
         module.register_forward_pre_hook(hook)
     return heard
@@ -66,7 +67,7 @@ def test_only_the_network_that_is_updated_is_in_training_mode(dropping, tmp_path
         trainer.critic.module,
         trainer.generator.module,
         trainer.averages.network,
-        trainer.teacher_field.network,
+        trainer.teacher_pipeline.transformer,
     )
     assert not any(module.training for network in networks for module in network.modules())
 
@@ -88,7 +89,7 @@ def test_dropout_of_student_and_critic_may_be_others_than_the_teachers(dropping,
     assert len([call for call in heard if call[0] == "student"]) == 1
     rates = [
         {module.p for module in network.modules() if isinstance(module, torch.nn.Dropout)}
-        for network in (trainer.generator.unwrapped, trainer.critic.unwrapped, trainer.teacher_field.network)
+        for network in (trainer.generator.unwrapped, trainer.critic.unwrapped, trainer.teacher_pipeline.transformer)
     ]
     assert rates == [{0.0}, {0.05}, {0.3}]
 
@@ -101,7 +102,8 @@ def test_critics_dropout_does_not_reach_the_students_gradient(dropping, tmp_path
     for seed in (1, 2):
         torch.manual_seed(seed)
         with trainer.critic.frozen() as critic, trainer.generator.training():
-            loss, _ = trainer._generator_loss(trainer._field(critic), batch, trainer._trained_samples(batch), 0)
+            samples = trainer._trained_samples(batch)
+            loss = trainer._generator_loss(trainer._field(critic), batch, samples, 0).total
             gradients.append(torch.autograd.grad(loss, trainer.generator.parameters))
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
@@ -408,7 +410,7 @@ def test_dmd2s_head_makes_one_logit_of_a_map_of_eight():
     shapes = [tuple(p.shape) for p in critic.head.parameters()]
     width = (32, 32, 4, 4)
     assert shapes == [width, (32,), (32,), (32,), width, (32,), (32,), (32,), (1, 32, 1, 1), (1,)]
-    _, logits, _ = critic(torch.randn(2, 1, 16, 16), torch.zeros(2))
+    _, logits, _ = critic(torch.randn(2, 1, 16, 16), torch.zeros(2), Condition())
     assert logits.shape == (2, 1)
     with pytest.raises(ValueError, match=r"larger map than the 4 × 4 .*`adversarial\.head` to mlp"):
         CriticNetwork(
@@ -431,20 +433,22 @@ def test_a_guided_student_is_saved_loaded_and_counted(tmp_path):
     latents = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
     made = saved([3, 7], latents=latents, output_type="latent")
     assert made.num_network_evaluations == 2
-    network, t = saved.transformer, torch.ones(2)
+    network, t = saved.transformer, torch.full((2,), 0.5)
     with torch.no_grad():
         guided, plain = (network(latents, t, torch.tensor(y)).sample for y in ([3, 7], [10, 10]))
-    torch.testing.assert_close(made.images, plain + 4 * (guided - plain), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(made.images, -plain - 4 * (guided - plain), rtol=1e-4, atol=1e-5)
     assert json.loads((tmp_path / "run" / "model_index.json").read_text())["guidance"]["scale"] == 4.0
 
 
-def test_a_negated_network_is_the_velocity_at_its_time():
-    network = tiny_sit(timestep_scale=1.0, learn_sigma=True, in_channels=2)
-    x, labels = torch.randn(3, 2, 8, 8), torch.tensor([0, 1, 2])
+@pytest.mark.parametrize("conventions", [{}, dict(reversed_time=True, prediction_sign=-1, timestep_scale=0.5)])
+def test_a_negated_student_is_minus_the_teachers_velocity_at_its_time(tmp_path, conventions):
+    teacher = save_teacher(tmp_path / "t", scheduler=StochasticInterpolantScheduler(**conventions))
+    trainer = distillation(teacher, tmp_path / "run", "--student_map", "negative_velocity", "--init_time", 0.3)
+    x1, told = torch.randn(3, 1, 8, 8), Condition(torch.tensor([0, 1, 2]))
     with torch.no_grad():
-        expected = network(x, torch.full((3,), 0.5), labels).sample
-        found = negated_at(network, 0.5)(x, torch.ones(3), labels).sample
-    assert torch.equal(found, -expected)
+        velocity = trainer.teacher_field.predict(x1, torch.full((3,), 0.3), told)
+        made = trainer._student_field(trainer.generator.unwrapped).one_step(x1, trainer.start.init_time, told)
+    torch.testing.assert_close(made, -velocity, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import tiny_sit
+from helpers import said, tiny_sit
 from script_runs import ROOT
 from test_trainers import save_teacher
 from trainer_builders import distillation
@@ -143,7 +143,7 @@ def sigma_of(t):
 def denoise(network, x, sigma, labels, **given):
     """D(x; σ) in EDM's preconditioning (Karras et al. 2022, eq. 7); of a critic also its logits."""
     norm = (sigma**2 + SIGMA_DATA**2).sqrt()
-    output = network(pixelwise(1 / norm) * x, sigma.log() / 4, labels, return_dict=False, **given)
+    output = said(network, pixelwise(1 / norm) * x, sigma.log() / 4, labels, **given)
     skip, out = pixelwise(SIGMA_DATA**2 / norm**2), pixelwise(sigma * SIGMA_DATA / norm)
     prediction = skip * x + out * output[0]
     return (prediction, *output[1:]) if len(output) > 1 else prediction
@@ -300,7 +300,7 @@ def test_realuid(tmp_path, alpha, beta, dropout):
     optimizers = {"u": Adam(critic, beta1=0.0), "gen": Adam(student, beta1=0.0)}
 
     def velocity(network, t, x, y):
-        output = network(x, 1 - t, y, return_dict=False)[0]
+        output = said(network, x, 1 - t, y)[0]
         return -output  # d/dt = −d/ds
 
     def generate(z, y):
@@ -366,19 +366,19 @@ def test_realuid_with_gan(tmp_path):
     assert torch.equal(draw.adversarial.noise, draw.noise)
     one = torch.ones(B, dtype=torch.float64)
     with torch.no_grad():
-        x1 = of_critic.noise - student(of_critic.noise, one, y, return_dict=False)[0]
+        x1 = of_critic.noise - said(student, of_critic.noise, one, y)[0]
     x_t, u_t, fake = at(x1, draw)
     _, _, real = at(of_critic.data["images"], draw)
-    loss = squares(critic(x_t, draw.t, y)[0] - u_t) / B
-    loss += 1.0 * F.softplus(critic(fake, draw.adversarial.t, y)[1]).mean()
-    loss += 1.0 * F.softplus(-critic(real, draw.adversarial.t, y)[1]).mean()
+    loss = squares(said(critic, x_t, draw.t, y)[0] - u_t) / B
+    loss += 1.0 * F.softplus(said(critic, fake, draw.adversarial.t, y)[1]).mean()
+    loss += 1.0 * F.softplus(-said(critic, real, draw.adversarial.t, y)[1]).mean()
     Adam(critic, beta1=0.0).step(loss, 1e-3, max_norm=1.0)
 
     draw, y = played.draws[1], of_student.labels
-    x1 = of_student.noise - student(of_student.noise, one, y, return_dict=False)[0]
+    x1 = of_student.noise - said(student, of_student.noise, one, y)[0]
     x_t, u_t, fake = at(x1, draw)
-    loss = squares(teacher(x_t, draw.t, y, return_dict=False)[0] - u_t) - squares(critic(x_t, draw.t, y)[0] - u_t)
-    loss = loss / B + 0.3 * F.softplus(-critic(fake, draw.adversarial.t, y)[1]).mean()
+    loss = squares(said(teacher, x_t, draw.t, y)[0] - u_t) - squares(said(critic, x_t, draw.t, y)[0] - u_t)
+    loss = loss / B + 0.3 * F.softplus(-said(critic, fake, draw.adversarial.t, y)[1]).mean()
     Adam(student, beta1=0.0).step(loss, 1e-3, max_norm=1.0)
     average_towards(average, student, 0.9999)
     played.compare(student, critic, average)
@@ -493,13 +493,13 @@ def test_si_adistill(tmp_path):
     )
     played.play()
     critic, average, teacher = played.critic, played.average, played.teacher
-    # Their student is the teacher's copy; ours holds the sign and the time in its weights. All parameters are trained.
+    # Their student is the teacher's copy; ours has the sign and the time in its scheduler. All parameters are trained.
     student = with_learned_positions(teacher).requires_grad_(True)
     (batch,) = played.batches
     y, z = batch.labels, batch.noise
 
     def velocity(net, t, x, labels):
-        return -net(x, 1 - t, labels, return_dict=False)[0]
+        return -said(net, x, 1 - t, labels)[0]
 
     def generate(labels):
         """OneStepGen.forward with forward_with_cfg: v at t = ½, guided in the first three channels."""
@@ -527,8 +527,6 @@ def test_si_adistill(tmp_path):
         diff = velocity(teacher, t, xt, y) - velocity(critic, t, xt, y)
     loss = (-2 * (diff * ut).flatten(1).sum(1)).mean()
     Adam(student, beta1=0.9).step(loss, 1e-3)
-    with torch.no_grad():
-        student.proj_out.weight.neg_(), student.proj_out.bias.neg_()
     average_towards(average, student, 0.0)
     played.compare(student, critic, average)
     # The student that is saved says what it costs.
@@ -536,5 +534,4 @@ def test_si_adistill(tmp_path):
     output = pipeline(class_labels=y.tolist(), latents=z, output_type="latent")
     assert output.num_network_evaluations == 2
     with torch.no_grad():
-        student.proj_out.weight.neg_(), student.proj_out.bias.neg_()
         torch.testing.assert_close(output.images, generate(y), rtol=1e-9, atol=1e-9)

@@ -13,6 +13,7 @@ from helpers import tiny_edm2, tiny_sit
 from script_runs import DISTILL, ROOT
 from trainer_builders import distillation, teaching
 
+from si_distill import Condition
 from si_distill.critic import CriticNetwork
 from si_distill.errors import InputError
 from si_distill.log_variance import LogVariance
@@ -51,7 +52,7 @@ def test_blocks_compute_in_bfloat16_and_times_losses_and_gradients_stay_in_float
     )
     t = torch.tensor([0.9990, 0.0011])
     with accelerator.autocast():
-        prediction, logits, log_variance = network(torch.randn(2, 1, 8, 8), t, torch.tensor([0, 2]))
+        prediction, logits, log_variance = network(torch.randn(2, 1, 8, 8), t, Condition(torch.tensor([0, 2])))
     assert torch.equal(seen["time"], t)  # in bfloat16 0.9990 is 1
     assert (seen["weight"], seen["output"]) == (torch.bfloat16, torch.bfloat16)
     assert (logits.dtype, log_variance.dtype) == (torch.float32, torch.float32)

@@ -45,7 +45,7 @@ def test_critic_updates_share_one_forward_of_the_generator_with_its_update(teach
 
     trainer.generator.unwrapped.register_forward_hook(count("generator"))
     trainer.critic.unwrapped.register_forward_hook(count("critic"))
-    trainer.teacher_field.network.register_forward_hook(count("teacher"))
+    trainer.teacher_pipeline.transformer.register_forward_hook(count("teacher"))
     trainer.iteration()
     assert calls == {"generator": 1, "critic": critic_steps + 1, "teacher": 1}
 
@@ -56,7 +56,7 @@ def test_each_side_of_the_game_moves_and_the_teacher_does_not(teacher_folder, tm
         "critic": trainer.critic.unwrapped,
         "student": trainer.generator.unwrapped,
         "average": trainer.averages.network,
-        "teacher": trainer.teacher_field.network,
+        "teacher": trainer.teacher_pipeline.transformer,
     }
     before = {name: [p.clone() for p in network.parameters()] for name, network in networks.items()}
     trainer.iteration()
@@ -338,7 +338,7 @@ def test_losses_that_stay_not_finite_stop_the_run_and_leave_the_weights_alone(te
     distillation(teacher_folder, folder, "--max_steps", 2).train()
     trainer = distillation(teacher_folder, folder, "--max_steps", 50, "--resume_from_checkpoint", "latest")
     with torch.no_grad():
-        trainer.teacher_field.network.proj_out.bias.fill_(float("inf"))
+        trainer.teacher_pipeline.transformer.proj_out.bias.fill_(float("inf"))
     with pytest.raises(TrainingStopped, match=r"not finite in 10 iterations in a row .*smaller learning_rate"):
         trainer.train()
     saved = load_file(folder / "checkpoints" / "step_00000002" / "model_1.safetensors")  # after the critic's

@@ -95,7 +95,7 @@ def describe(converted: Converted, folder: Path, rms: float) -> str:
         + f", {parameters:,} parameters",
         "images": f"{channels} × {height} × {width}, {classes}{null}",
         "path": f"{scheduler.config.interpolant}, prediction {scheduler.config.prediction_type}",
-        "folded": converted.changes,
+        "time": "data at t = 1, as the network was trained" if scheduler.config.reversed_time else "",
         "ignored": f"{len(converted.ignored)} tensors: {', '.join(ignored)}" if ignored else "nothing",
         "kept": "the log-variance, for critics with critic_log_variance" if converted.log_variance else "",
         "vae": vae,

@@ -23,7 +23,6 @@ class Converted:
         place: where in the file the weights were; empty if the file is nothing else.
         preset: name of its published size, if it has one.
         ignored: tensors of the file that the network has no use for.
-        changes: what was folded into the weights.
         vae: the autoencoder that came along.
         vae_config: what an autoencoder's config has to say about the network's latents.
         vae_pixel_min: the darkest pixel of the images that the autoencoder was used with.
@@ -38,7 +37,6 @@ class Converted:
     place: str = ""
     preset: str | None = None
     ignored: list[str] = field(default_factory=list)
-    changes: str = "none"
     vae: ModelMixin | None = None
     vae_config: dict[str, Any] = field(default_factory=dict)
     vae_pixel_min: float = -1.0

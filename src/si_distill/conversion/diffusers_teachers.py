@@ -15,13 +15,14 @@ from ..errors import InputError
 from ..interpolants import Interpolant, get_interpolant
 from ..pipelines import InterpolantPipeline
 from ..pipelines.interpolant_pipeline_folder import check_weights
+from ..pipelines.interpolant_pipeline_network import VIEWS
 from ..schedulers.scheduling_stochastic_interpolant import StochasticInterpolantScheduler
 
 #: Diffusers' pipelines that can be teachers, and the component that is the network.
 PIPELINES = {"DiTPipeline": "transformer", "DDPMPipeline": "unet", "DDIMPipeline": "unet"}
 #: Diffusers' networks that can be teachers, each in a folder of its own beside that of a scheduler. The last is how
-#: old folders name a DiT; diffusers opens it as the first.
-NETWORKS = ("DiTTransformer2DModel", "UNet2DModel", "Transformer2DModel")
+#: old folders name a DiT; diffusers opens it as one.
+NETWORKS = (*(cls.__name__ for cls in VIEWS), "Transformer2DModel")
 #: What these networks predict, in diffusers' words and in ours.
 PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
 

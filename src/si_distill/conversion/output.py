@@ -13,9 +13,8 @@ from safetensors.torch import save_file
 
 from ..autoencoders import load_vae
 from ..errors import InputError
-from ..field import Field
 from ..log_variance import LOG_VARIANCE
-from ..pipelines import view_network
+from ..pipelines import Condition
 from ..settings import read_yaml
 from .converted import Converted
 
@@ -116,13 +115,12 @@ def write_pipeline(converted: Converted, folder: Path) -> float:
 @torch.no_grad()
 def _first_sample(pipeline: Any, converted: Converted) -> torch.Tensor:
     """x̂0 of two noise images, (2, C, H, W)."""
-    view, scheduler = view_network(pipeline.transformer.eval()), converted.scheduler
-    config, interpolant = scheduler.config, scheduler.interpolant
-    field = Field(view.network, interpolant, config.prediction_type, timestep_type=config.timestep_type)
+    pipeline.transformer.eval()
+    config, interpolant = converted.scheduler.config, converted.scheduler.interpolant
     default = interpolant.default_init_time(config.prediction_type, config.timestep_type)
     init_time = config.init_time if converted.student else default
-    noise = torch.randn(2, *view.sample_shape, generator=torch.Generator().manual_seed(0))
-    return field.one_step(noise, init_time, torch.zeros(2, dtype=torch.long))
+    noise = torch.randn(2, *pipeline.network.sample_shape, generator=torch.Generator().manual_seed(0))
+    return pipeline.field().one_step(noise, init_time, Condition(labels=torch.zeros(2, dtype=torch.long)))
 
 
 @contextlib.contextmanager

@@ -14,7 +14,6 @@ from ..schedulers.scheduling_stochastic_interpolant import StochasticInterpolant
 from .checkpoints import StateDict, check_tensors, choose_weights, find_tensor
 from .config import ConvertConfig
 from .converted import Converted
-from .folding import reverse_time
 
 #: Our names of what the training scripts call `path_type` and `prediction`.
 PATHS = {"Linear": "linear", "GVP": "trigonometric", "VP": "vp", "linear": "linear", "cosine": "trigonometric"}
@@ -44,8 +43,8 @@ def convert_sit(content: dict[str, Any], settings: ConvertConfig) -> Converted:
     """
     A SiT or REPA checkpoint as a teacher.
 
-    SiT's t = 1 is data and its velocity points to data: both are folded into the weights (`folding.py`). REPA's t = 0 is
-    data and its velocity points to noise, as here: its weights stay as they are.
+    SiT's t = 1 is data and its velocity points to data, which its scheduler says (`reversed_time`, `prediction_sign`).
+    REPA's t = 0 is data and its velocity points to noise, as here.
 
     Args:
         content: what `read_checkpoint` gave: `ema`, `model`, `opt` and `args`, or a bare state dictionary.
@@ -68,15 +67,7 @@ def convert_sit(content: dict[str, Any], settings: ConvertConfig) -> Converted:
         "prediction_type", settings.prediction_type, PREDICTIONS, saved.get("prediction"), "velocity"
     )
 
-    state, changes = _our_names(weights, network), "none: REPA has data at t = 0, as this library has"
-    if not repa:
-        changes = "t → 1 − t"
-        state["time_embed.linear_1.weight"] = reverse_time(state["time_embed.linear_1.weight"])
-        if prediction_type == "velocity":  # the variances of `learn_sigma` are not used, their sign is free
-            changes += ", velocity → −velocity"
-            for name in ("proj_out.weight", "proj_out.bias"):
-                state[name] = -state[name]
-    network.load_state_dict(state, assign=True)
+    network.load_state_dict(_our_names(weights, network), assign=True)
     return Converted(
         kind="REPA" if repa else "SiT",
         place=place,
@@ -86,9 +77,10 @@ def convert_sit(content: dict[str, Any], settings: ConvertConfig) -> Converted:
             interpolant=interpolant,
             prediction_type=prediction_type,
             init_time=get_interpolant(interpolant).start_time(prediction_type),
+            reversed_time=not repa,
+            prediction_sign=1 if repa or prediction_type != "velocity" else -1,
         ),
         ignored=projectors,
-        changes=changes,
     )
 
 

@@ -15,7 +15,6 @@ from ..schedulers.scheduling_stochastic_interpolant import StochasticInterpolant
 from .checkpoints import SEVERAL, STUDENTS, StateDict, check_tensors, choose_weights, find_tensor
 from .config import ConvertConfig
 from .converted import Converted
-from .folding import reverse_time
 
 #: What the examples train with, which the tensors do not tell: heads of this width, attention at 16×16.
 HEAD_DIM, ATTENTION_SIZE = 64, 16
@@ -60,8 +59,8 @@ def convert_torchcfm(content: dict[str, Any], settings: ConvertConfig) -> Conver
     """
     A torchcfm or RealUID checkpoint as a teacher, or a RealUID generator as a one-step student.
 
-    Their t = 1 is data and their velocity points to data: both are folded into the weights (`folding.py`). RealUID's
-    generator z + v(z, 0) is then x1 − v(x1, 1), the one-step map at `init_time` 1.
+    Their t = 1 is data and their velocity points to data, which the scheduler says (`reversed_time`, `prediction_sign`).
+    RealUID's generator z + v(z, 0) is then x1 − v(x1, 1), the one-step map at `init_time` 1.
 
     Args:
         content: what `read_checkpoint` gave: torchcfm's `net_model` and `ema_model`, RealUID's `ema_models`, or its
@@ -97,19 +96,15 @@ def convert_torchcfm(content: dict[str, Any], settings: ConvertConfig) -> Conver
             tensor = tensor.unflatten(0, (-1, 3, head_dim)).transpose(0, 1).flatten(0, 2)
         for name, part in zip(parts, tensor.chunk(len(parts)), strict=True):
             state[name] = part.clone()
-    state["time_embedding.linear_1.weight"] = reverse_time(state["time_embedding.linear_1.weight"])
-    for name in ("conv_out.weight", "conv_out.bias"):
-        state[name] = -state[name]
     network.load_state_dict(state, assign=True)
     name = place.split(" ")[0]
     return Converted(
         kind="RealUID" if name in (*SEVERAL, *STUDENTS) or head else "torchcfm",
         place=place,
         transformer=network,
-        scheduler=StochasticInterpolantScheduler(interpolant=interpolant),
+        scheduler=StochasticInterpolantScheduler(interpolant=interpolant, reversed_time=True, prediction_sign=-1),
         student=name in STUDENTS,
         ignored=head,
-        changes="t → 1 − t, velocity → −velocity",
     )
 
 

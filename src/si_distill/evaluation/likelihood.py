@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from ..errors import InputError
-from ..pipelines import InterpolantPipeline
+from ..pipelines import Condition, InterpolantPipeline
 from ..pipelines.interpolant_probability_flow import ProbabilityFlow, as_array, solve_adaptively
 from ..sample_noise import SampleNoise
 
@@ -43,7 +43,7 @@ def log_density(flow: ProbabilityFlow, x: torch.Tensor, probes: torch.Tensor | N
     """The log-density of a probability flow.
 
     Args:
-        flow: its `predict` must be differentiable.
+        flow: its field must be differentiable.
         x: (B, …), data.
         probes: (P, B, …), independent entries ±1 of Hutchinson's estimator of the divergence, Σ ε·(∂u/∂y) ε / P, kept for
             the whole integral (Grathwohl et al. 2019, "FFJORD", section 3.1): unbiased. None computes the exact trace with
@@ -136,7 +136,7 @@ def bits_per_dimension(
     """
     _check(pipeline, images, labels, probes)
     draws = SampleNoise(seed, pipeline._execution_device)
-    scheduler, shape, frozen = pipeline.scheduler, tuple(images.shape[1:]), _Frozen(pipeline.transformer)
+    shape, frozen = tuple(images.shape[1:]), _Frozen(pipeline.transformer)
     values, evaluations = [], 0
     with frozen:
         for start in range(0, len(images), batch_size):
@@ -146,12 +146,7 @@ def bits_per_dimension(
             noise = draws.normal((1 + (probes or 0), *shape), "likelihood", indices=indices)
             uniform, signs = torch.special.ndtr(noise[:, 0].double()), torch.where(noise[:, 1:] < 0, -1.0, 1.0)
             x = ((images[start : indices.stop].to(draws.device) + uniform - 0.5) / 127.5 - 1).float()
-            flow = ProbabilityFlow(
-                scheduler.interpolant,
-                scheduler.config.prediction_type,
-                lambda x_t, t, chosen=chosen: pipeline.predict(x_t, t, chosen),
-                scheduler.config.init_time,
-            )
+            flow = ProbabilityFlow(pipeline.field(), Condition(labels=chosen), pipeline.scheduler.config.init_time)
             result = log_density(flow, x, None if probes is None else signs.transpose(0, 1), rtol, atol)
             values.append(-result.log_density / (x[0].numel() * math.log(2)) + math.log2(127.5))
             evaluations += result.evaluations * len(indices)

@@ -9,6 +9,7 @@ import yaml
 from safetensors import SafetensorError, safe_open
 
 from ..errors import InputError
+from ..pipelines.interpolant_pipeline_network import VIEWS, NetworkView
 
 #: Files that a run leaves beside its pipeline and that are published with it.
 CONFIG, METRICS, FACTS, EVALUATION = "config.yaml", "metrics.jsonl", "facts.json", "evaluation.json"
@@ -54,9 +55,9 @@ class ModelFacts:
     @property
     def num_classes(self) -> int | None:
         """0 for an unconditional network; None when its config does not say. Diffusers' own classes call it otherwise."""
-        names = {"DiTTransformer2DModel": "num_embeds_ada_norm", "UNet2DModel": "num_class_embeds"}
-        value = self.network.get(names.get(self.network_class, "num_classes"))
-        return 0 if value is None and self.network_class == "UNet2DModel" else value
+        views = {cls.__name__: view for cls, view in VIEWS.items()}
+        value = self.network.get(views.get(self.network_class, NetworkView).classes_name)
+        return 0 if value is None and self.network_class in views else value
 
     @property
     def starts_from_image(self) -> bool:

@@ -1,4 +1,4 @@
-"""Copies of finished networks that are changed in one respect: inputs, time and sign, positions, or fresh weights."""
+"""Copies of finished networks that are changed in one respect: inputs, positions, or fresh weights."""
 
 from typing import Any, TypeVar
 
@@ -48,23 +48,6 @@ def extend_pipeline(pipeline: Pipeline, condition_channels: int) -> Pipeline:
     _, settings = pipeline._get_signature_keys(pipeline)  # what the constructor takes beside the components
     config = {name: pipeline.config[name] for name in settings if name in pipeline.config}
     return type(pipeline)(**{**config, **pipeline.components, "transformer": network})
-
-
-def negated_at(network: Network, t: float) -> Network:
-    """The network M'(x, 1) = −M(x, t), by its last layer's sign and the scale of its time embedding.
-
-    The student of the public si-adistill code is −v(x1, t) of plain noise x1; this network predicts it as the sample at
-    t = 1 on `linear`, where β = 1, and is a student like any other.
-
-    Raises:
-        ValueError: for a class whose time embedding has no scale.
-    """
-    if not isinstance(network, SiTTransformer2DModel):
-        raise ValueError(f"A {type(network).__name__} has no scale of its time embedding; only SiT's networks have.")
-    folded = _rebuilt(network, timestep_scale=network.config.timestep_scale * t)
-    last = ("proj_out.weight", "proj_out.bias")
-    folded.load_state_dict({name: -value if name in last else value for name, value in network.state_dict().items()})
-    return folded
 
 
 def with_learned_positions(network: Network) -> Network:

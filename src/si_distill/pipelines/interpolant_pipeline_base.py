@@ -14,10 +14,12 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
 
+from .interpolant_condition import Condition
+from .interpolant_field import Field, Guidance
 from .interpolant_latents import LatentScaling
 from .interpolant_pipeline_images import UPSAMPLING_MODES, ImageInput, fit_images, read_images
 from .interpolant_pipeline_labels import LabelsMixin, checked_names
-from .interpolant_pipeline_network import NetworkView, guided_outputs, network_condition, view_network
+from .interpolant_pipeline_network import NetworkView, view_network
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
@@ -213,34 +215,17 @@ class InterpolantPipelineBase(LabelsMixin, DiffusionPipeline):
             return noise * init_noise_sigma
         return image.to(torch.promote_types(self.transformer.dtype, torch.float32))
 
-    def prepare_condition(self, image: torch.Tensor | None, noise: torch.Tensor | None) -> torch.Tensor | None:
-        """What the network sees beside x_t, in its dtype: the image, and the noise of a bridge's student."""
-        condition = network_condition(self.transformer, image, noise if self.is_bridge else None)
-        return None if condition is None else condition.to(self.transformer.dtype)
+    def prepare_condition(
+        self, labels: torch.Tensor | None, image: torch.Tensor | None, noise: torch.Tensor | None
+    ) -> Condition:
+        """What the network is told: the classes, and beside x_t, in its dtype, the image and a bridge student's noise."""
+        beside = self.network.beside(image, noise if self.is_bridge else None)
+        return Condition(labels, image=None if beside is None else beside.to(self.transformer.dtype))
 
-    def predict(
-        self,
-        latents: torch.Tensor,
-        timestep: torch.Tensor,
-        class_labels: torch.Tensor | None,
-        guidance_scale: float = 1.0,
-        guidance_channels: int | None = None,
-        condition: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """One forward of the network at (x_t, t), (B, C, H, W) and a scalar, in the network's dtype."""
-        # Scaled before the cast: what the network sees has unit size, x_t itself may be 80 times that.
-        network_input = self.scheduler.scale_model_input(latents, timestep)
-        network_time = self.scheduler.network_time(timestep.to(device=latents.device, dtype=torch.float32))
-        return guided_outputs(
-            self.transformer,
-            network_input.to(self.transformer.dtype),
-            network_time.expand(len(latents)),
-            class_labels,
-            self.network.null_class,
-            guidance_scale,
-            guidance_channels=guidance_channels,
-            condition=condition,
-        )[0]
+    def field(self, scheduler: SchedulerMixin | None = None, guidance: Guidance | None = None) -> Field:
+        """The network as a field on the path of the pipeline's scheduler, or of another one."""
+        network = self.network
+        return Field(network, scheduler or self.scheduler, network.null, guidance or Guidance(), self.transformer.dtype)
 
     def apply_callback(
         self,

@@ -1,6 +1,6 @@
-"""Networks of any class behind one contract: what they take, what they give, and their guided forward.
+"""Networks of any class behind one contract: what they take and what they give.
 
-A copy of this file travels beside `pipeline.py` into every saved pipeline: it imports only torch and diffusers.
+A copy of this file travels beside `pipeline.py` into every saved pipeline: it imports only torch, diffusers and siblings.
 
 The contract is that of this package's own models: a config with `in_channels`, `sample_size` and `num_classes` (0: labels
 are ignored), the properties `null_class` and `feature_width`, and a forward that takes `return_features`. Diffusers' classes
@@ -9,11 +9,13 @@ are ignored), the properties `null_class` and `feature_width`, and a forward tha
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from diffusers import DiTTransformer2DModel, UNet2DModel
 from torch import nn
+
+from .interpolant_condition import Condition
 
 
 class NetworkView:
@@ -26,6 +28,11 @@ class NetworkView:
     Raises:
         ValueError: by the properties, when the network does not say what is asked.
     """
+
+    #: What the config calls the number of classes.
+    classes_name: ClassVar[str] = "num_classes"
+    #: Classes of modules that two blocks share, which sharding must not put away between them.
+    shared_modules: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, network: nn.Module):
         self.network = network
@@ -45,12 +52,17 @@ class NetworkView:
     @property
     def num_classes(self) -> int:
         """Number of classes; 0 for an unconditional network."""
-        return self._config("num_classes")
+        return self._config(self.classes_name)
 
     @property
     def null_class(self) -> int | None:
         """The label that means "no class", or None."""
         return getattr(self.bare, "null_class", None)
+
+    @property
+    def null(self) -> Condition | None:
+        """One row with no class, for guidance and label dropout, or None."""
+        return None if self.null_class is None else Condition(labels=torch.tensor([self.null_class]))
 
     @property
     def feature_width(self) -> int:
@@ -83,13 +95,7 @@ class NetworkView:
         return getattr(getattr(self.bare, "config", None), "condition_channels", None) or 0
 
     def __call__(
-        self,
-        network_input: torch.Tensor,
-        timesteps: torch.Tensor,
-        class_labels: torch.Tensor | None,
-        return_features: bool = False,
-        augment_labels: torch.Tensor | None = None,
-        condition: torch.Tensor | None = None,
+        self, network_input: torch.Tensor, timesteps: torch.Tensor, condition: Condition, return_features: bool = False
     ) -> tuple[torch.Tensor, ...]:
         """
         One forward.
@@ -97,20 +103,43 @@ class NetworkView:
         Args:
             network_input (`torch.Tensor` of shape (B, C, H, W)): x_t, as the scheduler scales it.
             timesteps (`torch.Tensor` of shape (B,)): the network's times (see `Interpolant.network_time`).
-            class_labels (`torch.LongTensor` of shape (B,), *optional*): classes; ignored by unconditional networks.
+            condition (`Condition`): what else the network is told.
             return_features (`bool`): whether hidden tokens of the middle of the network are returned too.
-            augment_labels (`torch.Tensor` of shape (B, augment_dim), *optional*): what augmentation did to the images.
-            condition (`torch.Tensor` of shape (B, condition_channels, H, W), *optional*): the image beside x_t.
 
         Returns:
             `(prediction,)` or `(prediction, features)`, (B, C, H, W) and (B, N, D).
         """
-        extra: dict[str, Any] = {"return_features": True} if return_features else {}
-        if augment_labels is not None:
-            extra["augment_labels"] = augment_labels
-        if condition is not None:
-            extra["condition"] = condition
-        return self.network(network_input, timesteps, class_labels, return_dict=False, **extra)
+        told: dict[str, Any] = {
+            "augment_labels": condition.augment,
+            "condition": condition.image,
+            "guidance": condition.guidance,
+            "return_features": return_features or None,
+        }
+        told = {name: value for name, value in told.items() if value is not None} | condition.text
+        return self.network(network_input, timesteps, condition.labels, return_dict=False, **told)
+
+    def beside(self, reference: torch.Tensor | None, noise: torch.Tensor | None = None) -> torch.Tensor | None:
+        """
+        The image that the network sees beside x_t, (B, condition_channels, H, W), or None: the channels of the reference,
+        then those of a bridge student's noise. An unpaired bridge's network does not take the reference.
+
+        Args:
+            reference (`torch.Tensor` of shape (B, C', H, W), *optional*): the reference image x1, or another picture.
+            noise (`torch.Tensor` of shape (B, noise_channels, H, W), *optional*): standard normal noise of a student.
+
+        Raises:
+            ValueError: when the channels are not those that the network takes.
+        """
+        taken = self.condition_channels - (0 if noise is None else noise.shape[1])
+        if not taken:
+            return noise
+        if reference is None:
+            raise ValueError(f"This network takes a reference image of {taken} channels, and none was given.")
+        if taken != reference.shape[1]:
+            raise ValueError(
+                f"This network takes a reference image of {taken} channels, but the one given has {reference.shape[1]}."
+            )
+        return reference if noise is None else torch.cat([reference, noise.to(reference)], 1)
 
     def _config(self, name: str) -> Any:
         value = getattr(getattr(self.bare, "config", None), name, None)
@@ -125,10 +154,10 @@ class NetworkView:
 class _DiffusersView(NetworkView):
     """Features are read by a hook during the forward; channels of a learned variance are dropped."""
 
-    def __call__(self, network_input, timesteps, class_labels, return_features=False):
+    def __call__(self, network_input, timesteps, condition, return_features=False):
         found: list[torch.Tensor] = []
         with _listening(self._feature_module(), found) if return_features else nullcontext():
-            output = self.network(network_input, timesteps, self._labels(class_labels), return_dict=False)[0]
+            output = self.network(network_input, timesteps, self._labels(condition.labels), return_dict=False)[0]
         prediction = output[:, : network_input.shape[1]]
         return (prediction, self._tokens(found[0])) if return_features else (prediction,)
 
@@ -145,9 +174,8 @@ class _DiffusersView(NetworkView):
 class _DiTView(_DiffusersView):
     """Features are the tokens after block depth/2; the label after the last class is the null class."""
 
-    @property
-    def num_classes(self):
-        return self._config("num_embeds_ada_norm")
+    classes_name = "num_embeds_ada_norm"
+    shared_modules = ("CombinedTimestepLabelEmbeddings",)  # the output layer uses the embedding inside the first block
 
     @property
     def null_class(self):
@@ -174,6 +202,7 @@ class _DiTView(_DiffusersView):
 class _UNet2DView(_DiffusersView):
     """Features are the positions of the middle block's map."""
 
+    classes_name = "num_class_embeds"
     null_class = None
 
     @property
@@ -183,7 +212,7 @@ class _UNet2DView(_DiffusersView):
                 f"This UNet2DModel takes no class labels but `class_embed_type={self.bare.config.class_embed_type!r}`, "
                 "which cannot be used; only `num_class_embeds` and unconditional networks can."
             )
-        return self.bare.config.num_class_embeds or 0
+        return self.bare.config.num_class_embeds or 0  # None of an unconditional one
 
     @property
     def feature_width(self):
@@ -206,44 +235,14 @@ class _UNet2DView(_DiffusersView):
         return hidden.flatten(2).transpose(1, 2)
 
 
-_VIEWS = {DiTTransformer2DModel: _DiTView, UNet2DModel: _UNet2DView}
+#: Classes that do not keep the contract and the views through which they do.
+VIEWS: dict[type[nn.Module], type[NetworkView]] = {DiTTransformer2DModel: _DiTView, UNet2DModel: _UNet2DView}
 
 
 def view_network(network: nn.Module) -> NetworkView:
     """The view that fits a network's class; wrapped networks are seen through their wrapper."""
     bare = _bare(network)
-    return next((view for cls, view in _VIEWS.items() if isinstance(bare, cls)), NetworkView)(network)
-
-
-def network_condition(
-    network: nn.Module, reference: torch.Tensor | None, noise: torch.Tensor | None = None
-) -> torch.Tensor | None:
-    """
-    What a network sees beside x_t, (B, condition_channels, H, W), or None: the channels of the reference image, then those
-    of a bridge student's noise. An unpaired bridge's network does not take the reference.
-
-    Args:
-        network: whose `condition_channels` say what it takes (see `NetworkView`).
-        reference (`torch.Tensor` of shape (B, C', H, W), *optional*): the reference image x1, or another condition.
-        noise (`torch.Tensor` of shape (B, noise_channels, H, W), *optional*): standard normal noise of a student.
-
-    Raises:
-        ValueError: when the channels are not those that the network takes.
-    """
-    channels = view_network(network).condition_channels
-    noise_channels = 0 if noise is None else noise.shape[1]
-    if channels == noise_channels:
-        return noise
-    if reference is None:
-        raise ValueError(
-            f"This network takes a reference image of {channels - noise_channels} channels, and none was given."
-        )
-    if channels != reference.shape[1] + noise_channels:
-        raise ValueError(
-            f"This network takes a reference image of {channels - noise_channels} channels, but the one given has "
-            f"{reference.shape[1]}."
-        )
-    return reference if noise is None else torch.cat([reference, noise.to(reference)], 1)
+    return next((view for cls, view in VIEWS.items() if isinstance(bare, cls)), NetworkView)(network)
 
 
 def _bare(network: nn.Module) -> nn.Module:
@@ -264,59 +263,3 @@ def _listening(module: nn.Module, found: list[torch.Tensor]) -> Iterator[None]:
         yield
     finally:
         handle.remove()
-
-
-def guided_outputs(
-    network: nn.Module,
-    x_t: torch.Tensor,
-    timesteps: torch.Tensor,
-    class_labels: torch.Tensor | None,
-    null_class: int | None,
-    guidance_scale: float | torch.Tensor = 1.0,
-    augment_labels: torch.Tensor | None = None,
-    guidance_channels: int | None = None,
-    condition: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, ...]:
-    """
-    Classifier-free guidance in one forward: v_∅ + w (v_y − v_∅), with w = 1 a plain forward of B rows.
-
-    The weights of the two predictions sum to 1, so the formula is the same for every kind of prediction.
-
-    Args:
-        network: called once (see `NetworkView`); gives a tuple.
-        x_t (`torch.Tensor` of shape (B, C, H, W)): its input.
-        timesteps (`torch.Tensor` of shape (B,)): the network's times.
-        class_labels (`torch.LongTensor` of shape (B,), *optional*): the classes y; None of an unconditional network.
-        null_class (`int`, *optional*): the label that means "no class".
-        guidance_scale (`float`, or `torch.Tensor` of shape (B,)): w; 0 ignores the class, 1 is no guidance.
-        augment_labels (`torch.Tensor` of shape (B, augment_dim), *optional*): what augmentation did to `x_t`.
-        guidance_channels (`int`, *optional*): guides only the first channels of the prediction; None is all of them.
-        condition (`torch.Tensor` of shape (B, condition_channels, H, W), *optional*): the image that the network sees
-            beside x_t, with the class and without.
-
-    Returns:
-        The network's tuple: first the guided prediction of the shape of `x_t`; anything else as it is for the classes y.
-
-    Raises:
-        ValueError: when guidance is asked of a network without a null class.
-    """
-    view = view_network(network)
-    told = {"augment_labels": augment_labels, "condition": condition}
-    told = {name: value for name, value in told.items() if value is not None}
-    if not torch.is_tensor(guidance_scale) and guidance_scale == 1:
-        return view(x_t, timesteps, class_labels, **told)
-    if null_class is None:
-        raise ValueError(
-            f"`guidance_scale` is {guidance_scale}, but the network was trained without label dropout, or without labels, "
-            "and has no null class to guide with. Use `guidance_scale=1.0`, or train it with `class_dropout_prob` above 0."
-        )
-    labels = torch.cat([class_labels, torch.full_like(class_labels, null_class)])
-    told = {name: torch.cat([value, value]) for name, value in told.items()}
-    outputs = view(torch.cat([x_t, x_t]), torch.cat([timesteps, timesteps]), labels, **told)
-    conditional, unconditional = outputs[0].chunk(2)
-    if torch.is_tensor(guidance_scale):
-        guidance_scale = guidance_scale.to(conditional.dtype).view(-1, *[1] * (x_t.ndim - 1))
-    guided = unconditional + guidance_scale * (conditional - unconditional)
-    if guidance_channels is not None:
-        guided = torch.cat([guided[:, :guidance_channels], conditional[:, guidance_channels:]], 1)
-    return guided, *(None if extra is None else extra.chunk(2)[0] for extra in outputs[1:])

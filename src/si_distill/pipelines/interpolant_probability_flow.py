@@ -27,23 +27,20 @@ class ProbabilityFlow:
     the state keeps about the size of the data, so that one tolerance serves all.
 
     Args:
-        interpolant: an `Interpolant`.
-        prediction_type: what `predict` gives.
-        predict: called as `predict(x_t, t)` with (B, …) and a time of shape (), float64; gives the network's prediction.
+        field: the network's `Field`; it is given times of shape (), float64.
+        condition: what the network is told.
         start_time: the largest time, where the noise is.
     """
 
-    def __init__(
-        self,
-        interpolant: Any,
-        prediction_type: str,
-        predict: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
-        start_time: float,
-    ):
-        self.interpolant, self.prediction_type, self.predict = interpolant, prediction_type, predict
+    def __init__(self, field: Any, condition: Any, start_time: float):
+        self.field, self.condition, self.interpolant = field, condition, field.interpolant
         self.noise_angle = self._angle(start_time)
         self.data_angle = max(self._angle(0.0), math.atan(END_RATIO))
-        self.evaluations = 0
+
+    @property
+    def evaluations(self) -> int:
+        """Evaluations of the network so far (see `Field`)."""
+        return self.field.evaluations
 
     def _angle(self, t: float) -> float:
         at = self.interpolant.coefficients(torch.tensor(t, dtype=torch.float64))
@@ -59,9 +56,7 @@ class ProbabilityFlow:
         at = self.interpolant.coefficients(t)
         n = float((at.alpha**2 + at.beta**2).sqrt())
         x = n * y
-        prediction = self.predict(x, t).to(y.dtype)
-        self.evaluations += 1
-        u = self.interpolant.convert(prediction, x, t, self.prediction_type, "v_prediction") / n
+        u = self.field(x, t, self.condition, "v_prediction") / n
         if not torch.isfinite(u).all():
             raise ValueError(f"The network's prediction at t = {float(t):.6g} is not finite.")
         return u

@@ -12,7 +12,9 @@ import torch
 from diffusers import DiffusionPipeline
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
-from .interpolant_latents import LatentScaling  # noqa: F401 - a helper's import: what travels is what is named here
+from .interpolant_condition import Condition  # noqa: F401 - a helper's import: what travels is what is named here
+from .interpolant_field import Guidance
+from .interpolant_latents import LatentScaling  # noqa: F401 - likewise
 from .interpolant_pipeline_base import InterpolantPipelineBase, InterpolantPipelineOutput
 from .interpolant_pipeline_folder import SelfContainedFolderMixin
 from .interpolant_pipeline_images import ImageInput
@@ -147,28 +149,21 @@ class InterpolantPipeline(SelfContainedFolderMixin, InterpolantPipelineBase):
         # 3. Prepare the noise, and what the network sees beside x_t
         noise = self.prepare_noise(batch_size, device, generator, latents)
         latents = self.prepare_latents(noise, image, scheduler.init_noise_sigma)
-        condition = self.prepare_condition(image, noise)
+        condition = self.prepare_condition(labels, image, noise)
         # Only a paired bridge's network, which saw x1, can be told of it.
-        told = {"reference": image} if self.is_bridge and condition is not None else {}
+        told = {"reference": image} if self.is_bridge and condition.image is not None else {}
 
         # 4. Solve
-        evaluations = 0
-
-        def predict(x: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
-            nonlocal evaluations
-            scale = guidance_scale if low <= float(timestep) <= high else 1.0
-            evaluations += 1 if scale == 1 else 2
-            return self.predict(x, timestep, labels, scale, guidance_channels, condition)
-
+        field = self.field(scheduler, Guidance(guidance_scale, tuple(guidance_interval), guidance_channels))
         if adaptive:
             config = scheduler.config
-            flow = ProbabilityFlow(scheduler.interpolant, config.prediction_type, predict, config.init_time)
+            flow = ProbabilityFlow(field, condition, config.init_time)
             with self.progress_bar(total=math.inf) as progress_bar:  # tqdm's way to say that the end is not known
                 latents = flow.sample(latents, config.rtol, config.atol, progress_bar.update)
         else:
             with self.progress_bar(total=len(scheduler.timesteps)) as progress_bar:
                 for step, timestep in enumerate(scheduler.timesteps):
-                    prediction = predict(latents, timestep)
+                    prediction = field.predict(latents, timestep, condition)
                     latents = scheduler.step(
                         prediction, timestep, latents, generator=generator, return_dict=False, **told
                     )[0]
@@ -182,7 +177,7 @@ class InterpolantPipeline(SelfContainedFolderMixin, InterpolantPipelineBase):
         self.maybe_free_model_hooks()
         if not return_dict:
             return (images,)
-        return InterpolantPipelineOutput(images=images, num_network_evaluations=evaluations)
+        return InterpolantPipelineOutput(images=images, num_network_evaluations=field.evaluations)
 
     def _scheduler_with(self, solver: str | None, solver_kwargs: dict[str, Any] | None) -> SchedulerMixin:
         """A scheduler of its own for each call, so that calls can share the pipeline, with the call's settings."""

@@ -13,7 +13,9 @@ from diffusers import DiffusionPipeline
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
-from .interpolant_latents import LatentScaling  # noqa: F401 - a helper's import: what travels is what is named here
+from .interpolant_condition import Condition  # noqa: F401 - a helper's import: what travels is what is named here
+from .interpolant_field import Guidance
+from .interpolant_latents import LatentScaling  # noqa: F401 - likewise
 from .interpolant_pipeline_base import InterpolantPipelineBase, InterpolantPipelineOutput
 from .interpolant_pipeline_folder import SelfContainedFolderMixin
 from .interpolant_pipeline_images import ImageInput
@@ -156,21 +158,13 @@ class OneStepInterpolantPipeline(SelfContainedFolderMixin, InterpolantPipelineBa
         latents = self.prepare_latents(noise, image, self.scheduler.init_noise_sigma)
 
         # 3. The one step: the scheduler's last step returns the x̂0-prediction
-        guidance = self.config.guidance or {"scale": 1.0, "channels": None}
-        prediction = self.predict(
-            latents,
-            timestep,
-            labels,
-            guidance["scale"],
-            guidance["channels"],
-            self.prepare_condition(image, noise),
-        )
+        field = self.field(guidance=Guidance(**(self.config.guidance or {})))
+        prediction = field.predict(latents, timestep, self.prepare_condition(labels, image, noise))
         latents = self.scheduler.step(prediction, timestep, latents, return_dict=False)[0]
         latents = self.apply_callback(callback_on_step_end, 0, timestep, latents, callback_on_step_end_tensor_inputs)
 
         # 4. Decode
         images = self.postprocess(latents, output_type)
         self.maybe_free_model_hooks()
-        evaluations = self.num_network_evaluations
-        output = InterpolantPipelineOutput(images=images, num_network_evaluations=evaluations)
+        output = InterpolantPipelineOutput(images=images, num_network_evaluations=field.evaluations)
         return output if return_dict else (images,)

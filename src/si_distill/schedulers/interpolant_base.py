@@ -1,4 +1,4 @@
-"""What all stochastic interpolants share: x_t, conversions between predictions and of times, the one-step map.
+"""What all stochastic interpolants share: x_t, conversions between predictions and of times.
 
 It imports only torch and its siblings: a copy travels beside the scheduler into every saved pipeline (here:
 `si_distill.interpolants`).
@@ -10,7 +10,6 @@ Conventions (Albergo, Boffi & Vanden-Eijnden 2023, "Stochastic Interpolants", eq
 `x0` is data (t = 0), `x1` the reference (t = 1), and a dot or `d_` is the derivative in t.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -295,27 +294,6 @@ class Interpolant:
         """EDM's weight of ‖x̂0 − x0‖², (σ² + s²) / (σ s)² = n² / (β s)² in the symbols of `convert`; shape of `t`."""
         c = self.coefficients(t)
         return (self._edm_norm(c) / (c.beta * self.sigma_data)) ** 2
-
-    def one_step(
-        self, network: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], x1: torch.Tensor, t: float, source: str
-    ) -> torch.Tensor:
-        """The one-step generator G(x1) = x̂0-prediction of `network` at time `t` on the input β(t) x1.
-
-        On `linear` with t = 1 it is one Euler step, x1 − v(x1, 1) (RealUID); SiD's "initial sigma" is the β/α at t. On a
-        bridge, with t = 1, the input is x1 itself; what else the student sees (x1 again, noise) `network` brings along.
-
-        Args:
-            network: called once as `network(network_input, times)` with times of shape (B,) in float32 or wider, which
-                the caller turns into what its network is given (see `network_time`).
-            x1: (B, …) standard normal noise, or the reference of a bridge.
-            t: the generator's time `init_time`, in (0, 1].
-            source: what the network predicts.
-        """
-        wide = torch.promote_types(x1.dtype, torch.float32)
-        times = torch.full(x1.shape[:1], t, device=x1.device, dtype=wide)
-        x_t = self.at(times, x1).beta * x1
-        prediction = network(self.network_input(x_t, times, source), times).to(x1.dtype)
-        return self.last_step(prediction, x_t, times, source)
 
     def last_step(
         self, prediction: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor, source: str, x1: torch.Tensor | None = None

@@ -1,4 +1,4 @@
-"""The forward half of the scheduler: x_t of given data, and what a network is given for it.
+"""The forward half of the scheduler: x_t of given data, and the conventions of the network that is given it.
 
 It imports only torch: a copy travels beside the scheduler into every saved pipeline.
 """
@@ -7,7 +7,7 @@ import torch
 
 
 class InterpolantForwardMixin:
-    """Needs an `interpolant`, and a `config` with `prediction_type` and `timestep_type`."""
+    """Needs an `interpolant`, and a `config` that says what the network predicts and which times it is given."""
 
     def scale_model_input(self, sample: torch.Tensor, timestep: float | torch.Tensor | None = None) -> torch.Tensor:
         """
@@ -29,7 +29,13 @@ class InterpolantForwardMixin:
 
     def network_time(self, timestep: torch.Tensor) -> torch.Tensor:
         """What the network is given for the times `timestep`, in their shape (see `Interpolant.network_time`)."""
-        return self.interpolant.network_time(timestep, self.config.timestep_type)
+        times = self.interpolant.network_time(timestep, self.config.timestep_type)
+        times = 1 - times if self.config.reversed_time else times
+        return times if self.config.timestep_scale == 1 else self.config.timestep_scale * times
+
+    def signed(self, model_output: torch.Tensor) -> torch.Tensor:
+        """The network's output as a prediction of `prediction_type`: with the other sign if `prediction_sign` is -1."""
+        return model_output if self.config.prediction_sign == 1 else -model_output
 
     def add_noise(
         self,

@@ -61,6 +61,19 @@ def check_path(interpolant: Any, prediction_type: str, init_time: float, noise_c
         )
 
 
+def check_conventions(timestep_type: str, timestep_scale: float, prediction_sign: int, reversed_time: bool) -> None:
+    """Raises ValueError for times or a sign that no network is given or has."""
+    if not (isinstance(timestep_scale, (int, float)) and 0 < timestep_scale < math.inf):
+        raise ValueError(f"`timestep_scale` must be a positive number, got {timestep_scale!r}.")
+    if timestep_type != "time" and (reversed_time or timestep_scale != 1):
+        raise ValueError(
+            f"`reversed_time` and `timestep_scale` are of networks that are given t itself, and this one has timestep_type="
+            f"{timestep_type!r}: leave them out."
+        )
+    if prediction_sign not in (1, -1):
+        raise ValueError(f"`prediction_sign` must be 1 or -1, got {prediction_sign!r}.")
+
+
 def default_solver(interpolant: Any, prediction_type: str) -> str:
     """`dpmpp_2m` on diffusion paths; of a bridge `posterior` if it can be had; otherwise `euler`."""
     if interpolant.gaussian_reference:

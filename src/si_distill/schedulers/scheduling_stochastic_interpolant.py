@@ -20,6 +20,7 @@ from .interpolant_names import PREDICTIONS  # noqa: F401 - as above
 from .interpolant_paths import get_interpolant
 from .interpolant_solvers import (
     SOLVERS,
+    check_conventions,
     check_path,
     check_reference,
     check_settings,
@@ -104,6 +105,10 @@ class StochasticInterpolantScheduler(InterpolantForwardMixin, SchedulerMixin, Co
         noise_channels (`int`): of a bridge's one-step student: channels of standard normal noise that its network sees
             after those of the reference. 0 is a deterministic map.
         first_step_size (`float`): size in t of the first step of a paired bridge's ODE, in (0, 1).
+        timestep_scale (`float`): what t is multiplied with for the network; 1000 for many text-to-image models.
+        reversed_time (`bool`): whether the network is given 1 − t: for networks trained with data at 1, such as SiT's.
+        prediction_sign (`int`): 1, or -1 for a network that predicts minus `prediction_type`: a velocity that points to the
+            data.
 
     Raises:
         ValueError: for a setting outside these ranges.
@@ -130,8 +135,12 @@ class StochasticInterpolantScheduler(InterpolantForwardMixin, SchedulerMixin, Co
         atol: float = 1e-5,
         noise_channels: int = 0,
         first_step_size: float = 1e-3,
+        timestep_scale: float = 1.0,
+        reversed_time: bool = False,
+        prediction_sign: int = 1,
     ):
         check_settings(solver, init_time, diffusion_form, diffusion_norm, last_step, rtol, atol, first_step_size)
+        check_conventions(timestep_type, timestep_scale, prediction_sign, reversed_time)
         self.interpolant = get_interpolant(interpolant, **(interpolant_kwargs or {}))
         check_path(self.interpolant, prediction_type, init_time, noise_channels)
         self.network_time(torch.tensor(init_time))  # must be a number, and one that the interpolant has
@@ -311,7 +320,7 @@ class StochasticInterpolantScheduler(InterpolantForwardMixin, SchedulerMixin, Co
 
         Args:
             model_output (`torch.Tensor` of shape (B, C, H, W)): the network's prediction at (`sample`, `timestep`), of
-                the input that `scale_model_input` gives.
+                the input that `scale_model_input` gives, as [`~InterpolantForwardMixin.signed`] makes it.
             timestep: the element of `timesteps` that the network saw.
             sample (`torch.Tensor` of shape (B, C, H, W)): x_t.
             generator (`torch.Generator` or a list of B of them, *optional*): of the noise of an SDE or a bridge.

@@ -3,12 +3,12 @@
 import inspect
 from typing import Any
 
-from diffusers import DiTTransformer2DModel, UNet2DModel
 from diffusers.models.modeling_utils import ModelMixin
 
 from .. import models
 from ..data.augmentation import AUGMENT_LABELS
 from ..errors import InputError
+from ..pipelines.interpolant_pipeline_network import VIEWS
 from .config import TeacherConfig
 
 #: The network of teachers that do not name another.
@@ -16,7 +16,7 @@ DEFAULT_CLASS = "SiTTransformer2DModel"
 #: Networks of this package, which a teacher can be trained with.
 CLASSES = {name: getattr(models, name) for name in models.__all__ if inspect.isclass(getattr(models, name))}
 #: Networks of diffusers, which converted teachers may be of.
-FOREIGN_CLASSES = {cls.__name__: cls for cls in (DiTTransformer2DModel, UNet2DModel)}
+FOREIGN_CLASSES = {cls.__name__: cls for cls in VIEWS}
 
 
 def build_network(

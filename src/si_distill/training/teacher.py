@@ -1,5 +1,6 @@
 """Training of a multi-step teacher: regression of the interpolant's velocity, sample or noise."""
 
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import nn
 from ..data import load_training_data
 from ..data.latents.dataset import LatentDataset
 from ..errors import InputError
-from ..pipelines import InterpolantPipeline, network_condition
+from ..pipelines import Condition, Field, InterpolantPipeline, view_network
 from ..sample_noise import sample_seed
 from ..schedulers.scheduling_stochastic_interpolant import StochasticInterpolantScheduler
 from ..visualization import image_grid, tensor_to_pil
@@ -19,10 +20,53 @@ from .build_network import build_network, with_inputs
 from .config import TeacherConfig
 from .loss_weights import regression_weight
 from .run.facts import describe_data, describe_network
+from .times import TimeSampler
 from .trained_network import OptimizerSettings, TrainedNetwork
 from .trainer import Trainer
 
 SAMPLE_STEPS = 20
+
+
+@dataclass(frozen=True)
+class TeacherPlan:
+    """A teacher's training before its first image.
+
+    Args:
+        network: randomly initialised.
+        scheduler: its path, what it predicts and which times it is given.
+        times: the distribution of the training times.
+    """
+
+    network: ModelMixin
+    scheduler: StochasticInterpolantScheduler
+    times: TimeSampler
+
+
+def plan_teacher(settings: TeacherConfig, **shape: int) -> TeacherPlan:
+    """Resolves and checks everything but the images; the network is built on torch's present default device.
+
+    Args:
+        settings: of the training.
+        shape: `sample_size`, `in_channels` and `num_classes` of the images.
+
+    Raises:
+        InputError: for what cannot work.
+    """
+    arguments = dict(settings.model)
+    for name, value in shape.items():
+        unconditional = name == "num_classes" and arguments.get(name) == 0  # on labelled images too
+        if arguments.setdefault(name, value) != value and not unconditional:
+            raise InputError(f"`model.{name}` is {arguments[name]}, but the data set has {value}.")
+    interpolant = settings.build_interpolant()
+    scheduler = StochasticInterpolantScheduler(
+        interpolant=settings.interpolant,
+        interpolant_kwargs=interpolant.config,
+        prediction_type=settings.prediction_type,
+        init_time=interpolant.start_time(settings.prediction_type, settings.timestep_type),
+        timestep_type=settings.timestep_type,
+    )
+    times = settings.build_time_sampler(interpolant, settings.timestep_type)
+    return TeacherPlan(build_network(with_inputs(arguments, settings), "model"), scheduler, times)
 
 
 class TeacherTrainer(Trainer):
@@ -36,12 +80,13 @@ class TeacherTrainer(Trainer):
 
     def setup(self) -> None:
         settings = self.settings
-        self.interpolant = settings.build_interpolant()
-        self.time_sampler = settings.build_time_sampler(self.interpolant, settings.timestep_type)
         self.data = load_training_data(settings.data, self.readers, settings.model.get("num_classes"))
         self.vae, self.vae_pixel_min = self._load_vae()
-        network = self._build_network()
-        self.class_dropout_prob, self.null_class = network.config.class_dropout_prob, network.null_class
+        shape = {"in_channels": self.data.channels, "num_classes": len(self.data.class_names)}
+        plan = plan_teacher(settings, sample_size=self.data.size, **shape)
+        network, self.scheduler, self.time_sampler = plan.network, plan.scheduler, plan.times
+        self.interpolant = self.scheduler.interpolant
+        self.class_dropout_prob = network.config.class_dropout_prob
         self.class_names = self.data.class_names if network.config.num_classes else []
         self.averages = Averages(network, settings, self.global_batch_size)
         self.trained = TrainedNetwork(
@@ -61,34 +106,19 @@ class TeacherTrainer(Trainer):
         vae = self.data.load_vae().requires_grad_(False).eval()
         return vae.to(self.accelerator.device), self.data.scaling.pixel_min
 
-    def _build_network(self) -> ModelMixin:
-        arguments = dict(self.settings.model)
-        for name, value in (
-            ("sample_size", self.data.size),
-            ("in_channels", self.data.channels),
-            ("num_classes", len(self.data.class_names)),
-        ):
-            unconditional = name == "num_classes" and arguments.get(name) == 0  # on labelled images too
-            if arguments.setdefault(name, value) != value and not unconditional:
-                raise InputError(f"`model.{name}` is {arguments[name]}, but the data set has {value}.")
-        return build_network(with_inputs(arguments, self.settings), "model")
-
     def iteration(self) -> tuple[dict[str, torch.Tensor], bool]:
         settings, trained = self.settings, self.trained
         total = torch.zeros((), device=self.accelerator.device)
         for micro_batch in range(settings.gradient_accumulation_steps):
             batch = self.next_batch(self.data, micro_batch)
-            x0, labels = batch["images"], batch["labels"]
-            indices = self.indices(micro_batch)
-            if self.null_class is not None:
+            x0, network, indices = batch["images"], view_network(trained.module), self.indices(micro_batch)
+            condition = Condition(batch["labels"], image=network.beside(batch.get("reference")))
+            if network.null is not None:
                 dropped = self.noise.uniform("labels", self.step, indices=indices) < self.class_dropout_prob
-                labels = torch.where(dropped, self.null_class, labels)
-            augmentation, told = self.augmentation(indices), {}
+                condition = condition.nulled(network.null, dropped)
+            augmentation = self.augmentation(indices)
             if augmentation is not None:
-                x0, told = augmentation(x0), {"augment_labels": augmentation.labels}
-            condition = network_condition(trained.module, batch.get("reference"))
-            if condition is not None:
-                told["condition"] = condition
+                x0, condition = augmentation(x0), replace(condition, augment=augmentation.labels)
             u, noise = self.noise.uniform_and_normal(x0.shape[1:], "teacher", self.step, indices=indices)
             t = self.time_sampler(u)
             x1, z = (noise, None) if self.interpolant.gaussian_reference else (batch["reference"], noise)
@@ -96,13 +126,11 @@ class TeacherTrainer(Trainer):
             target = self.interpolant.target(x0, x1, t, settings.prediction_type, z)
             with trained.training(), trained.forward_context(micro_batch):
                 with self.accelerator.autocast():
-                    network_input = self.interpolant.network_input(x_t, t, settings.prediction_type)
-                    timestep = self.interpolant.network_time(t, settings.timestep_type)
-                    prediction = trained.module(network_input, timestep, labels, return_dict=False, **told)[0]
+                    prediction = Field(network, self.scheduler).predict(x_t, t, condition)
                 weight = regression_weight(
                     settings.loss_weight, self.interpolant.at(t, target), settings.prediction_type
                 )
-                loss = (weight * (prediction.float() - target).square()).mean()
+                loss = (weight * (prediction - target).square()).mean()
                 trained.backward(loss)
             total += loss.detach() / settings.gradient_accumulation_steps
         norm, applied = trained.update()
@@ -114,13 +142,7 @@ class TeacherTrainer(Trainer):
         return {"": self.trained}
 
     def pipeline(self, network: nn.Module | None = None) -> InterpolantPipeline:
-        scheduler = StochasticInterpolantScheduler(
-            interpolant=self.settings.interpolant,
-            interpolant_kwargs=self.interpolant.config,
-            prediction_type=self.settings.prediction_type,
-            init_time=self.interpolant.start_time(self.settings.prediction_type, self.settings.timestep_type),
-            timestep_type=self.settings.timestep_type,
-        )
+        scheduler = type(self.scheduler).from_config(self.scheduler.config)
         network = self.averages.network if network is None else network
         degradation = self.settings.data.build_degradation()
         return InterpolantPipeline(

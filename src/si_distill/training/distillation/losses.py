@@ -1,45 +1,48 @@
-"""The losses of the game: the critic's and the student's, of given samples, times and noise."""
+"""The two losses of the game, of given samples, times and noise.
+
+`si_distill.objectives` has the family ℓ(x; a, b, c) itself. At a point x_t = α x0 + β x1 + γ z of a sample's path
+the critic v_ψ, the frozen teacher v* and the conditional velocity İ meet:
+
+    critic     min over ψ:  E w_ψ(t) · [−ℓ_gen − ℓ_data] · e^−u + u  +  λ_D · adversarial
+    generator  min over θ:  E w_θ(t) ·  ℓ_gen            · e^−u      +  λ_G · adversarial
+
+(report, eq. 4 to 7; u: EDM2, eq. 21; the adversarial terms: SiDA, DMD2, RealUID).
+"""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import torch
 
 from ...adversarial import AdversarialTerm
 from ...data.augmentation import Augmentation
-from ...field import Field
-from ...interpolants import Interpolant
-from ...objectives import DistillationObjective, Fields, sid_weight
-
-Parts = dict[str, torch.Tensor]
+from ...objectives import DistillationObjective, sid_weight
+from ...pipelines import Condition, Field
 
 
 @dataclass
 class Images:
-    """Generated or real images, and what networks are told of them; x0 is None for real images that a recipe does not read.
+    """Generated or real images, and what networks are told of them.
 
     Args:
-        x0: (B, C, H, W).
-        labels: (B,) classes.
+        x0: (B, C, H, W); None for real images that a recipe does not read.
+        condition: what networks are told.
         x1: (B, C, H, W) the other end of a bridge's path; None where it is the noise of the draw.
-        reference: (B, C', H, W) what the networks see next to x_t: x1 of a paired bridge, or another condition.
-        augment_labels: (B, L) what augmentation did to x0; None is nothing.
     """
 
     x0: torch.Tensor | None
-    labels: torch.Tensor | None
+    condition: Condition
     x1: torch.Tensor | None = None
-    reference: torch.Tensor | None = None
-    augment_labels: torch.Tensor | None = None
 
-    def with_class(self, label: int, where: torch.Tensor) -> "Images":
-        return self if self.x0 is None else replace(self, labels=torch.where(where, label, self.labels))
+    def nulled(self, null: Condition, where: torch.Tensor) -> "Images":
+        return self if self.x0 is None else replace(self, condition=self.condition.nulled(null, where))
 
     def augmented(self, augmentation: Augmentation) -> "Images":
         if self.x0 is None:
             return self
-        return replace(self, x0=augmentation(self.x0), augment_labels=augmentation.labels)
+        told = replace(self.condition, augment=augmentation.labels)
+        return replace(self, x0=augmentation(self.x0), condition=told)
 
 
 @dataclass
@@ -67,7 +70,7 @@ class Point:
         images: x0 and what networks are told.
         t, noise: of the draw.
         x1, x_t: (B, C, H, W) the other end, and the state at t.
-        prediction, logits, log_variance: of the critic.
+        prediction, logits, log_variance: (B, C, H, W), (B, M) and u (B,), of the critic.
     """
 
     images: Images
@@ -79,6 +82,51 @@ class Point:
     logits: torch.Tensor | None = None
     log_variance: torch.Tensor | None = None
 
+    @property
+    def certainty(self) -> torch.Tensor:
+        """e^−u, (B,), without gradient; ones for a critic without a log-variance."""
+        return torch.ones_like(self.t) if self.log_variance is None else torch.exp(-self.log_variance.detach())
+
+
+@dataclass
+class Terms:
+    """A loss and its terms, all of shape (); the objective's are means over values, whatever the total is."""
+
+    total: torch.Tensor
+
+    def logged(self) -> dict[str, torch.Tensor]:
+        """The terms that there are, by their names in the log."""
+        named = {each.name: getattr(self, each.name) for each in fields(self) if each.name != "total"}
+        return {name: value for name, value in named.items() if value is not None}
+
+
+@dataclass
+class CriticTerms(Terms):
+    """Of the critic's loss; `critic_log_variance` is the mean of u."""
+
+    critic_loss: torch.Tensor
+    critic_adversarial_loss: torch.Tensor | None = None
+    critic_log_variance: torch.Tensor | None = None
+
+
+@dataclass
+class GeneratorTerms(Terms):
+    """Of the student's loss, unscaled.
+
+    Args:
+        field_distance: mean ‖v_ψ − v*‖², of what the networks predict.
+        critic_matching_loss, teacher_matching_loss: mean ‖v_ψ − İ‖² and ‖v* − İ‖².
+        sample_mean, sample_std: of the generated values.
+    """
+
+    generator_loss: torch.Tensor
+    field_distance: torch.Tensor
+    critic_matching_loss: torch.Tensor
+    teacher_matching_loss: torch.Tensor
+    sample_mean: torch.Tensor
+    sample_std: torch.Tensor
+    generator_adversarial_loss: torch.Tensor | None = None
+
 
 class DistillationLosses:
     """Both losses of an objective with its adversarial term.
@@ -86,8 +134,8 @@ class DistillationLosses:
     Args:
         objective: a member of the family.
         adversarial: the term next to it, or None.
-        interpolant, prediction_type: the teacher's, which the critic shares.
-        teacher: the teacher as a field; with `teacher_features` its second output are features.
+        teacher: the teacher as a field, on whose path the critic is too; with `teacher_features` its second output are
+            features.
         values: N, number of values of a sample.
         autocast: gives the context in which networks run.
         sees_reference: whether the networks see the reference of a bridge.
@@ -100,8 +148,6 @@ class DistillationLosses:
         self,
         objective: DistillationObjective,
         adversarial: AdversarialTerm | None,
-        interpolant: Interpolant,
-        prediction_type: str,
         teacher: Field,
         values: int,
         autocast: Callable[[], AbstractContextManager],
@@ -111,120 +157,59 @@ class DistillationLosses:
         generator_sum: bool = False,
         scale: float = 1.0,
     ):
-        self.objective, self.adversarial = objective, adversarial
-        self.interpolant, self.prediction_type = interpolant, prediction_type
-        self.teacher, self.autocast = teacher, autocast
+        self.objective, self.adversarial, self.teacher = objective, adversarial, teacher
+        self.interpolant, self.autocast = teacher.interpolant, autocast
         self.teacher_features, self.scale = teacher_features, scale
         self.critic_values, self.generator_values = (values if summed else 1 for summed in (critic_sum, generator_sum))
         # A bridge's prediction that lacks x1 is known as it is and in no other space.
-        converts = sees_reference or not interpolant.noisy
-        self.knows_sample = converts or prediction_type == "sample"
-        self.measured_space = "velocity" if converts else prediction_type
+        converts = sees_reference or not self.interpolant.noisy
+        self.knows_sample = converts or teacher.prediction_type == "sample"
+        self.measured_space = "velocity" if converts else teacher.prediction_type
 
-    def critic_loss(self, critic: Field, fake: Images, real: Images, draw: Draw) -> tuple[torch.Tensor, Parts]:
-        """The critic's loss, shape (), and its parts for the log (the objective's as a mean over values).
+    # The critic's loss.
+
+    def critic_loss(self, critic: Field, fake: Images, real: Images, draw: Draw) -> CriticTerms:
+        """The critic's loss.
 
         Args:
-            critic: in training.
+            critic: the field of the critic, in training.
             fake, real: generated images, detached, and real ones.
             draw: times and noise.
         """
-        objective, t = self.objective, draw.t
         fakes = self._at(fake, draw)
-        reals = self._at(real, draw) if objective.uses_real_data else None
+        reals = self._at(real, draw) if self.objective.uses_real_data else None
         judged = () if self.adversarial is None else self._judged(fakes, fake, reals, real, draw)
-        # Everything that the critic has to look at goes through it in one forward.
-        own = () if self.teacher_features else judged
-        self._look(critic, _distinct(fakes, reals, *own))
+        self._look(critic, fakes, reals, *(() if self.teacher_features else judged))
         if judged and self.teacher_features:
             with torch.no_grad(), self.autocast():
                 features = [self._teacher(point)[1] for point in judged]
             self._judge(critic, judged, features)
 
-        kappa = self.interpolant.coefficients(t).kappa
-        edm_weight = self.interpolant.edm_weight(t) if objective.critic_weight == "edm" else None
-        weight = objective.loss_weight(kappa, weight=objective.critic_weight, edm_weight=edm_weight)
-        parts = {}
+        kappa = self.interpolant.coefficients(draw.t).kappa
+        edm_weight = self.interpolant.edm_weight(draw.t) if self.objective.critic_weight == "edm" else None
+        weight = self.objective.loss_weight(kappa, weight=self.objective.critic_weight, edm_weight=edm_weight)
         if fakes.log_variance is not None:
-            weight = weight * torch.exp(-fakes.log_variance)
-            parts["critic_log_variance"] = fakes.log_variance.mean()
-        loss = objective.critic_loss(*self._fields(fakes), real=None if reals is None else self._fields(reals))
-        loss = (weight * loss).mean()
-        loss = loss if fakes.log_variance is None else loss + fakes.log_variance.mean()
-        parts["critic_loss"] = loss
-        total = self.critic_values * loss
+            weight = weight * torch.exp(-fakes.log_variance)  # here u learns
+        on_real = None if reals is None else self._fields(reals)
+        loss = (weight * self.objective.critic_loss(*self._fields(fakes), real=on_real)).mean()
+        u = None if fakes.log_variance is None else fakes.log_variance.mean()
+        loss = loss if u is None else loss + u
+        terms = CriticTerms(self.critic_values * loss, critic_loss=loss, critic_log_variance=u)
         if judged:
-            in_sample_space = weight if objective.space == "sample" else weight * kappa**2  # where SiDA weighs its term
-            adversarial = self.adversarial.critic_loss(
-                judged[1].logits,
-                judged[0].logits,
-                in_sample_space if self.adversarial.kind == "encoder" else torch.ones_like(t),
-            )
-            parts["critic_adversarial_loss"] = adversarial
-            total = total + adversarial
-        return total, parts
+            in_sample_space = weight if self.objective.space == "sample" else weight * kappa**2  # where SiDA weighs it
+            by = in_sample_space if self.adversarial.kind == "encoder" else torch.ones_like(draw.t)
+            terms.critic_adversarial_loss = self.adversarial.critic_loss(judged[1].logits, judged[0].logits, by)
+            terms.total = terms.total + terms.critic_adversarial_loss
+        return terms
 
-    def generator_loss(self, critic: Field, fake: Images, draw: Draw, judged: bool) -> tuple[torch.Tensor, Parts]:
-        """The student's loss, shape (), and its parts for the log (the objective's as a mean over values, unscaled).
-
-        Args:
-            critic: frozen, its gradient flowing through it.
-            fake: generated images, with their graph.
-            draw: times and noise.
-            judged: whether to add the adversarial loss.
-        """
-        objective, samples, t = self.objective, fake.x0, draw.t
-        fakes = self._at(fake, draw)
-        judged_at = fakes if draw.adversarial is None else self._at(fake, draw.adversarial)
-        # Whose gradient is needed: the objective's own, and that of the features that logits come from.
-        needs = objective.needs_field_gradient
-        with self.autocast():
-            with torch.set_grad_enabled(needs or (judged and self.teacher_features and judged_at is fakes)):
-                teacher, *features = self._teacher(fakes)
-            if judged and self.teacher_features:
-                if judged_at is not fakes:
-                    features = [self._teacher(judged_at)[1]]
-                self._judge(critic, (judged_at,), features)
-        with torch.set_grad_enabled(needs or (judged and not self.teacher_features)):
-            self._look(critic, _distinct(fakes, judged_at if judged and not self.teacher_features else None))
-
-        def in_space(prediction: torch.Tensor, space: str) -> torch.Tensor:
-            return self._in_space(fakes, prediction, space)
-
-        kappa = self.interpolant.coefficients(t).kappa
-        with torch.no_grad():
-            x0_teacher = in_space(teacher, "sample") if self.knows_sample else None
-            # SiD and SiDA on EDM2 divide all of the generator's terms by e^u.
-            certainty = torch.ones_like(t) if fakes.log_variance is None else torch.exp(-fakes.log_variance)
-            weight = certainty * objective.loss_weight(kappa, samples, x0_teacher)
-            of_teacher, of_critic = (in_space(field, self.measured_space) for field in (teacher, fakes.prediction))
-            truth = self._target(fakes, self.measured_space)
-            parts = {
-                "field_distance": (of_critic - of_teacher).square().mean(),
-                "critic_matching_loss": (of_critic - truth).square().mean(),
-                "teacher_matching_loss": (of_teacher - truth).square().mean(),
-                "sample_mean": samples.mean(),
-                "sample_std": samples.std(),
-            }
-        learned, teacher = (in_space(field, objective.space) for field in (fakes.prediction, teacher))
-        loss = objective.generator_loss(learned, teacher, self._target(fakes, objective.space), weight).mean()
-        parts["generator_loss"] = loss
-        total = self.generator_values * self.scale * loss
-        if judged:
-            encoder = self.adversarial.kind == "encoder"
-            adversarial = self.adversarial.generator_loss(
-                judged_at.logits,
-                certainty * sid_weight(samples, x0_teacher) if encoder else torch.ones_like(t),
-                self.generator_values,
-            )
-            parts["generator_adversarial_loss"] = adversarial
-            total = self.adversarial.combined(total, adversarial)
-        return total, parts
-
-    def _at(self, images: Images, draw: Draw) -> Point:
-        x1 = draw.noise if images.x1 is None else images.x1
-        x_t = self.interpolant.interpolate(images.x0, x1, draw.t, draw.noise)  # the noise is not read where γ = 0
-        return Point(images, draw.t, draw.noise, x1, x_t)
+    def _fields(self, point: Point) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
+        """v_ψ, v* (or None) and İ at a point, in the objective's space."""
+        space, teacher = self.objective.space, None
+        if self.objective.uses_teacher_in_critic:
+            with torch.no_grad(), self.autocast():
+                teacher = self._teacher(point)[0]
+            teacher = self._in_space(point, teacher, space)
+        return self._in_space(point, point.prediction, space), teacher, self._target(point, space)
 
     def _judged(self, fakes: Point, fake: Images, reals: Point | None, real: Images, draw: Draw) -> tuple[Point, Point]:
         """Generated and real images where the adversarial term looks at them; points that are there already are reused."""
@@ -236,15 +221,88 @@ class DistillationLosses:
             return judged, reals
         return judged, self._at(real, own or draw)
 
-    def _look(self, critic: Field, points: list[Point]) -> None:
-        """Fills in what the critic says at the points, in one forward."""
+    # The student's loss.
+
+    def generator_loss(self, critic: Field, fake: Images, draw: Draw, judged: bool) -> GeneratorTerms:
+        """The student's loss.
+
+        Args:
+            critic: the field of the critic, frozen, its gradient flowing through it.
+            fake: generated images, with their graph.
+            draw: times and noise.
+            judged: whether to add the adversarial loss.
+        """
+        fakes = self._at(fake, draw)
+        judged_at = fakes if draw.adversarial is None else self._at(fake, draw.adversarial)
+        v_teacher = self._seen_by_both(critic, fakes, judged_at if judged else None)
+
+        kappa = self.interpolant.coefficients(draw.t).kappa
+        with torch.no_grad():
+            x0_teacher = self._in_space(fakes, v_teacher, "sample") if self.knows_sample else None
+            # SiD and SiDA on EDM2 divide all of the generator's terms by e^u.
+            weight = fakes.certainty * self.objective.loss_weight(kappa, fake.x0, x0_teacher)
+        space = self.objective.space
+        learned, taught = (self._in_space(fakes, field, space) for field in (fakes.prediction, v_teacher))
+        loss = self.objective.generator_loss(learned, taught, self._target(fakes, space), weight).mean()
+        terms = GeneratorTerms(
+            self.generator_values * self.scale * loss, generator_loss=loss, **self._measured(fakes, v_teacher)
+        )
+        if judged:
+            encoder = self.adversarial.kind == "encoder"
+            by = fakes.certainty * sid_weight(fake.x0, x0_teacher) if encoder else torch.ones_like(draw.t)
+            adversarial = self.adversarial.generator_loss(judged_at.logits, by, self.generator_values)
+            terms.generator_adversarial_loss = adversarial
+            terms.total = self.adversarial.combined(terms.total, adversarial)
+        return terms
+
+    def _seen_by_both(self, critic: Field, fakes: Point, judged_at: Point | None) -> torch.Tensor:
+        """The teacher's prediction at `fakes`; the critic's there, and the logits where the adversarial term looks, if it
+        does, are filled in. Each network keeps the graph of what the student's gradient flows through.
+        """
+        judged, by_teacher = judged_at is not None, judged_at is not None and self.teacher_features
+        needs = self.objective.needs_field_gradient
+        with self.autocast():
+            with torch.set_grad_enabled(needs or (by_teacher and judged_at is fakes)):
+                v_teacher, *features = self._teacher(fakes)
+            if by_teacher:
+                if judged_at is not fakes:
+                    features = [self._teacher(judged_at)[1]]
+                self._judge(critic, (judged_at,), features)
+        by_critic = judged and not by_teacher
+        with torch.set_grad_enabled(needs or by_critic):
+            self._look(critic, fakes, judged_at if by_critic else None)
+        return v_teacher
+
+    @torch.no_grad()
+    def _measured(self, fakes: Point, v_teacher: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The terms of a `GeneratorTerms` that are only watched."""
+        of_teacher, of_critic = (
+            self._in_space(fakes, field, self.measured_space) for field in (v_teacher, fakes.prediction)
+        )
+        truth, samples = self._target(fakes, self.measured_space), fakes.images.x0
+        return dict(
+            field_distance=(of_critic - of_teacher).square().mean(),
+            critic_matching_loss=(of_critic - truth).square().mean(),
+            teacher_matching_loss=(of_teacher - truth).square().mean(),
+            sample_mean=samples.mean(),
+            sample_std=samples.std(),
+        )
+
+    # What both need.
+
+    def _at(self, images: Images, draw: Draw) -> Point:
+        x1 = draw.noise if images.x1 is None else images.x1
+        x_t = self.interpolant.interpolate(images.x0, x1, draw.t, draw.noise)  # the noise is not read where γ = 0
+        return Point(images, draw.t, draw.noise, x1, x_t)
+
+    def _look(self, critic: Field, *at: Point | None) -> None:
+        """Fills in what the critic says at the distinct points, all in one forward."""
+        points = list(dict.fromkeys(point for point in at if point is not None))
         with self.autocast():
             outputs = critic.outputs(
                 torch.cat([point.x_t for point in points]),
                 torch.cat([point.t for point in points]),
-                torch.cat([point.images.labels for point in points]),
-                _cat([point.images.augment_labels for point in points]),
-                _cat([point.images.reference for point in points]),
+                Condition.cat(*(point.images.condition for point in points)),
             )
         for output, name in zip(outputs, ("prediction", "logits", "log_variance"), strict=True):
             if output is not None:
@@ -260,30 +318,10 @@ class DistillationLosses:
 
     def _teacher(self, point: Point) -> tuple[torch.Tensor, ...]:
         """The teacher's prediction at a point, and its features where it gives them."""
-        images = point.images
-        return self.teacher.outputs(point.x_t, point.t, images.labels, images.augment_labels, images.reference)
-
-    def _fields(self, point: Point) -> Fields:
-        """v_ψ, v* (or None) and İ at a point, in the objective's space."""
-        space, teacher = self.objective.space, None
-        if self.objective.uses_teacher_in_critic:
-            with torch.no_grad(), self.autocast():
-                teacher = self._teacher(point)[0]
-            teacher = self._in_space(point, teacher, space)
-        return self._in_space(point, point.prediction, space), teacher, self._target(point, space)
+        return self.teacher.outputs(point.x_t, point.t, point.images.condition)
 
     def _in_space(self, point: Point, prediction: torch.Tensor, space: str) -> torch.Tensor:
-        return self.interpolant.convert(
-            prediction, point.x_t, point.t, self.prediction_type, space, x1=point.images.reference
-        )
+        return self.teacher.convert(prediction, point.x_t, point.t, point.images.condition, space)
 
     def _target(self, point: Point, space: str) -> torch.Tensor:
         return self.interpolant.target(point.images.x0, point.x1, point.t, space, point.noise)
-
-
-def _distinct(*points: Point | None) -> list[Point]:
-    return list(dict.fromkeys(point for point in points if point is not None))
-
-
-def _cat(tensors: list[torch.Tensor | None]) -> torch.Tensor | None:
-    return None if tensors[0] is None else torch.cat(tensors)

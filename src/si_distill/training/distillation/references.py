@@ -7,7 +7,6 @@ import torch
 from ...data.batches import Batch
 from ...data.references import optimal_assignment
 from ...errors import InputError
-from ...objectives import DistillationObjective
 from ...pipelines import InterpolantPipeline
 from .config import DistillConfig
 
@@ -110,46 +109,3 @@ def noise_channels(settings: DistillConfig, teacher: InterpolantPipeline) -> int
             f"`noise_channels` is {asked}, but the student of a teacher on noise starts from noise: leave it out."
         )
     return 0
-
-
-def check_unseen(
-    settings: DistillConfig, objective: DistillationObjective, teacher: InterpolantPipeline
-) -> DistillationObjective:
-    """The objective for a bridge whose networks do not see x1; the same for all other teachers.
-
-    Their predictions do not convert: a network of the sample plays in sample space, one of the velocity in velocity space
-    and without weights that need x̂0.
-
-    Raises:
-        InputError: when the objective is not defined there.
-    """
-    interpolant, prediction = teacher.scheduler.interpolant, teacher.scheduler.config.prediction_type
-    if objective.critic_weight == "edm" and not interpolant.gaussian_reference:
-        raise InputError("`critic_weight` edm is one of noise levels, which a bridge does not have: leave it out.")
-    if not interpolant.noisy or teacher.network.condition_channels:
-        return objective
-    if prediction == "sample":
-        if objective.space == "sample":
-            return objective
-        if "space" in settings.objective_kwargs:
-            raise InputError(
-                "`objective_kwargs.space` is velocity, but the teacher predicts the sample on a bridge whose network does "
-                "not see the reference, so that its velocity is not known: leave it out, or set it to sample."
-            )
-        return replace(objective, space="sample")
-    needed = [
-        what
-        for what, wanted in (
-            ("space sample", objective.space == "sample"),
-            ("weight sid", objective.weight == "sid"),
-            ("the adversarial term encoder", settings.adversarial.kind == "encoder"),
-        )
-        if wanted
-    ]
-    if needed:
-        raise InputError(
-            f"The objective {settings.objective!r} needs the teacher's x̂0 ({', '.join(needed)}), but this teacher predicts "
-            "the velocity of an unpaired bridge, which does not determine it: choose gap, cross_term, cross_term_detached "
-            "or realuid, or train the teacher with prediction_type=sample."
-        )
-    return objective

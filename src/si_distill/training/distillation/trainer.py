@@ -1,7 +1,6 @@
 """The game of three networks: a frozen teacher, a critic that follows the student, and a one-step student."""
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,8 +10,9 @@ from torch import nn
 
 from ...critic import CriticNetwork, FeatureNetwork
 from ...data.batches import Batch
-from ...field import Field
-from ...pipelines import OneStepInterpolantPipeline
+from ...loading import load_pipeline
+from ...pipelines import Condition, Field, Guidance, InterpolantPipeline, OneStepInterpolantPipeline, view_network
+from ...pipelines.interpolant_field import Network
 from ...visualization import image_grid
 from ..averaging.ema import Averages
 from ..parallel.blocks import has_dropout, keep_in_bfloat16, prepare_blocks
@@ -22,18 +22,9 @@ from ..trained_network import OptimizerSettings, TrainedNetwork
 from ..trainer import Trainer
 from .config import DistillConfig
 from .health import HealthMonitor
-from .inputs import (
-    check_enough_images,
-    class_shares,
-    fitting_objective,
-    load_fitting_images,
-    load_teacher,
-    needs_labels_of_stream,
-    starting_critic,
-    starting_student,
-)
-from .losses import DistillationLosses, Draw, Images
-from .references import reference_roles
+from .images import check_enough_images, class_shares, load_fitting_images
+from .losses import CriticTerms, DistillationLosses, Draw, GeneratorTerms, Images
+from .plan import plan_distillation
 
 #: Images in a row of a sample grid.
 GRID_COLUMNS = 10
@@ -70,25 +61,21 @@ class DistillationTrainer(Trainer):
 
     def setup(self) -> None:
         settings = self.settings
-        self.teacher_pipeline = teacher = load_teacher(settings)
-        self.interpolant = teacher.scheduler.interpolant
-        self.prediction_type = teacher.scheduler.config.prediction_type
-        self.timestep_type = teacher.scheduler.config.timestep_type
-        settings.check_times(self.interpolant)
-        self.objective = fitting_objective(settings, teacher)
-        self.adversarial = settings.adversarial.build()
+        self.teacher_pipeline = teacher = load_pipeline(InterpolantPipeline, "teacher", settings.teacher)
+        self.plan = plan = plan_distillation(settings, teacher)
+        self.interpolant, self.objective, self.adversarial = (
+            teacher.scheduler.interpolant,
+            plan.objective,
+            plan.adversarial,
+        )
+        self.references, self.start = plan.references, plan.student
         view = teacher.network
-        self.null_class, self.num_classes, self.sample_shape = view.null_class, view.num_classes, view.sample_shape
-        self.references = reference_roles(settings, teacher)
-        needs_data = self.objective.uses_real_data or self.adversarial is not None or self.references.needed
-        needs_data = needs_data or needs_labels_of_stream(settings)
-        self.data = load_fitting_images(settings, teacher, self.readers) if needs_data else None
+        self.null, self.num_classes, self.sample_shape = view.null, view.num_classes, view.sample_shape
+        self.data = load_fitting_images(settings, teacher, self.readers) if plan.needs_images else None
         check_enough_images(settings, self.data, self.global_batch_size)
         self.class_shares = class_shares(settings, teacher, self.data)
-        critic = starting_critic(settings, teacher, self.objective)
         teacher.transformer.requires_grad_(False)
-        self.start = starting_student(settings, teacher)
-        self._build_trained(critic)
+        self._build_trained(plan.critic)
         self._place_teacher()
         self._build_losses()
         self.health = HealthMonitor()
@@ -132,18 +119,14 @@ class DistillationTrainer(Trainer):
             network.to(self.accelerator.device)
         if teacher.vae is not None:
             teacher.vae.to(self.accelerator.device)
-        self.teacher_field = self._field(
-            FeatureNetwork(network) if teacher_features else network, settings.guidance_scale
-        )
+        seen = FeatureNetwork(network) if teacher_features else view_network(network)
+        self.teacher_field = self._field(seen, settings.guidance_scale)
 
     def _build_losses(self) -> None:
-        """Both losses, and the distributions of their times."""
         settings = self.settings
         self.game_losses = DistillationLosses(
             self.objective,
             self.adversarial,
-            self.interpolant,
-            self.prediction_type,
             self.teacher_field,
             math.prod(self.sample_shape),
             self.accelerator.autocast,
@@ -153,34 +136,16 @@ class DistillationTrainer(Trainer):
             generator_sum=settings.loss_reduction == "sum",
             scale=settings.loss_scale,
         )
-        self.time_samplers = {
-            "critic": settings.build_time_sampler(self.interpolant, self.timestep_type),
-            "generator": settings.build_generator_time_sampler(self.interpolant, self.timestep_type),
-        }
-        self.adversarial_times = settings.build_adversarial_time_sampler(self.interpolant, self.timestep_type)
 
-    def _field(self, network: Callable[..., tuple[torch.Tensor, ...]], guidance_scale: float = 1.0) -> Field:
+    def _field(self, network: Network, guidance_scale: float = 1.0) -> Field:
+        """The teacher's field, or a critic's."""
         interval = (self.settings.guidance_t_min, self.settings.guidance_t_max)
-        return Field(
-            network,
-            self.interpolant,
-            self.prediction_type,
-            self.null_class,
-            guidance_scale,
-            interval,
-            self.timestep_type,
-        )
+        return Field(network, self.teacher_pipeline.scheduler, self.null, Guidance(guidance_scale, interval))
 
     def _student_field(self, network: nn.Module) -> Field:
-        return Field(
-            network,
-            self.interpolant,
-            self.start.prediction_type,
-            self.null_class,
-            self.settings.student_guidance_scale,
-            timestep_type=self.timestep_type,
-            guidance_channels=self.settings.student_guidance_channels,
-        )
+        settings = self.settings
+        guidance = Guidance(settings.student_guidance_scale, channels=settings.student_guidance_channels)
+        return Field(view_network(network), self.start.scheduler, self.null, guidance)
 
     # One iteration.
 
@@ -235,9 +200,9 @@ class DistillationTrainer(Trainer):
         with self.critic.training():
             for m, (batch, generated) in enumerate(zip(batches, samples, strict=True)):
                 with self.critic.forward_context(m):
-                    loss, parts = self._critic_loss(batch, generated, k)
-                    self.critic.backward(loss)
-                _add(metrics, parts, count * len(batches))
+                    terms = self._critic_loss(batch, generated, k)
+                    self.critic.backward(terms.total)
+                _add(metrics, terms.logged(), count * len(batches))
         norm, applied = self.critic.update()
         _add(metrics, {"critic_grad_norm": norm}, count)
         return applied
@@ -266,9 +231,9 @@ class DistillationTrainer(Trainer):
                 for m, batch in enumerate(batches):
                     with self.generator.forward_context(m):
                         samples = graphs[m] if j == 0 and graphs else self._trained_samples(batch, j)
-                        loss, parts = self._generator_loss(field, batch, samples, j)
-                        self.generator.backward(loss)
-                    _add(metrics, parts, settings.generator_steps * len(batches))
+                        terms = self._generator_loss(field, batch, samples, j)
+                        self.generator.backward(terms.total)
+                    _add(metrics, terms.logged(), settings.generator_steps * len(batches))
             norm, applied = self.generator.update()
             _add(metrics, {"generator_grad_norm": norm}, settings.generator_steps)
             finite &= applied
@@ -308,28 +273,30 @@ class DistillationTrainer(Trainer):
     @torch.no_grad()
     def _samples(self, batch: MicroBatch) -> torch.Tensor:
         """Generated images for the critic, by the student in evaluation mode."""
-        return self._generate(self.generator.module, batch.noise, batch.labels, batch.data)
+        return self._generate(self.generator.module, batch)
 
     def _trained_samples(self, batch: MicroBatch, update: int = 0) -> torch.Tensor:
         """Generated images with their graph, for the student's own update."""
-        labels, share = batch.labels, self.settings.student_class_dropout_prob
+        share = self.settings.student_class_dropout_prob
         if share > 0:
             u = self.noise.uniform("student_label_dropout", self.step, update, indices=batch.indices)
-            labels = torch.where(u < share, self.null_class, labels)
-        return self._generate(self.generator.module, batch.noise, labels, batch.data)
+            batch = replace(batch, labels=Condition(batch.labels).nulled(self.null, u < share).labels)
+        return self._generate(self.generator.module, batch)
 
-    def _generate(
-        self, network: nn.Module, noise: torch.Tensor | None, labels: torch.Tensor, data: Batch
-    ) -> torch.Tensor:
+    def _generate(self, network: nn.Module, batch: MicroBatch) -> torch.Tensor:
+        reference, bridge = self.references.start(batch.data), self.references.bridge
+        beside = view_network(network).beside(reference, batch.noise if bridge else None)
+        x1 = reference if bridge else batch.noise
         with self.accelerator.autocast():
             return self._student_field(network).one_step(
-                noise, self.start.init_time, labels, self.references.start(data)
+                x1, self.start.init_time, Condition(batch.labels, image=beside)
             )
 
     def _draw(self, batch: MicroBatch, stream: str, update: int) -> Draw:
         """Times and noise of one update's loss: for `critic` or `generator`."""
         counters, indices, term = (self.step, update), batch.indices, self.settings.adversarial
-        times, own_times = self.time_samplers[stream], self.adversarial_times
+        times = self.plan.critic_times if stream == "critic" else self.plan.generator_times
+        own_times = self.plan.adversarial_times
         u, noise = self.noise.uniform_and_normal(self.sample_shape, stream, *counters, indices=indices)
         draw = Draw(times(u), noise)
         own = f"{stream}_adversarial"
@@ -347,22 +314,21 @@ class DistillationTrainer(Trainer):
 
     def _generated(self, batch: MicroBatch, samples: torch.Tensor) -> Images:
         """The samples with the other end of a bridge's path."""
-        return Images(samples, batch.labels, self.references.x1(samples, batch.data), self._seen(batch))
+        return Images(samples, self._told(batch, batch.labels), self.references.x1(samples, batch.data))
 
-    def _seen(self, batch: MicroBatch) -> torch.Tensor | None:
-        return batch.data["reference"] if self.references.seen else None
+    def _told(self, batch: MicroBatch, labels: torch.Tensor | None) -> Condition:
+        """What teacher and critic are told of images of these classes."""
+        return Condition(labels, image=batch.data["reference"] if self.references.seen else None)
 
-    def _critic_loss(
-        self, batch: MicroBatch, samples: torch.Tensor, update: int
-    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    def _critic_loss(self, batch: MicroBatch, samples: torch.Tensor, update: int) -> CriticTerms:
         draw, data = self._draw(batch, "critic", update), batch.data
         fake = self._generated(batch, samples)
         x1 = data["reference"] if self.references.bridge else None
-        real = Images(data.get("images"), data.get("labels"), x1, self._seen(batch))
+        real = Images(data.get("images"), self._told(batch, data.get("labels")), x1)
         if self.settings.critic_class_dropout_prob > 0:
             dropped = self.noise.uniform("labels", self.step, update, indices=batch.indices)
             dropped = dropped < self.settings.critic_class_dropout_prob
-            fake, real = (images.with_class(self.null_class, dropped) for images in (fake, real))
+            fake, real = (images.nulled(self.null, dropped) for images in (fake, real))
         augmentation = self.augmentation(batch.indices, update)
         if augmentation is not None:
             fake = fake.augmented(augmentation)
@@ -371,9 +337,7 @@ class DistillationTrainer(Trainer):
             real = real.augmented(augmentation)
         return self.game_losses.critic_loss(self._field(self.critic.module), fake, real, draw)
 
-    def _generator_loss(
-        self, critic: Field, batch: MicroBatch, samples: torch.Tensor, update: int
-    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    def _generator_loss(self, critic: Field, batch: MicroBatch, samples: torch.Tensor, update: int) -> GeneratorTerms:
         judged = self.adversarial is not None and self.images_seen >= self.settings.adversarial.start_images
         draw = self._draw(batch, "generator", update)
         return self.game_losses.generator_loss(critic, self._generated(batch, samples), draw, judged)
@@ -386,13 +350,7 @@ class DistillationTrainer(Trainer):
 
     def pipeline(self, network: nn.Module | None = None) -> OneStepInterpolantPipeline:
         teacher = self.teacher_pipeline
-        scheduler = type(teacher.scheduler).from_config(
-            teacher.scheduler.config,
-            solver="euler",
-            prediction_type=self.start.prediction_type,
-            init_time=self.start.init_time,
-            noise_channels=self.start.noise_channels,
-        )
+        scheduler = type(teacher.scheduler).from_config(self.start.scheduler.config)
         network = self.averages.network if network is None else network
         settings = {name: teacher.config[name] for name in ("id2label", "vae_pixel_min", "image_upsampling")}
         if self.settings.student_guidance_scale != 1:
@@ -419,16 +377,17 @@ class DistillationTrainer(Trainer):
         batch = MicroBatch(self._student_noise("samples", 0, indices=indices), labels, shown, indices)
         pipeline = self.pipeline()
         half = torch.tensor(self.interpolant.middle_time(), device=labels.device)
-        t = self.interpolant.nearest_time(half, self.timestep_type).expand(len(labels))
+        timestep_type = self.teacher_pipeline.scheduler.config.timestep_type
+        t = self.interpolant.nearest_time(half, timestep_type).expand(len(labels))
         draw = Draw(t, self.noise.normal(self.sample_shape, "samples", 1, indices=indices))
         with self.accelerator.autocast():
             start = roles.start(shown)
-            samples = self._generate(pipeline.transformer, batch.noise, labels, shown)
+            samples = self._generate(pipeline.transformer, batch)
             made = self._generated(batch, samples)
             x1 = draw.noise if made.x1 is None else made.x1
             x_t = self.interpolant.interpolate(samples, x1, t, draw.noise)
             critic = self._field(self.critic.unwrapped)
-            rows = [samples, *(field.sample(x_t, t, labels, made.reference) for field in (self.teacher_field, critic))]
+            rows = [samples, *(field.sample(x_t, t, made.condition) for field in (self.teacher_field, critic))]
         titles = ["student", f"teacher, x0 at t={t[0]:.2f}", f"critic, x0 at t={t[0]:.2f}"]
         if start is not None:
             rows, titles = [start, *rows], ["reference", *titles]

@@ -24,7 +24,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
 
 from ...objectives import DistillationObjective
-from ...pipelines import view_network
+from ...pipelines import Condition, view_network
 from ..config import TrainingConfig
 from ..distillation.config import DistillConfig
 from ..parallel.blocks import blocks, checkpoint_blocks, half_precision_weights, has_dropout
@@ -271,8 +271,8 @@ def _graph_sizes(
             x = torch.zeros(batch, *view.sample_shape, requires_grad=frozen)
             t, labels = torch.zeros(batch), torch.zeros(batch, dtype=torch.long)
             channels = view.condition_channels
-            seen = {"condition": torch.zeros(batch, channels, *view.sample_shape[1:])} if channels else {}
-            return graph_bytes(network, lambda: view(x, t, labels, **seen))
+            image = torch.zeros(batch, channels, *view.sample_shape[1:]) if channels else None
+            return graph_bytes(network, lambda: view(x, t, Condition(labels, image=image)))
 
         again = (0, 0)
         if checkpointed:

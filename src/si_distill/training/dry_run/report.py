@@ -6,7 +6,6 @@ written.
 
 import importlib
 import os
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +15,18 @@ from torch import nn
 from ...autoencoders import describe_vae
 from ...data.latents.format import VAE_FOLDER, is_latent_cache, read_manifest
 from ...errors import InputError
-from ...interpolants import Interpolant
 from ...pipelines import InterpolantPipeline, view_network
 from ...pipelines.interpolant_pipeline_folder import STOCK_LIBRARIES
 from ...schedulers.scheduling_stochastic_interpolant import StochasticInterpolantScheduler
 from ...settings import parse_settings
 from ...units import binary_size
-from ..build_network import CLASSES, FOREIGN_CLASSES, build_network, with_inputs
+from ..build_network import CLASSES, FOREIGN_CLASSES, build_network
 from ..config import TeacherConfig, TrainingConfig
 from ..distillation.config import DistillConfig
-from ..distillation.inputs import check_guidance, fitting_objective, starting_critic, starting_student
-from ..distillation.references import reference_roles
+from ..distillation.plan import plan_distillation
+from ..distillation.start import StartingStudent
 from ..run.folder import RunFolder
+from ..teacher import TeacherPlan, plan_teacher
 from .communication import Transfer, transfers
 from .memory import (
     Devices,
@@ -61,8 +60,8 @@ def print_dry_run(settings: TrainingConfig) -> None:
 
 
 def _teacher_training(settings: TeacherConfig) -> Lines:
-    interpolant = settings.build_interpolant()
-    network = _trained_network(settings)
+    plan = _planned(settings)
+    network = plan.network
     devices = Devices.of_launcher()
     activations = teacher_activations(network, settings, devices.sharded)
     cache = settings.data.name
@@ -70,7 +69,7 @@ def _teacher_training(settings: TeacherConfig) -> Lines:
     parts = training_memory([network], None, network, settings, activations, devices, vae)
     return {
         "network": _network(network),
-        "path": _path(interpolant, settings.prediction_type, settings.timestep_type),
+        "path": _path(plan.scheduler),
         **_batch(settings),
         "optimizer": _optimizer(vars(settings), network),
         "averages": _averages(settings),
@@ -80,54 +79,43 @@ def _teacher_training(settings: TeacherConfig) -> Lines:
     }
 
 
-def _trained_network(settings: TeacherConfig) -> nn.Module:
-    """The network of a teacher's training, on the meta device; the data set is not opened."""
-    arguments = {"sample_size": settings.data.image_size, **settings.model}
+def _planned(settings: TeacherConfig) -> TeacherPlan:
+    """The plan of a teacher's training, on the meta device; the data set is not opened."""
+    shape = {"sample_size": settings.data.image_size}
     if is_latent_cache(settings.data.name):
         manifest = read_manifest(settings.data.name)
         channels, size, _ = manifest.recipe.latent_shape
         shape = {"sample_size": size, "in_channels": channels, "num_classes": len(manifest.class_names)}
-        arguments = {**shape, **settings.model}
     elif settings.data.name == "digits":
-        arguments = {"in_channels": 1, "num_classes": 10, **arguments}
-    missing = [name for name in ("in_channels", "num_classes") if name not in arguments]
+        shape |= {"in_channels": 1, "num_classes": 10}
+    missing = [name for name in ("in_channels", "num_classes") if name not in {**shape, **settings.model}]
     if missing:
         raise InputError(
             "A dry run does not open the data set, which says how many channels and classes there are: set "
             f"{' and '.join(f'`model.{name}`' for name in missing)}."
         )
     with torch.device("meta"):
-        return build_network(with_inputs(arguments, settings), "model")
+        return plan_teacher(settings, **shape)
 
 
 def _distillation(settings: DistillConfig) -> Lines:
     teacher, source = _described_teacher(settings)
-    check_guidance(settings, teacher)
-    config, interpolant = teacher.scheduler.config, teacher.scheduler.interpolant
-    settings.check_times(interpolant)
-    settings.build_time_sampler(interpolant, config.timestep_type)
-    settings.build_generator_time_sampler(interpolant, config.timestep_type)
-    objective, term = fitting_objective(settings, teacher), settings.adversarial.build()
-    roles = reference_roles(settings, teacher)
-    start = starting_student(replace(settings, student=None), teacher)
-    student, init_time = start.network, start.init_time
+    plan = plan_distillation(settings, teacher, load=False)
+    objective, critic, student = plan.objective, plan.critic, plan.student.network
     network = teacher.transformer.requires_grad_(False)
-    settings.build_adversarial_time_sampler(interpolant, config.timestep_type)
-    with torch.device("meta"):
-        critic = starting_critic(settings, teacher, objective, load=False)
     devices = Devices.of_launcher()
-    activations = distillation_activations(network, objective, term is not None, settings, devices.sharded)
+    judged = plan.adversarial is not None
+    activations = distillation_activations(network, objective, judged, settings, devices.sharded)
     parts = training_memory([critic, student], network, student, settings, activations, devices, teacher.vae)
     view = teacher.network
-    real = objective.uses_real_data or term is not None or roles.needed
     images = view.sample_shape[0] > 3 and not is_latent_cache(settings.data.name)
     latent = "; to be encoded first (training/precompute_latents.py)" if images else ""
     return {
         "teacher": f"{settings.teacher} ({source})",
         "network": _network(network),
-        "path": _path(interpolant, config.prediction_type, config.timestep_type),
+        "path": _path(teacher.scheduler),
         "student": f"{'one evaluation' if settings.student_guidance_scale == 1 else 'two evaluations'} "
-        f"{_start(interpolant, settings, init_time, start.noise_channels)}, "
+        f"{_start(settings, plan.student)}, "
         + (f"from {settings.student} (not opened)" if settings.student else "from the teacher's weights"),
         "critic": {"teacher": "the teacher's weights", "random": "random weights"}.get(
             settings.critic_start, f"from the critic of {settings.critic_start} (not opened)"
@@ -138,11 +126,11 @@ def _distillation(settings: DistillConfig) -> Lines:
         **_losses(settings),
         **_batch(settings),
         "updates": _updates(settings),
-        "student's": _optimizer({name: getattr(settings, name) for name in settings.of_critic()}, start.network),
+        "student's": _optimizer({name: getattr(settings, name) for name in settings.of_critic()}, student),
         "critic's": _optimizer(settings.of_critic(), critic),
         "averages": _averages(settings),
         "data": (_data(settings) + latent)
-        if real
+        if plan.needs_images
         else "no images: neither the objective nor an adversarial term uses any",
         **_memory(parts),
         **_communication(transfers(parameter_count([student]), objective, settings, devices), devices),
@@ -203,13 +191,14 @@ def _averages(settings: TrainingConfig) -> str:
     return "; ".join([described(main), *map(described, settings.ema_extra), *power])
 
 
-def _start(interpolant: Interpolant, settings: DistillConfig, init_time: float, noise_channels: int) -> str:
+def _start(settings: DistillConfig, student: StartingStudent) -> str:
+    interpolant = student.scheduler.interpolant
     if settings.student_map == "negative_velocity":
         return f"of −v at t = {settings.init_time or 0.5:g} on plain noise"
     if not interpolant.gaussian_reference:
-        return f"from the reference image, with {noise_channels} channels of noise"
-    c = interpolant.coefficients(torch.tensor(init_time, dtype=torch.float64))
-    return f"at t = {init_time:.4g} (β/α = {float(c.beta / c.alpha):.4g})"
+        return f"from the reference image, with {student.noise_channels} channels of noise"
+    c = interpolant.coefficients(torch.tensor(student.init_time, dtype=torch.float64))
+    return f"at t = {student.init_time:.4g} (β/α = {float(c.beta / c.alpha):.4g})"
 
 
 def _described_teacher(settings: DistillConfig) -> tuple[InterpolantPipeline, str]:
@@ -234,11 +223,8 @@ def _from_description(described: dict[str, Any]) -> InterpolantPipeline:
         if len(described) > 1:
             raise InputError("`teacher_model.training` cannot be combined with other settings of `teacher_model`.")
         training = parse_settings(TeacherConfig, ["--config", str(described["training"])])
-        scheduler = {name: getattr(training, name) for name in ("interpolant", "prediction_type", "timestep_type")}
-        network = _trained_network(training)
-        return InterpolantPipeline(
-            network, _scheduler({**scheduler, "interpolant_kwargs": training.interpolant_kwargs})
-        )
+        plan = _planned(training)
+        return InterpolantPipeline(plan.network, plan.scheduler)
     arguments = dict(described)
     scheduler = arguments.pop("scheduler", {})
     if not isinstance(scheduler, dict):
@@ -276,8 +262,9 @@ def _network(network: nn.Module) -> str:
     return f"{type(network).__name__}, {parameter_count([network]):,} parameters, {size}, {kind}"
 
 
-def _path(interpolant: Interpolant, prediction_type: str, timestep_type: str) -> str:
-    return f"{interpolant.name}, prediction {prediction_type}, timesteps {timestep_type}"
+def _path(scheduler: StochasticInterpolantScheduler) -> str:
+    config = scheduler.config
+    return f"{config.interpolant}, prediction {config.prediction_type}, timesteps {config.timestep_type}"
 
 
 def _batch(settings: TrainingConfig) -> Lines:

@@ -17,10 +17,8 @@ from torch.distributed.tensor import DTensor
 
 from ...log_variance import LogVariance
 from ...models.unet_edm2 import MPConv, normalize
+from ...pipelines.interpolant_pipeline_network import VIEWS
 from .blocks import block_classes
-
-#: Shared by two modules of diffusers' DiT: its output layer uses the embedding inside the first block.
-_SHARED = ("CombinedTimestepLabelEmbeddings",)
 
 
 def shard(accelerator: Accelerator, network: nn.Module) -> nn.Module:
@@ -38,12 +36,12 @@ def shard(accelerator: Accelerator, network: nn.Module) -> nn.Module:
         parameter.data = parameter.data.to(accelerator.device)
     common = dict(mesh=init_device_mesh(accelerator.device.type, (accelerator.num_processes,)), ignored_params=scalars)
     policy = half if accelerator.mixed_precision == "bf16" else exact
-    names = block_classes(network)
+    names = {*block_classes(network), *(name for view in VIEWS.values() for name in view.shared_modules)}
     for module in reversed(list(network.modules())):  # what is inside comes first
         kind = type(module).__name__
         if isinstance(module, LogVariance):  # the size of a loss is not for bfloat16
             fully_shard(module, mp_policy=exact, **common)
-        elif kind in _SHARED or kind in names:
+        elif kind in names:
             fully_shard(module, mp_policy=policy, reshard_after_forward=plugin.reshard_after_forward, **common)
     fully_shard(network, mp_policy=policy, **common)
     if any(isinstance(module, MPConv) for module in network.modules()):
