@@ -3,6 +3,7 @@
 A copy of this file travels beside `pipeline.py` into every saved pipeline: it imports only torch and siblings.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -24,11 +25,23 @@ class Guidance:
         interval (`tuple[float, float]`): smallest and largest time with guidance (Kynkäänniemi et al. 2024, "Applying
             Guidance in a Limited Interval"); at others w is 1.
         channels (`int`, *optional*): guides only the first channels of the prediction; None is all of them.
+
+    Raises:
+        ValueError: for values out of range.
     """
 
     scale: float = 1.0
     interval: tuple[float, float] = (0.0, 1.0)
     channels: int | None = None
+
+    def __post_init__(self) -> None:
+        if not (isinstance(self.scale, (int, float)) and math.isfinite(self.scale) and self.scale >= 0):
+            raise ValueError(f"`guidance_scale` must be a number of at least 0 (1 is no guidance), got {self.scale!r}.")
+        low, high = self.interval
+        if not 0 <= low < high <= 1:
+            raise ValueError(f"`guidance_interval` must be two rising times in [0, 1], got {self.interval}.")
+        if self.channels is not None and not (isinstance(self.channels, int) and self.channels > 0):
+            raise ValueError(f"`guidance_channels` must be a number of channels or None, got {self.channels!r}.")
 
     def at(self, t: torch.Tensor) -> float | torch.Tensor:
         """w at the times: (B,) where it differs between them, otherwise a number."""

@@ -118,14 +118,8 @@ class InterpolantPipeline(SelfContainedFolderMixin, InterpolantPipelineBase):
             TypeError: for a label that is neither an integer nor a string.
         """
         # 1. Check inputs
-        if not (math.isfinite(guidance_scale) and guidance_scale >= 0):
-            raise ValueError(
-                f"`guidance_scale` must be a number of at least 0 (1 is no guidance), got {guidance_scale}."
-            )
-        low, high = guidance_interval
-        if not 0 <= low < high <= 1:
-            raise ValueError(f"`guidance_interval` must be two rising times in [0, 1], got {guidance_interval}.")
-        if guidance_channels is not None and not 1 <= guidance_channels <= self.network.sample_shape[0]:
+        guidance = Guidance(guidance_scale, guidance_interval, guidance_channels)
+        if (guidance_channels or 1) > self.network.sample_shape[0]:
             raise ValueError(
                 f"`guidance_channels` is {guidance_channels}, but this network has {self.network.sample_shape[0]} channels."
             )
@@ -154,7 +148,7 @@ class InterpolantPipeline(SelfContainedFolderMixin, InterpolantPipelineBase):
         told = {"reference": image} if self.is_bridge and condition.image is not None else {}
 
         # 4. Solve
-        field = self.field(scheduler, Guidance(guidance_scale, tuple(guidance_interval), guidance_channels))
+        field = self.field(scheduler, guidance)
         if adaptive:
             config = scheduler.config
             flow = ProbabilityFlow(field, condition, config.init_time)

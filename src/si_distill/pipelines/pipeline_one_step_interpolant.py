@@ -4,7 +4,6 @@ This file travels as `pipeline.py`, with its helpers, into every saved student: 
 what diffusers requires.
 """
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -57,13 +56,12 @@ class OneStepInterpolantPipeline(SelfContainedFolderMixin, InterpolantPipelineBa
     ):
         super().__init__(transformer, scheduler, vae, id2label, vae_pixel_min, image_upsampling)
         if guidance is not None:
-            scale, channels = guidance.get("scale"), guidance.get("channels")
-            valid = isinstance(scale, (int, float)) and math.isfinite(scale) and scale >= 0
-            valid = valid and (channels is None or (isinstance(channels, int) and channels > 0))
-            if not valid or set(guidance) - {"scale", "channels"}:
+            try:
+                Guidance(**guidance)
+            except (TypeError, ValueError) as error:
                 raise ValueError(
-                    f"`guidance` is {guidance!r}; it holds a `scale` of at least 0 and `channels`, a number or None."
-                )
+                    f"`guidance` is {guidance!r}; it holds a `scale` of at least 0 and `channels`, a number or None: {error}"
+                ) from None
             if self.network.null_class is None:
                 raise ValueError("`guidance` needs a student with a null class, and this one has none.")
         self.register_to_config(guidance=guidance)

@@ -90,7 +90,7 @@ class TeacherTrainer(Trainer):
         self.class_names = self.data.class_names if network.config.num_classes else []
         self.averages = Averages(network, settings, self.global_batch_size)
         self.trained = TrainedNetwork(
-            self.accelerator, network, settings, OptimizerSettings.of(settings, total_updates=settings.max_steps)
+            self.accelerator, network, settings, OptimizerSettings.of(vars(settings), total_updates=settings.max_steps)
         )
         self.averages.prepare(self.accelerator)
 

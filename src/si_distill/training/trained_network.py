@@ -4,6 +4,7 @@ import contextlib
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -41,10 +42,9 @@ class OptimizerSettings:
     max_grad_value: float | None = None
 
     @classmethod
-    def of(cls, settings: TrainingConfig, total_updates: int) -> "OptimizerSettings":
-        """Those of the network that the unprefixed settings speak of."""
-        names = [name for name in cls.__dataclass_fields__ if hasattr(settings, name)]
-        return cls(**{name: getattr(settings, name) for name in names}, total_updates=total_updates)
+    def of(cls, values: dict[str, Any], **own: float | None) -> "OptimizerSettings":
+        """From settings by their names in `TrainingConfig`, among others, and those that are no settings."""
+        return cls(**{name: values[name] for name in cls.__dataclass_fields__ if name in values}, **own)
 
 
 class TrainedNetwork:

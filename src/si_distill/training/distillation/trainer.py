@@ -85,24 +85,15 @@ class DistillationTrainer(Trainer):
         settings = self.settings
         self.student_drops = has_dropout(self.start.network) or settings.student_class_dropout_prob > 0
         self.averages = Averages(self.start.network, settings, images_per_update=self.global_batch_size)
-        of_critic = settings.of_critic()
-        del of_critic["loss_reduction"]  # of its loss, not of its optimizer
-        self.critic = TrainedNetwork(
-            self.accelerator,
-            critic,
-            settings,
-            OptimizerSettings(
-                **of_critic,
-                total_updates=settings.max_steps * settings.critic_steps,
-                max_grad_value=settings.adversarial.max_grad_value,
-            ),
+        of_critic = OptimizerSettings.of(
+            settings.of_critic(),
+            total_updates=settings.max_steps * settings.critic_steps,
+            max_grad_value=settings.adversarial.max_grad_value,
         )
-        self.generator = TrainedNetwork(
-            self.accelerator,
-            self.start.network,
-            settings,
-            OptimizerSettings.of(settings, total_updates=settings.max_steps * settings.generator_steps),
-        )
+        updates = settings.max_steps * settings.generator_steps
+        of_generator = OptimizerSettings.of(vars(settings), total_updates=updates)
+        self.critic = TrainedNetwork(self.accelerator, critic, settings, of_critic)
+        self.generator = TrainedNetwork(self.accelerator, self.start.network, settings, of_generator)
         self.averages.prepare(self.accelerator)
 
     def _place_teacher(self) -> None:
