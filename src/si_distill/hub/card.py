@@ -33,14 +33,6 @@ _METRICS = {
     "inception score": "inception-score",
     "label accuracy": "accuracy",
 }
-_INTERPOLANT_REFERENCES = {
-    "linear": "lipman2023flow",
-    "trigonometric": "albergo2023stochastic",
-    "vp": "song2021score",
-    "ddpm": "ho2020ddpm",
-    "edm": "karras2022edm",
-    "bridge": "albergo2023stochastic",
-}
 
 
 def write_card(folder: str | Path) -> None:
@@ -235,7 +227,7 @@ def _references(facts: ModelFacts) -> list[str]:
         if facts.network_class.startswith(prefix):
             keys.append(key)
             break
-    keys.append(_INTERPOLANT_REFERENCES.get(facts.scheduler.get("interpolant")))
+    keys.append(getattr(facts.interpolant, "citation", None))
     entries = re.split(r"\n(?=@)", (TEMPLATES / "references.bib").read_text(encoding="utf-8").strip())
     by_key = {entry.split("{", 1)[1].split(",", 1)[0]: entry.strip() for entry in entries}
     return [by_key[key] for key in dict.fromkeys(keys) if key]

@@ -9,6 +9,7 @@ import yaml
 from safetensors import SafetensorError, safe_open
 
 from ..errors import InputError
+from ..interpolants import INTERPOLANTS, Interpolant
 
 #: Files that a run leaves beside its pipeline and that are published with it.
 CONFIG, METRICS, FACTS, EVALUATION = "config.yaml", "metrics.jsonl", "facts.json", "evaluation.json"
@@ -59,9 +60,14 @@ class ModelFacts:
         return 0 if value is None and self.network_class == "UNet2DModel" else value
 
     @property
+    def interpolant(self) -> type[Interpolant] | None:
+        """The family; None of one that is not registered here."""
+        return INTERPOLANTS.get(self.scheduler.get("interpolant"))
+
+    @property
     def starts_from_image(self) -> bool:
         """Whether sampling starts at an image: a bridge."""
-        return self.scheduler.get("interpolant") == "bridge"
+        return self.interpolant is not None and not self.interpolant.gaussian_reference
 
     @property
     def takes_image(self) -> bool:
