@@ -147,17 +147,8 @@ class IndexedBatches:
         name: str = "the data set",
     ):
         sampler = GlobalBatchSampler(len(data), batch_size, rank, world_size, seed, start)
-        self._loader = DataLoader(
-            _Substituting(data, max_corrupt),
-            batch_sampler=sampler,
-            num_workers=num_workers,
-            collate_fn=_collate,
-            worker_init_fn=leave_signals_to_parent,
-            pin_memory=torch.cuda.is_available(),
-            # By default a loader's seed comes from the process's generator, which dropout draws from: a resumed run,
-            # whose loader starts later, would drop something else.
-            generator=torch.Generator(),
-        )
+        source = _Substituting(data, max_corrupt)
+        self._loader = DataLoader(source, batch_sampler=sampler, collate_fn=_collate, **reading_processes(num_workers))
         self._batches: Iterator | None = None
         self._corrupt = CorruptImages(max_corrupt, name)
 
@@ -227,7 +218,19 @@ def _collate(items: list[tuple[dict[str, Any] | None, dict[str, str]]]) -> tuple
     return (None if None in whole else default_collate(whole)), corrupt
 
 
-def leave_signals_to_parent(worker: int) -> None:
+def reading_processes(number: int) -> dict[str, Any]:
+    """Arguments of a `DataLoader` with so many workers."""
+    return dict(
+        num_workers=number,
+        worker_init_fn=_leave_signals_to_parent,
+        pin_memory=torch.cuda.is_available(),
+        # By default a loader's seed comes from the process's generator, which dropout draws from: a resumed run, whose
+        # loader starts later, would drop something else.
+        generator=torch.Generator(),
+    )
+
+
+def _leave_signals_to_parent(worker: int) -> None:
     """Makes a reading process live as long as the one that trains wants it to.
 
     Ctrl-C and Slurm's SIGTERM reach both, and the one that trains still needs batches then, to end its iteration. Its own
