@@ -80,7 +80,7 @@ class Judge:
     def __post_init__(self) -> None:
         from si_distill.data import load_images
         from si_distill.data.config import DataConfig
-        from si_distill.evaluation.metrics import DigitsClassifier
+        from si_distill.evaluation.classifier import DigitsClassifier
 
         self.reference, reference_labels = load_images(DataConfig()).read_all()
         self.labels = [reference_labels[i % len(reference_labels)] for i in range(self.num_samples)]
@@ -88,8 +88,8 @@ class Judge:
 
     def __call__(self, pipeline, **arguments) -> dict[str, float]:
         """Fréchet distance on pixels and label accuracy of a pipeline's images."""
+        from si_distill.evaluation.formulas import frechet_distance
         from si_distill.evaluation.generation import generate_images
-        from si_distill.evaluation.metrics import frechet_distance
 
         pipeline.set_progress_bar_config(disable=True)
         call = partial(pipeline, output_type="pt", **arguments)

@@ -20,9 +20,10 @@ FLOORS = (
     ("schedulers", "models", "settings", "launching", "sampling", "adversarial"),
     ("interpolants", "pipelines"),
     ("objectives", "field", "log_variance", "autoencoders"),
-    ("critic", "data", "conversion", "hub"),
+    ("critic", "data", "conversion"),
     ("loading",),
     ("evaluation",),
+    ("hub",),
     ("training",),
 )
 

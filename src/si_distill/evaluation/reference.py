@@ -15,7 +15,7 @@ from accelerate import PartialState
 from ..conversion.pickles import load_plain_pickle
 from ..errors import InputError
 from .features import INCEPTION, Extractor
-from .metrics import Moments
+from .formulas import Moments
 from .samples import DatasetSource
 from .shards import Shards
 
@@ -45,6 +45,10 @@ class Reference:
     features: torch.Tensor | None = None
     indices: np.ndarray | None = None
     labels: list[int] | None = None
+
+    @property
+    def moments(self) -> tuple[np.ndarray, np.ndarray]:
+        return self.mean, self.covariance
 
     @property
     def feature_labels(self) -> list[int] | None:

@@ -17,8 +17,8 @@ from ..errors import InputError
 from ..pipelines import InterpolantPipeline, OneStepInterpolantPipeline
 from ..sample_noise import SampleNoise, sample_seed
 from ..visualization import to_uint8
+from .formulas import peak_signal_to_noise, spread
 from .inputs import Inputs
-from .metrics import peak_signal_to_noise, spread
 
 #: Of the first inputs, so many images are made of each, to see how they differ.
 SPREAD_INPUTS, SPREAD_DRAWS = 64, 8

@@ -12,7 +12,7 @@ import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,6 +22,7 @@ from tqdm.auto import tqdm
 
 from .. import fingerprints
 from ..errors import InputError
+from .classifier import Classifier
 from .features import Extractor
 from .samples import Source
 
@@ -30,16 +31,6 @@ SHARD = 512
 MANIFEST = "manifest.json"
 #: Figures of single images beside their inputs' truth.
 COMPARED = ("psnr", "spread")
-
-
-class Classifier(Protocol):
-    """What names the class of an image."""
-
-    name: str
-
-    def predict(self, images: torch.Tensor) -> np.ndarray:
-        """Classes (B,) of uint8 images (B, C, H, W)."""
-        ...
 
 
 @dataclass

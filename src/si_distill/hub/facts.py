@@ -9,10 +9,11 @@ import yaml
 from safetensors import SafetensorError, safe_open
 
 from ..errors import InputError
+from ..evaluation.config import EVALUATION
 from ..interpolants import INTERPOLANTS, Interpolant
 
 #: Files that a run leaves beside its pipeline and that are published with it.
-CONFIG, METRICS, FACTS, EVALUATION = "config.yaml", "metrics.jsonl", "facts.json", "evaluation.json"
+CONFIG, METRICS, FACTS = "config.yaml", "metrics.jsonl", "facts.json"
 STUDENT, TEACHER = "OneStepInterpolantPipeline", "InterpolantPipeline"
 
 

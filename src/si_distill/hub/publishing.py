@@ -14,8 +14,9 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError,
 from huggingface_hub.utils import validate_repo_id
 
 from ..errors import InputError, PublishError
+from ..evaluation.config import EVALUATION
 from .card import CARD, SAMPLES
-from .facts import CONFIG, EVALUATION, FACTS, METRICS
+from .facts import CONFIG, FACTS, METRICS
 from .staging import listing, stage_model
 
 #: Files outside the folders of components that a publication writes, and removes when it no longer has them.
