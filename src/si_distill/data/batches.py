@@ -13,6 +13,7 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -91,6 +92,7 @@ class TrainingData(Protocol):
         ...
 
 
+@dataclass
 class CorruptImages:
     """Images that could not be read: each is told of once, and too many of them stop the training.
 
@@ -99,10 +101,9 @@ class CorruptImages:
         name: of the data.
     """
 
-    def __init__(self, limit: int, name: str):
-        self.limit = limit
-        self.name = name
-        self.keys: set[str] = set()
+    limit: int
+    name: str
+    keys: set[str] = field(default_factory=set, init=False)
 
     def add(self, found: dict[str, str]) -> None:
         """Adds images, a key that stays the same in every epoch to what is wrong.

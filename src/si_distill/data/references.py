@@ -1,7 +1,7 @@
 """Where a batch's reference images come from: the pair's own column, a degradation of the images, or a second data set."""
 
 from collections.abc import Iterable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any, Protocol
 
@@ -22,14 +22,14 @@ class UniformNumbers(Protocol):
     ) -> torch.Tensor: ...
 
 
+@dataclass
 class DegradedReferences:
     """The degraded image itself: `reference` = D(`images`), after cropping and flipping.
 
     The random numbers of a sample are those of (seed, counters, index), whatever the batch.
     """
 
-    def __init__(self, degradation: Degradation):
-        self.degradation = degradation
+    degradation: Degradation
 
     def __call__(self, batch: Batch, noise: UniformNumbers, *counters: int, indices: Iterable[int]) -> Batch:
         """The batch with `reference`, (B, C, H, W)."""
@@ -92,15 +92,11 @@ class UnpairedData:
 
     def batches(self, batch_size: int, seed: int = 0, **position: int) -> "UnpairedBatches":
         """Endless batches of one rank (see `TrainingData.batches`)."""
-        # Another seed, or two data sets of the same length would be paired by their numbers.
+        names = ("reference", "other_reference") if self.further else ("reference",)
         return UnpairedBatches(
             self.images.batches(batch_size, seed=seed, **position),
-            reference=self.references.batches(batch_size, seed=seed + 1, **position),
-            **(
-                {"other_reference": self.references.batches(batch_size, seed=seed + 2, **position)}
-                if self.further
-                else {}
-            ),
+            # Another seed, or two data sets of the same length would be paired by their numbers.
+            **{name: self.references.batches(batch_size, seed=seed + n, **position) for n, name in enumerate(names, 1)},
         )
 
 

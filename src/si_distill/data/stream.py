@@ -1,6 +1,7 @@
 """Images that are read while training, from anything that `datasets` streams."""
 
 import hashlib
+from dataclasses import dataclass
 from typing import Any
 
 from ..errors import InputError
@@ -10,6 +11,7 @@ from .config import DataConfig
 from .stream_reading import StreamBatches
 
 
+@dataclass
 class ImageStream:
     """Square images with class labels that come in an order of their own (a `TrainingData`).
 
@@ -21,15 +23,14 @@ class ImageStream:
         count: number of images, if it is known.
     """
 
-    def __init__(self, source: Any, reader: RowReader, config: DataConfig, class_names: list[str], count: int | None):
-        self.source = source
-        self.reader = reader
-        self.config = config
-        self.name = config.name
-        self.channels = reader.channels
-        self.size = config.image_size
-        self.class_names = class_names
-        self.count = count
+    source: Any
+    reader: RowReader
+    config: DataConfig
+    class_names: list[str]
+    count: int | None
+
+    def __post_init__(self) -> None:
+        self.name, self.size, self.channels = self.config.name, self.config.image_size, self.reader.channels
 
     @property
     def num_shards(self) -> int:

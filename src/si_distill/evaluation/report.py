@@ -1,7 +1,6 @@
 """Evaluation of students, teachers and finished images against real ones: a JSON file, a table, three pictures."""
 
 import json
-import os
 import shutil
 import time
 from datetime import datetime, timezone
@@ -14,6 +13,7 @@ from accelerate import PartialState
 
 from ..data import DataConfig, load_images
 from ..errors import InputError
+from ..files import write_text
 from ..launching import join_processes
 from ..settings import settings_to_dict
 from .classifier import DigitsClassifier
@@ -58,7 +58,8 @@ def evaluate(settings: EvaluationConfig) -> dict[str, Any] | None:
     if settings.save_npz:
         for generator, made in zip(evaluation.generators, shards, strict=True):
             made.write_npz(evaluation.next_to(f"_{slug(generator.name)}.npz"))
-    _write_texts(result, evaluation.output)
+    write_text(evaluation.output, json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+    write_text(evaluation.next_to(".md"), format_table(result) + "\n")
     evaluation.draw(result, judge.neighbours)
     _forget_others(shards)
     return result
@@ -204,13 +205,6 @@ class _Evaluation:
         if real and neighbours is not None and self.reference.indices is not None:
             indices, path = self.reference.indices.tolist(), self.next_to("_neighbours.png")
             draw_neighbours(last, real, indices, neighbours, chosen, path)
-
-
-def _write_texts(result: dict[str, Any], output: Path) -> None:
-    for suffix, text in ((".json", json.dumps(result, indent=1, ensure_ascii=False)), (".md", format_table(result))):
-        partial = output.with_suffix(".tmp")
-        partial.write_text(text + "\n", encoding="utf-8")
-        os.replace(partial, output.with_suffix(suffix))
 
 
 def output_path(settings: EvaluationConfig) -> Path:

@@ -6,7 +6,6 @@ disk only when asked for.
 """
 
 import json
-import os
 import re
 import zipfile
 from collections.abc import Iterator
@@ -22,6 +21,7 @@ from tqdm.auto import tqdm
 
 from .. import fingerprints
 from ..errors import InputError
+from ..files import whole_file
 from .classifier import Classifier
 from .features import Extractor
 from .samples import Source
@@ -56,11 +56,13 @@ class Collected:
     compared: dict[str, np.ndarray] = field(default_factory=dict)
 
 
+@dataclass
 class Shards:
     """The shards of one source and extractor.
 
     Args:
-        folder: where the shards of all sources of an evaluation lie, on a file system that all processes share.
+        folder: where the shards of all sources of an evaluation lie, on a file system that all processes share; these lie
+            in a folder of their own in it.
         source: the images.
         extractor: of the features.
         classifier: names the class of each of some uint8 images, for label accuracy, if there is one.
@@ -68,21 +70,18 @@ class Shards:
         pictures: a folder for the images as PNG files, if they are wanted.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        source: Source,
-        extractor: Extractor,
-        classifier: Classifier | None = None,
-        keep_images: bool = False,
-        pictures: Path | None = None,
-    ):
-        self.source, self.extractor, self.classifier = source, extractor, classifier
-        self.keep_images, self.pictures = keep_images, pictures
-        self.identity = {"source": source.identity, **extractor.identity}
-        if classifier is not None:
-            self.identity["classifier"] = classifier.name
-        self.folder = Path(folder) / fingerprints.of_values(self.identity)
+    folder: Path
+    source: Source
+    extractor: Extractor
+    classifier: Classifier | None = None
+    keep_images: bool = False
+    pictures: Path | None = None
+
+    def __post_init__(self) -> None:
+        self.identity = {"source": self.source.identity, **self.extractor.identity}
+        if self.classifier is not None:
+            self.identity["classifier"] = self.classifier.name
+        self.folder = self.folder / fingerprints.of_values(self.identity)
 
     def __len__(self) -> int:
         return -(-len(self.source) // SHARD)
@@ -150,12 +149,8 @@ class Shards:
             seconds += batch.seconds
             bar.update(len(batch.images))
         arrays = {name: np.concatenate(values) for name, values in parts.items() if values}
-        partial = self.path(shard).with_suffix(".tmp")
-        with open(partial, "wb") as file:
+        with whole_file(self.path(shard)) as file:
             np.savez(file, rows=np.int64(rows), seconds=np.float64(seconds), **arrays)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, self.path(shard))
 
     def _is_made(self, shard: int) -> bool:
         """Whether a shard is whole and has what is wanted now."""
@@ -210,8 +205,7 @@ class Shards:
         labels = [arrays["labels"] for arrays in self.arrays("labels") if "labels" in arrays]
         first = next(self.arrays("images"))["images"]
         shape = (len(self.source), *first.shape[2:], 3)
-        partial = path.with_name(path.name + ".tmp")
-        with zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
+        with whole_file(path) as whole, zipfile.ZipFile(whole, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
             with archive.open("arr_0.npy", "w", force_zip64=True) as file:
                 header = {"descr": "|u1", "fortran_order": False, "shape": shape}
                 np.lib.format.write_array_header_1_0(file, header)
@@ -221,7 +215,6 @@ class Shards:
             if labels:
                 with archive.open("arr_1.npy", "w") as file:
                     np.lib.format.write_array(file, np.concatenate(labels), allow_pickle=False)
-        os.replace(partial, path)
 
 
 def slug(name: str) -> str:

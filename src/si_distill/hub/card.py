@@ -11,14 +11,7 @@ from ..errors import InputError
 from ..evaluation.config import EVALUATION
 from ..evaluation.metrics import METRICS
 from ..evaluation.table import format_table
-from .card_tables import (
-    MISSING,
-    model_rows,
-    objective_rows,
-    teacher_rows,
-    training_command,
-    training_rows,
-)
+from .card_tables import MISSING, model_rows, objective_rows, teacher_rows, training_command, training_rows
 from .facts import CONFIG, STUDENT, TEACHER, ModelFacts, read_facts, without_paths
 
 TEMPLATES = Path(__file__).parent / "model_cards"

@@ -1,6 +1,7 @@
 """What is known of a model, read from the files of its folder. Nothing is guessed: what no file says is None."""
 
 import json
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -116,7 +117,7 @@ def read_facts(folder: str | Path, training: bool = True) -> ModelFacts:
         InputError: when the folder is no pipeline of ours, or one of its files cannot be read.
     """
     folder = Path(folder)
-    index = _json(folder / "model_index.json")
+    index = _values(folder / "model_index.json")
     if not isinstance(index, dict):
         raise InputError(f"{folder} is not a pipeline folder: it has no model_index.json.")
     name = index.get("_class_name")
@@ -125,23 +126,23 @@ def read_facts(folder: str | Path, training: bool = True) -> ModelFacts:
         raise InputError(
             f"{folder} holds {name!r}, which has no `transformer`: only pipelines of si_distill are described."
         )
-    vae = _json(folder / "vae" / "config.json") if (index.get("vae") or [None])[0] else None
+    vae = _values(folder / "vae" / "config.json") if (index.get("vae") or [None])[0] else None
     facts = ModelFacts(
         folder=folder,
         pipeline_class=name,
         id2label=index.get("id2label"),
         network_class=index["transformer"][1],
-        network=_json(folder / "transformer" / "config.json") or {},
-        scheduler=_json(folder / "scheduler" / "scheduler_config.json") or {},
+        network=_values(folder / "transformer" / "config.json") or {},
+        scheduler=_values(folder / "scheduler" / "scheduler_config.json") or {},
         vae=vae,
         parameters=_parameters(folder / "transformer"),
         guidance=index.get("guidance"),
     )
     if training:
-        facts.settings = _yaml(folder / CONFIG) or {}
+        facts.settings = _values(folder / CONFIG) or {}
         facts.metrics = _lines(folder / METRICS)
-        facts.recorded = _json(folder / FACTS) or {}
-        facts.evaluation = _json(folder / EVALUATION)
+        facts.recorded = _values(folder / FACTS) or {}
+        facts.evaluation = _values(folder / EVALUATION)
     return facts
 
 
@@ -156,20 +157,13 @@ def without_paths(value: Any) -> Any:
     return value
 
 
-def _json(path: Path) -> Any:
+def _values(path: Path) -> Any:
+    """What a JSON or YAML file holds; None without one."""
     if not path.is_file():
         return None
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"Cannot read {path}: {error}. Restore it, or remove it.") from error
-
-
-def _yaml(path: Path) -> Any:
-    if not path.is_file():
-        return None
-    try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        return json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise InputError(f"Cannot read {path}: {error}. Restore it, or remove it.") from error
 
@@ -192,11 +186,7 @@ def _parameters(folder: Path) -> int | None:
             continue  # a variant: the same tensors again
         try:
             with safe_open(file, framework="pt") as tensors:
-                for key in tensors.keys():  # noqa: SIM118 - not a mapping
-                    size = 1
-                    for length in tensors.get_slice(key).get_shape():
-                        size *= length
-                    total += size
+                total += sum(math.prod(tensors.get_slice(key).get_shape()) for key in tensors.keys())  # noqa: SIM118
         except SafetensorError as error:
             raise InputError(f"Cannot read the weights {file}: {error}. Save or copy them again.") from error
     return total or None
