@@ -14,17 +14,3 @@ from .schedulers.interpolant_paths import (
     get_interpolant,
     register_interpolant,
 )
-
-__all__ = [
-    "GAUSSIAN_INTERPOLANTS",
-    "INTERPOLANTS",
-    "PREDICTIONS",
-    "TIMESTEP_TYPES",
-    "BridgeInterpolant",
-    "Coefficients",
-    "EDMInterpolant",
-    "Interpolant",
-    "VPInterpolant",
-    "get_interpolant",
-    "register_interpolant",
-]

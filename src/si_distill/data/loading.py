@@ -14,7 +14,7 @@ from .config import DataConfig
 from .latents.dataset import LatentDataset
 from .latents.format import is_latent_cache
 from .references import UnpairedData, references_config
-from .sources import PROBE, ImageDataset, check_degradation, indexed, load_images
+from .sources import PROBE, ImageDataset, indexed, load_images
 from .stream import ImageStream
 from .stream_reading import CHUNK, rows_of
 
@@ -53,7 +53,7 @@ def load_training_data(
     if not config.streaming or config.name == "digits":
         return load_images(replace(config, streaming=False))
     data = _open_stream(config, readers, num_classes)
-    check_degradation(config, data.channels)
+    config.build_degradation(data.channels)  # refuses what these images cannot undergo
     return data
 
 

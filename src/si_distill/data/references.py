@@ -3,23 +3,16 @@
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from itertools import chain
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from scipy.optimize import linear_sum_assignment
 
 from ..errors import InputError
+from ..sample_noise import SampleNoise
 from .batches import Batch, BatchIterator, TrainingData
 from .config import DataConfig
 from .degradations import Degradation
-
-
-class UniformNumbers(Protocol):
-    """Where random numbers come from: `SampleNoise` of the trainers."""
-
-    def uniform(
-        self, stream: str, *counters: int, indices: Iterable[int], shape: tuple[int, ...] = ()
-    ) -> torch.Tensor: ...
 
 
 @dataclass
@@ -31,7 +24,7 @@ class DegradedReferences:
 
     degradation: Degradation
 
-    def __call__(self, batch: Batch, noise: UniformNumbers, *counters: int, indices: Iterable[int]) -> Batch:
+    def __call__(self, batch: Batch, noise: SampleNoise, *counters: int, indices: Iterable[int]) -> Batch:
         """The batch with `reference`, (B, C, H, W)."""
         u, count = None, self.degradation.numbers
         if count:
@@ -47,7 +40,7 @@ class TransportedReferences:
     micro-batch, so its size matters. Both marginals stay what they were.
     """
 
-    def __call__(self, batch: Batch, noise: UniformNumbers, *counters: int, indices: Iterable[int]) -> Batch:
+    def __call__(self, batch: Batch, noise: SampleNoise, *counters: int, indices: Iterable[int]) -> Batch:
         """The batch with its references in another order."""
         nearest = optimal_assignment(batch["images"], batch["reference"])
         return {**batch, "reference": batch["reference"][nearest]}
@@ -81,11 +74,7 @@ class UnpairedData:
         self.images, self.references, self.further = images, references, further
         self.name, self.channels, self.size = images.name, images.channels, images.size
         self.class_names, self.count = images.class_names, images.count
-        if images.channels != references.channels:
-            raise InputError(
-                f"The references ({references.name}) have {references.channels} channels and the images ({images.name}) "
-                f"{images.channels}: a bridge needs the same of both."
-            )
+        check_same_channels(images, references)
 
     def __len__(self) -> int:
         return len(self.images)
@@ -97,6 +86,15 @@ class UnpairedData:
             self.images.batches(batch_size, seed=seed, **position),
             # Another seed, or two data sets of the same length would be paired by their numbers.
             **{name: self.references.batches(batch_size, seed=seed + n, **position) for n, name in enumerate(names, 1)},
+        )
+
+
+def check_same_channels(images: TrainingData, references: TrainingData) -> None:
+    """Refuses a data set of references with another number of channels than the images."""
+    if images.channels != references.channels:
+        raise InputError(
+            f"The references ({references.name}) have {references.channels} channels and the images ({images.name}) "
+            f"{images.channels}: a bridge needs the same of both."
         )
 
 

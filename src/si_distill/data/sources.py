@@ -74,21 +74,8 @@ def load_images(config: DataConfig) -> ImageDataset:
             "in a distillation)."
         )
     data = digits(config) if config.name == "digits" else _from_table(config)
-    check_degradation(config, data.channels)
+    config.build_degradation(data.channels)  # refuses what these images cannot undergo
     return data
-
-
-def check_degradation(config: DataConfig, channels: int) -> None:
-    """Refuses a degradation that images of so many channels cannot undergo.
-
-    Raises:
-        InputError: for such a one.
-    """
-    if config.degradation:
-        try:
-            config.build_degradation().check_channels(channels)
-        except ValueError as error:
-            raise InputError(f"`data.degradation` {config.degradation}: {error}") from None
 
 
 def digits(config: DataConfig) -> ImageDataset:

@@ -1,19 +1,7 @@
-"""What an image shows: classifiers for label accuracy."""
-
-from typing import Protocol
+"""What an image shows, for label accuracy: an object with a `name`, and `predict` from uint8 images to classes."""
 
 import numpy as np
 import torch
-
-
-class Classifier(Protocol):
-    """What names the class of an image."""
-
-    name: str
-
-    def predict(self, images: torch.Tensor) -> np.ndarray:
-        """Classes (B,) of uint8 images (B, C, H, W)."""
-        ...
 
 
 class DigitsClassifier:

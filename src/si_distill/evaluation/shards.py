@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 from .. import fingerprints
 from ..errors import InputError
 from ..files import whole_file
-from .classifier import Classifier
+from .classifier import DigitsClassifier
 from .features import Extractor
 from .samples import Source
 
@@ -73,7 +73,7 @@ class Shards:
     folder: Path
     source: Source
     extractor: Extractor
-    classifier: Classifier | None = None
+    classifier: DigitsClassifier | None = None
     keep_images: bool = False
     pictures: Path | None = None
 

@@ -119,12 +119,7 @@ class Manifest:
 
     def write(self, folder: Path) -> None:
         """Writes the manifest atomically, with readable totals and a hash that reveals manual changes."""
-        values = {
-            "format": FORMAT,
-            "images": self.images,
-            "skipped": self.skipped,
-            **asdict(self),
-        }
+        values = {"format": FORMAT, "images": self.images, "skipped": self.skipped, **asdict(self)}
         text = json.dumps({**values, "hash": fingerprints.of_values(values)}, indent=1) + "\n"
         write_text(folder / MANIFEST, text)
 
