@@ -11,7 +11,6 @@ import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -127,28 +126,28 @@ class Shards:
 
     def _make(self, shard: int, batch_size: int, bar: tqdm) -> None:
         indices = self.indices(shard)
-        parts: dict[str, list[Any]] = {name: [] for name in ("features", "logits", "labels", "predicted", "images")}
+        parts: dict[str, list[np.ndarray]] = {}
         rows, seconds = 0, 0.0
         for start in range(0, len(indices), batch_size):
             batch = self.source.read(indices[start : start + batch_size])
             features, logits = self.extractor(batch.images)
-            parts["features"].append(features.numpy())
-            if logits is not None:
-                parts["logits"].append(logits.numpy())
-            if batch.labels is not None:
-                parts["labels"].append(np.array(batch.labels, dtype=np.int64))
-            if self.classifier is not None:
-                parts["predicted"].append(self.classifier.predict(batch.images))
-            for name, values in batch.compared.items():
-                parts.setdefault(name, []).append(values)
-            if self.keep_images:
-                parts["images"].append(batch.images.numpy())
+            found = {
+                "features": features,
+                "logits": logits,
+                "labels": None if batch.labels is None else np.array(batch.labels, dtype=np.int64),
+                "predicted": None if self.classifier is None else self.classifier.predict(batch.images),
+                "images": batch.images if self.keep_images else None,
+                **batch.compared,
+            }
+            for name, values in found.items():
+                if values is not None:
+                    parts.setdefault(name, []).append(np.asarray(values))
             if self.pictures is not None:
                 self._write_pictures(indices[start], batch.images)
             rows += batch.rows
             seconds += batch.seconds
             bar.update(len(batch.images))
-        arrays = {name: np.concatenate(values) for name, values in parts.items() if values}
+        arrays = {name: np.concatenate(values) for name, values in parts.items()}
         with whole_file(self.path(shard)) as file:
             np.savez(file, rows=np.int64(rows), seconds=np.float64(seconds), **arrays)
 

@@ -120,8 +120,7 @@ def read_facts(folder: str | Path, training: bool = True) -> ModelFacts:
     index = _values(folder / "model_index.json")
     if not isinstance(index, dict):
         raise InputError(f"{folder} is not a pipeline folder: it has no model_index.json.")
-    name = index.get("_class_name")
-    name = name[-1] if isinstance(name, list) else name
+    name = class_name(index)
     if "transformer" not in index or not isinstance(name, str):
         raise InputError(
             f"{folder} holds {name!r}, which has no `transformer`: only pipelines of si_distill are described."
@@ -144,6 +143,12 @@ def read_facts(folder: str | Path, training: bool = True) -> ModelFacts:
         facts.recorded = _values(folder / FACTS) or {}
         facts.evaluation = _values(folder / EVALUATION)
     return facts
+
+
+def class_name(index: dict[str, Any]) -> str | None:
+    """The class that a model_index.json names; in a list, its module comes first."""
+    name = index.get("_class_name")
+    return name[-1] if isinstance(name, list) else name
 
 
 def without_paths(value: Any) -> Any:
