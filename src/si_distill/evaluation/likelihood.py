@@ -11,8 +11,6 @@ the first noise level of `ddpm` and `edm`): what the model knows of the data.
 """
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -138,9 +136,9 @@ def bits_per_dimension(
     """
     _check(pipeline, images, labels, probes)
     draws = SampleNoise(seed, pipeline._execution_device)
-    scheduler, shape = pipeline.scheduler, tuple(images.shape[1:])
+    scheduler, shape, frozen = pipeline.scheduler, tuple(images.shape[1:]), _Frozen(pipeline.transformer)
     values, evaluations = [], 0
-    with _frozen(pipeline.transformer):
+    with frozen:
         for start in range(0, len(images), batch_size):
             indices = range(start, min(start + batch_size, len(images)))
             chosen = torch.tensor([labels[i] for i in indices], device=draws.device) if labels is not None else None
@@ -160,16 +158,18 @@ def bits_per_dimension(
     return BitsPerDimension(torch.cat(values), evaluations / len(images))
 
 
-@contextmanager
-def _frozen(network: nn.Module) -> Iterator[None]:
+class _Frozen:
     """Weights without gradients for a while: only the divergence in x is differentiated."""
-    trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
-    try:
-        for parameter in trained:
+
+    def __init__(self, network: nn.Module):
+        self.parameters = [p for p in network.parameters() if p.requires_grad]
+
+    def __enter__(self) -> None:
+        for parameter in self.parameters:
             parameter.requires_grad_(False)
-        yield
-    finally:
-        for parameter in trained:
+
+    def __exit__(self, *_: object) -> None:
+        for parameter in self.parameters:
             parameter.requires_grad_(True)
 
 
