@@ -101,9 +101,8 @@ class DistillationObjective:
     source: str = ""
 
     def __post_init__(self) -> None:
-        if self.space not in SPACES:
-            raise ValueError(f"Unknown space {self.space!r} of a loss. Choose one of: {', '.join(SPACES)}.")
-        for name, choices in (("weight", GENERATOR_WEIGHTS), ("critic_weight", CRITIC_WEIGHTS)):
+        known = (("space", SPACES), ("weight", GENERATOR_WEIGHTS), ("critic_weight", CRITIC_WEIGHTS))
+        for name, choices in known:
             if getattr(self, name) not in choices:
                 raise ValueError(
                     f"Unknown {name} {getattr(self, name)!r} of a loss. Choose one of: {', '.join(choices)}."

@@ -1,13 +1,12 @@
 """Settings of `training/evaluate.py` and `training/likelihood.py`."""
 
-import math
 import os
 from dataclasses import dataclass, field
 
 from ..data.config import DataConfig
 from ..errors import InputError
 from ..schedulers.interpolant_solvers import SOLVERS
-from ..settings import at_least, setting
+from ..settings import at_least, positive, setting
 from .metrics import choices
 
 #: File of the results in a pipeline folder.
@@ -116,9 +115,7 @@ class LikelihoodConfig:
         if not self.teacher:
             raise InputError("`teacher` is not set: give its folder or Hub id, e.g. --teacher runs/teacher.")
         for name in ("rtol", "atol"):
-            value = getattr(self, name)
-            if not (math.isfinite(value) and value > 0):
-                raise InputError(f"`{name}` must be a positive number, got {value}.")
+            positive(name, getattr(self, name))
         for name, least in (("probes", 0), ("batch_size", 1), ("seed", 0)):
             at_least(name, getattr(self, name), least)
         if self.num_samples is not None:

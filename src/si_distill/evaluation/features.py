@@ -58,6 +58,8 @@ register_feature_extractor(PIXELS, PixelFeatures)
 class Extractor:
     """Features, and logits where the network has them, of uint8 images.
 
+    Logits give the Inception score and, with one for each class of the data, label accuracy. A module's weights are hashed.
+
     Args:
         name: as results show it.
         network: called with uint8 images (B, C, H, W) on `device`; gives features (B, D), or a tuple of them alone or of
@@ -116,10 +118,8 @@ class Extractor:
 def load_extractor(name: str, weights: str | None, device: torch.device | str = "cpu") -> Extractor:
     """The feature extractor of that name.
 
-    A custom one is given as `package.module:Class`. `Class()`, or `Class(weights)` when `weights` is given, must be a
-    callable from uint8 images (B, C, H, W) to features (B, D) or to a tuple of features and logits (B, K); a
-    `torch.nn.Module` is moved to the device and its weights are hashed. Logits give the Inception score and, with one for
-    each class of the data, label accuracy. The module is imported from the Python path or the present folder.
+    A custom one is given as `package.module:Class`, imported from the Python path or the present folder. `Class()`, or
+    `Class(weights)` when `weights` is given, is the network of an `Extractor`; a `torch.nn.Module` is moved to the device.
 
     Args:
         name: one of `ALIASES`, a name of torch-fidelity's registry, or an import path with a colon.
