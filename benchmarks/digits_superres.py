@@ -48,8 +48,8 @@ class Judge:
 
     def __init__(self, config: SuperresConfig):
         from si_distill.data import DataConfig, load_images
+        from si_distill.evaluation.classifier import DigitsClassifier
         from si_distill.evaluation.inputs import Inputs
-        from si_distill.evaluation.metrics import DigitsClassifier
         from si_distill.training.config import TeacherConfig
 
         trained = parse_settings(TeacherConfig, ["--config", f"{config.configs}/teacher.yaml"]).data
@@ -65,7 +65,7 @@ class Judge:
 
     def figures(self, images, spread: float = 0.0) -> dict[str, float]:
         """Of one image (uint8) for each input, and the variance of a pixel over images of one input."""
-        from si_distill.evaluation.metrics import frechet_distance, peak_signal_to_noise
+        from si_distill.evaluation.formulas import frechet_distance, peak_signal_to_noise
 
         return {
             "Fréchet distance": frechet_distance(images, self.truth),

@@ -80,7 +80,7 @@ class Judge:
     def __post_init__(self) -> None:
         from si_distill.data import load_images
         from si_distill.data.config import DataConfig
-        from si_distill.evaluation.metrics import DigitsClassifier
+        from si_distill.evaluation.classifier import DigitsClassifier
 
         self.reference, reference_labels = load_images(DataConfig()).read_all()
         self.labels = [reference_labels[i % len(reference_labels)] for i in range(self.num_samples)]
@@ -88,12 +88,16 @@ class Judge:
 
     def __call__(self, pipeline, **arguments) -> dict[str, float]:
         """Fréchet distance on pixels and label accuracy of a pipeline's images."""
-        from si_distill.evaluation.generation import generate_images
-        from si_distill.evaluation.metrics import frechet_distance
+        import torch
+
+        from si_distill.evaluation.formulas import frechet_distance
+        from si_distill.evaluation.samples import PipelineSource
 
         pipeline.set_progress_bar_config(disable=True)
         call = partial(pipeline, output_type="pt", **arguments)
-        made = generate_images(pipeline, call, self.labels, EVALUATION_SEED, 256, "").images
+        source = PipelineSource(pipeline, call, self.labels, EVALUATION_SEED)
+        starts = range(0, len(source), 256)
+        made = torch.cat([source.read(range(len(source))[start : start + 256]).images for start in starts])
         return {
             "distance": frechet_distance(made, self.reference),
             "accuracy": self.classifier.accuracy(made, self.labels),

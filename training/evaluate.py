@@ -14,16 +14,20 @@ from si_distill.settings import parse_settings, script_main
 
 
 def main(argv: list[str]) -> None:
-    from si_distill.evaluation.config import EvaluationConfig
+    from si_distill.evaluation.config import EVALUATION, EvaluationConfig
 
     settings = parse_settings(EvaluationConfig, argv, __doc__)
 
-    from si_distill.evaluation.report import evaluate
-    from si_distill.hub.evaluation_table import format_table
+    from si_distill.evaluation.report import evaluate, output_path
+    from si_distill.evaluation.table import format_table
+    from si_distill.hub.card import write_card
 
     result = evaluate(settings)
     if result is not None:
         print("\n" + format_table(result))
+        folder = output_path(settings).parent
+        if output_path(settings).name == EVALUATION and (folder / "model_index.json").exists():
+            write_card(folder)
 
 
 if __name__ == "__main__":

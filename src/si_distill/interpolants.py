@@ -4,32 +4,13 @@ It lives there because a saved pipeline carries the scheduler's folder, and the 
 """
 
 from .schedulers.interpolant_base import Coefficients, Interpolant
-from .schedulers.interpolant_bridge import BridgeInterpolant, BrownianBridge
+from .schedulers.interpolant_bridge import BridgeInterpolant
 from .schedulers.interpolant_names import PREDICTIONS, TIMESTEP_TYPES
 from .schedulers.interpolant_paths import (
     GAUSSIAN_INTERPOLANTS,
     INTERPOLANTS,
-    DDPMInterpolant,
     EDMInterpolant,
-    LinearInterpolant,
-    TrigonometricInterpolant,
     VPInterpolant,
     get_interpolant,
+    register_interpolant,
 )
-
-__all__ = [
-    "GAUSSIAN_INTERPOLANTS",
-    "INTERPOLANTS",
-    "PREDICTIONS",
-    "TIMESTEP_TYPES",
-    "BridgeInterpolant",
-    "BrownianBridge",
-    "Coefficients",
-    "DDPMInterpolant",
-    "EDMInterpolant",
-    "Interpolant",
-    "LinearInterpolant",
-    "TrigonometricInterpolant",
-    "VPInterpolant",
-    "get_interpolant",
-]

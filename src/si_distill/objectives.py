@@ -12,7 +12,6 @@ conditional velocity İ of the sample behind x_t,
 All three arguments may be given as velocities or as x̂0-predictions (`space`); the target is then İ or x0. Only torch.
 """
 
-import inspect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -20,6 +19,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from .interpolants import Interpolant
+from .schedulers.interpolant_names import build_named
 
 SPACES = ("velocity", "sample")
 GENERATOR_WEIGHTS = ("uniform", "sid")
@@ -101,9 +101,8 @@ class DistillationObjective:
     source: str = ""
 
     def __post_init__(self) -> None:
-        if self.space not in SPACES:
-            raise ValueError(f"Unknown space {self.space!r} of a loss. Choose one of: {', '.join(SPACES)}.")
-        for name, choices in (("weight", GENERATOR_WEIGHTS), ("critic_weight", CRITIC_WEIGHTS)):
+        known = (("space", SPACES), ("weight", GENERATOR_WEIGHTS), ("critic_weight", CRITIC_WEIGHTS))
+        for name, choices in known:
             if getattr(self, name) not in choices:
                 raise ValueError(
                     f"Unknown {name} {getattr(self, name)!r} of a loss. Choose one of: {', '.join(choices)}."
@@ -241,48 +240,44 @@ class DistillationObjective:
         return interpolant_gap(critic, teacher, target, *triple)
 
 
-def _gap() -> DistillationObjective:
+#: Presets by name.
+PRESETS: dict[str, Callable[..., DistillationObjective]] = {}
+
+
+def register_preset(build: Callable[..., DistillationObjective]) -> Callable[..., DistillationObjective]:
+    """Makes a preset known to `get_objective`, and so to settings, by the function's name; a decorator.
+
+    The function's parameters, all with defaults, are the preset's coefficients.
+    """
+    PRESETS[build.__name__] = build
+    return build
+
+
+@register_preset
+def gap() -> DistillationObjective:
     return DistillationObjective("gap", (1, 1, 1), (1, 1, 1), source="report eq. 4-6; RealUID, UID loss")
 
 
-def _cross_term() -> DistillationObjective:
+@register_preset
+def cross_term() -> DistillationObjective:
     return DistillationObjective("cross_term", (1, 1, 1), (0, 1, 0), source="report eq. 7")
 
 
-def _cross_term_detached() -> DistillationObjective:
+@register_preset
+def cross_term_detached() -> DistillationObjective:
     return DistillationObjective(
         "cross_term_detached", (1, 1, 1), (0, 1, 0), detach=True, source="the report's code; Diff-Instruct's direction"
     )
 
 
-def _sid(alpha: float = 1.0) -> DistillationObjective:
-    return DistillationObjective(
-        "sid",
-        (1, 1, 1),
-        (1, 1, 2 * alpha),
-        space="sample",
-        weight="sid",
-        source="SiD (Zhou et al. 2024); alpha = 1.0 or 1.2",
-    )
+@register_preset
+def sid(alpha: float = 1.0) -> DistillationObjective:
+    source = "SiD (Zhou et al. 2024); alpha = 1.0 or 1.2"
+    return DistillationObjective("sid", (1, 1, 1), (1, 1, 2 * alpha), space="sample", weight="sid", source=source)
 
 
-def _sida(alpha: float = 1.0) -> DistillationObjective:
-    return replace(_sid(alpha), name="sida", source="SiDA (Zhou et al. 2024): sid with an `encoder` adversarial term")
-
-
-def _dmd2() -> DistillationObjective:
-    return DistillationObjective(
-        "dmd2",
-        (1, 1, 1),
-        (0, 1, 0),
-        detach=True,
-        space="sample",
-        weight="sid",
-        source="DMD2 (Yin et al. 2024), its gradient; with a `head` adversarial term",
-    )
-
-
-def _realuid(
+@register_preset
+def realuid(
     alpha: float = 0.92, beta: float = 0.94, gamma: float | None = None, parametrization: str = "standard"
 ) -> DistillationObjective:
     if parametrization not in PARAMETRIZATIONS:
@@ -290,35 +285,27 @@ def _realuid(
             f"Unknown parametrization {parametrization!r} of realuid. Choose one of: {', '.join(PARAMETRIZATIONS)}."
         )
     triple = (alpha, beta, alpha if gamma is None else gamma)
-    return DistillationObjective(
-        "realuid",
-        triple,
-        triple,
-        delta_scale=beta if parametrization == "beta" else 1.0,
-        source="RealUID; CIFAR-10 (0.92, 0.94), (0.98, 0.96); its public code has `parametrization`",
-    )
+    scale = beta if parametrization == "beta" else 1.0
+    source = "RealUID; CIFAR-10 (0.92, 0.94), (0.98, 0.96); its public code has `parametrization`"
+    return DistillationObjective("realuid", triple, triple, delta_scale=scale, source=source)
 
 
-def _realsid(alpha: float = 0.94, beta: float = 0.92, alpha_sid: float = 1.0) -> DistillationObjective:
-    return DistillationObjective(
-        "realsid",
-        (alpha, beta, alpha),
-        (alpha, beta, 2 * alpha_sid * alpha),
-        weight="sid",
-        source="RealUID, figure 5 (from the paper; not in its code)",
-    )
+@register_preset
+def realsid(alpha: float = 0.94, beta: float = 0.92, alpha_sid: float = 1.0) -> DistillationObjective:
+    source = "RealUID, figure 5 (from the paper; not in its code)"
+    generator = (alpha, beta, 2 * alpha_sid * alpha)
+    return DistillationObjective("realsid", (alpha, beta, alpha), generator, weight="sid", source=source)
 
 
-PRESETS: dict[str, Callable[..., DistillationObjective]] = {
-    "gap": _gap,
-    "cross_term": _cross_term,
-    "cross_term_detached": _cross_term_detached,
-    "sid": _sid,
-    "realuid": _realuid,
-    "realsid": _realsid,
-    "sida": _sida,
-    "dmd2": _dmd2,
-}
+@register_preset
+def sida(alpha: float = 1.0) -> DistillationObjective:
+    return replace(sid(alpha), name="sida", source="SiDA (Zhou et al. 2024): sid with an `encoder` adversarial term")
+
+
+@register_preset
+def dmd2() -> DistillationObjective:
+    source = "DMD2 (Yin et al. 2024), its gradient; with a `head` adversarial term"
+    return DistillationObjective("dmd2", (1, 1, 1), (0, 1, 0), True, space="sample", weight="sid", source=source)
 
 
 #: What any preset takes beside its coefficients.
@@ -336,26 +323,13 @@ def get_objective(
     """A preset of the family, e.g. `get_objective("sid", alpha=1.2)`, `get_objective("realuid", alpha=0.92, beta=0.94)`.
 
     Args:
-        name: `gap`, `cross_term`, `cross_term_detached`, `sid` (alpha), `realuid` (alpha, beta, and optionally gamma and
-            parametrization: "standard", or "beta" for Δ = β (v_ψ − v*)), `realsid` (alpha, beta, alpha_sid), `sida` (alpha)
-            or `dmd2`.
+        name: a key of `PRESETS`. (`realuid` has a `parametrization`: "standard", or "beta" for Δ = β (v_ψ − v*).)
         space, weight, critic_weight: instead of the preset's own (see `DistillationObjective`).
         coefficients: the preset's coefficients.
 
     Raises:
         ValueError: for an unknown name, space or weight, or a coefficient that the preset does not have.
     """
-    if name not in PRESETS:
-        raise ValueError(f"Unknown objective {name!r}. Choose one of: {', '.join(PRESETS)}.")
-    known = list(inspect.signature(PRESETS[name]).parameters)
-    unknown = [coefficient for coefficient in coefficients if coefficient not in known]
-    if unknown:
-        raise ValueError(
-            f"The objective {name!r} has no coefficient `{unknown[0]}`; it takes {', '.join([*known, *OVERRIDES])}."
-        )
-    try:
-        objective = PRESETS[name](**coefficients)
-    except TypeError as error:
-        raise ValueError(f"The coefficients of {name!r} must be numbers, got {coefficients}: {error}.") from None
+    objective = build_named(PRESETS, "objective", name, coefficients, "coefficient", OVERRIDES)
     changes = dict(zip(OVERRIDES, (space, weight, critic_weight), strict=True))
     return replace(objective, **{key: value for key, value in changes.items() if value is not None})

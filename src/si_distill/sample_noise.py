@@ -5,6 +5,7 @@ Nothing has to be saved to resume exactly, and two processes with half of the ba
 """
 
 import hashlib
+import math
 import struct
 from collections.abc import Iterable
 
@@ -71,13 +72,10 @@ class SampleNoise:
         self, shape: tuple[int, ...], stream: str, *counters: int, indices: Iterable[int]
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """One uniform number per sample, (B,), and normal numbers (B, *shape): a time's u, and x1."""
-        count = 1
-        for side in shape:
-            count *= side
 
         def both(generator: torch.Generator) -> torch.Tensor:
             u = torch.rand((1,), generator=generator)
-            return torch.cat([u, torch.randn(count, generator=generator)])
+            return torch.cat([u, torch.randn(math.prod(shape), generator=generator)])
 
         flat = self._draw(both, stream, counters, indices).to(self.device)
         return flat[:, 0], flat[:, 1:].unflatten(1, shape)

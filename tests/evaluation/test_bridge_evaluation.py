@@ -11,8 +11,8 @@ from si_distill import InterpolantPipeline, OneStepInterpolantPipeline, Stochast
 from si_distill.data import DataConfig, load_images
 from si_distill.errors import InputError
 from si_distill.evaluation.config import EvaluationConfig
+from si_distill.evaluation.formulas import peak_signal_to_noise
 from si_distill.evaluation.inputs import Inputs
-from si_distill.evaluation.metrics import peak_signal_to_noise
 from si_distill.evaluation.report import evaluate
 from si_distill.evaluation.samples import SPREAD_INPUTS, PipelineSource
 from si_distill.visualization import to_uint8

@@ -15,7 +15,7 @@ from si_distill.errors import InputError
 from si_distill.evaluation.config import EvaluationConfig
 from si_distill.evaluation.features import PIXELS
 from si_distill.evaluation.report import evaluate
-from si_distill.hub.evaluation_table import format_table
+from si_distill.evaluation.table import format_table
 
 
 @pytest.fixture

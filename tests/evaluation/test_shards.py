@@ -13,7 +13,6 @@ from PIL import Image
 from si_distill import InterpolantPipeline, OneStepInterpolantPipeline, StochasticInterpolantScheduler
 from si_distill.errors import InputError
 from si_distill.evaluation.features import load_extractor
-from si_distill.evaluation.generation import generate_images
 from si_distill.evaluation.generators import balanced_labels
 from si_distill.evaluation.neighbours import nearest
 from si_distill.evaluation.samples import FileSource, PipelineSource
@@ -34,28 +33,35 @@ def assert_same_images(one: torch.Tensor, other: torch.Tensor) -> None:
     assert (difference > 0).double().mean() < 1e-3
 
 
+def images_and_evaluations(pipeline, call, labels, seed, size) -> tuple[torch.Tensor, float]:
+    """One image for each label, read in batches of `size`, and how often the network was evaluated for each."""
+    source = PipelineSource(pipeline, call, labels, seed)
+    batches = [source.read(range(len(labels))[start : start + size]) for start in range(0, len(labels), size)]
+    return torch.cat([batch.images for batch in batches]), sum(batch.rows for batch in batches) / len(labels)
+
+
 def test_images_do_not_depend_on_the_batch_size(student):
     labels = [n % 10 for n in range(23)]
     call = partial(student, output_type="pt")
-    made = {size: generate_images(student, call, labels, 5, size, "") for size in (1, 7, 64)}
+    made = {size: images_and_evaluations(student, call, labels, 5, size)[0] for size in (1, 7, 64)}
     for size in (1, 7):
-        assert_same_images(made[size].images, made[64].images)
-    other_seed = generate_images(student, call, labels, 6, 64, "").images
-    assert (other_seed != made[64].images).any(dim=(1, 2, 3)).all()
+        assert_same_images(made[size], made[64])
+    other_seed, _ = images_and_evaluations(student, call, labels, 6, 64)
+    assert (other_seed != made[64]).any(dim=(1, 2, 3)).all()
 
 
 def test_evaluations_are_those_of_the_network(student):
     teacher = InterpolantPipeline(**student.components)
     teacher.set_progress_bar_config(disable=True)
     labels = [0, 1, 2]
-    assert generate_images(student, partial(student, output_type="pt"), labels, 0, 2, "").evaluations == 1
+    assert images_and_evaluations(student, partial(student, output_type="pt"), labels, 0, 2)[1] == 1
     for arguments, expected in (
         (dict(num_inference_steps=4, solver="euler"), 4),
         (dict(num_inference_steps=4, solver="heun"), 7),
         (dict(num_inference_steps=4, solver="euler", guidance_scale=2.0), 8),  # conditional and unconditional
     ):
         call = partial(teacher, output_type="pt", **arguments)
-        assert generate_images(teacher, call, labels, 0, 2, "").evaluations == expected
+        assert images_and_evaluations(teacher, call, labels, 0, 2)[1] == expected
 
 
 def test_only_missing_and_damaged_shards_are_made_again(student, tmp_path):

@@ -5,8 +5,9 @@ __getattr__, __dir__, __all__ = lazy_names(
     {
         "batches": ("TrainingData",),
         "config": ("DataConfig",),
+        "loading": ("load_training_data",),
         "sampler": ("GlobalBatchSampler",),
         "sources": ("ImageDataset", "load_images"),
-        "stream": ("ImageStream", "load_training_data"),
+        "stream": ("ImageStream",),
     },
 )

@@ -13,6 +13,7 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -91,6 +92,7 @@ class TrainingData(Protocol):
         ...
 
 
+@dataclass
 class CorruptImages:
     """Images that could not be read: each is told of once, and too many of them stop the training.
 
@@ -99,10 +101,9 @@ class CorruptImages:
         name: of the data.
     """
 
-    def __init__(self, limit: int, name: str):
-        self.limit = limit
-        self.name = name
-        self.keys: set[str] = set()
+    limit: int
+    name: str
+    keys: set[str] = field(default_factory=set, init=False)
 
     def add(self, found: dict[str, str]) -> None:
         """Adds images, a key that stays the same in every epoch to what is wrong.
@@ -147,17 +148,8 @@ class IndexedBatches:
         name: str = "the data set",
     ):
         sampler = GlobalBatchSampler(len(data), batch_size, rank, world_size, seed, start)
-        self._loader = DataLoader(
-            _Substituting(data, max_corrupt),
-            batch_sampler=sampler,
-            num_workers=num_workers,
-            collate_fn=_collate,
-            worker_init_fn=leave_signals_to_parent,
-            pin_memory=torch.cuda.is_available(),
-            # By default a loader's seed comes from the process's generator, which dropout draws from: a resumed run,
-            # whose loader starts later, would drop something else.
-            generator=torch.Generator(),
-        )
+        source = _Substituting(data, max_corrupt)
+        self._loader = DataLoader(source, batch_sampler=sampler, collate_fn=_collate, **reading_processes(num_workers))
         self._batches: Iterator | None = None
         self._corrupt = CorruptImages(max_corrupt, name)
 
@@ -227,7 +219,19 @@ def _collate(items: list[tuple[dict[str, Any] | None, dict[str, str]]]) -> tuple
     return (None if None in whole else default_collate(whole)), corrupt
 
 
-def leave_signals_to_parent(worker: int) -> None:
+def reading_processes(number: int) -> dict[str, Any]:
+    """Arguments of a `DataLoader` with so many workers."""
+    return dict(
+        num_workers=number,
+        worker_init_fn=_leave_signals_to_parent,
+        pin_memory=torch.cuda.is_available(),
+        # By default a loader's seed comes from the process's generator, which dropout draws from: a resumed run, whose
+        # loader starts later, would drop something else.
+        generator=torch.Generator(),
+    )
+
+
+def _leave_signals_to_parent(worker: int) -> None:
     """Makes a reading process live as long as the one that trains wants it to.
 
     Ctrl-C and Slurm's SIGTERM reach both, and the one that trains still needs batches then, to end its iteration. Its own

@@ -110,11 +110,14 @@ class DataConfig:
             return f"unpaired, {self.reference_name}{files}, split {self.reference_split}, coupling {self.coupling}"
         return f"of each pair, column {self.reference_column}" if self.reference_column else None
 
-    def build_degradation(self) -> "Degradation | None":
+    def build_degradation(self, channels: int | None = None) -> "Degradation | None":
         """The degradation, or None.
 
+        Args:
+            channels: of the images, once they are known.
+
         Raises:
-            InputError: for settings that it does not have, or a size that it cannot be done at.
+            InputError: for settings that it does not have, or a size or number of channels that it cannot be done at.
         """
         if self.degradation is None:
             return None
@@ -123,6 +126,8 @@ class DataConfig:
         try:
             degradation = get_degradation(self.degradation, **self.degradation_kwargs)
             degradation.check_size(self.image_size)
+            if channels is not None:
+                degradation.check_channels(channels)
         except (ValueError, TypeError) as error:
             raise InputError(f"`data.degradation` {self.degradation}: {error}") from None
         return degradation

@@ -6,7 +6,6 @@ are projections: done twice, they are done once. All but `jpeg` commute with a f
 the mask flipped too; `jpeg` does up to rounding where 16 divides the width.
 """
 
-import inspect
 import io
 import math
 from typing import Any, ClassVar
@@ -17,6 +16,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from ..pipelines.interpolant_pipeline_images import UPSAMPLING_MODES, upsample
+from ..schedulers.interpolant_names import build_named
 
 #: Weights of red, green and blue in what the eye calls bright (ITU-R BT.601, as JPEG and PIL have them).
 LUMA = (0.299, 0.587, 0.114)
@@ -255,15 +255,7 @@ def get_degradation(name: str, **config: Any) -> Degradation:
 
     Raises ValueError for an unknown name, or settings that it does not have.
     """
-    if name not in DEGRADATIONS:
-        raise ValueError(f"Unknown degradation {name!r}. Choose one of: {', '.join(DEGRADATIONS)}.")
-    known = list(inspect.signature(DEGRADATIONS[name]).parameters)
-    unknown = [setting for setting in config if setting not in known]
-    if unknown:
-        raise ValueError(
-            f"The degradation {name!r} has no setting `{unknown[0]}`; it has {', '.join(known) or 'none at all'}."
-        )
-    return DEGRADATIONS[name](**config)
+    return build_named(DEGRADATIONS, "degradation", name, config)
 
 
 def luma(images: torch.Tensor) -> torch.Tensor:

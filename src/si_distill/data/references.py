@@ -1,56 +1,44 @@
 """Where a batch's reference images come from: the pair's own column, a degradation of the images, or a second data set."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
+from functools import partial
 from itertools import chain
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from scipy.optimize import linear_sum_assignment
 
 from ..errors import InputError
+from ..sample_noise import SampleNoise
 from .batches import Batch, BatchIterator, TrainingData
 from .config import DataConfig
 from .degradations import Degradation
 
-
-class UniformNumbers(Protocol):
-    """Where random numbers come from: `SampleNoise` of the trainers."""
-
-    def uniform(
-        self, stream: str, *counters: int, indices: Iterable[int], shape: tuple[int, ...] = ()
-    ) -> torch.Tensor: ...
+#: What makes the references of a batch: `source(batch, noise, *counters, indices=…)` is the batch with `reference`.
+ReferenceSource = Callable[..., Batch]
 
 
-class DegradedReferences:
-    """The degraded image itself: `reference` = D(`images`), after cropping and flipping.
+def degraded(
+    degradation: Degradation, batch: Batch, noise: SampleNoise, *counters: int, indices: Iterable[int]
+) -> Batch:
+    """The batch with the degraded image itself, `reference` = D(`images`), after cropping and flipping.
 
     The random numbers of a sample are those of (seed, counters, index), whatever the batch.
     """
-
-    def __init__(self, degradation: Degradation):
-        self.degradation = degradation
-
-    def __call__(self, batch: Batch, noise: UniformNumbers, *counters: int, indices: Iterable[int]) -> Batch:
-        """The batch with `reference`, (B, C, H, W)."""
-        u, count = None, self.degradation.numbers
-        if count:
-            u = noise.uniform("degradation", *counters, indices=indices, shape=(count,))
-        return {**batch, "reference": self.degradation(batch["images"], u)}
+    shape = (degradation.numbers,)
+    u = noise.uniform("degradation", *counters, indices=indices, shape=shape) if degradation.numbers else None
+    return {**batch, "reference": degradation(batch["images"], u)}
 
 
-class TransportedReferences:
-    """Unpaired references, rearranged within the batch so that they lie near their images (minibatch optimal transport).
+def transported(batch: Batch, noise: SampleNoise, *counters: int, indices: Iterable[int]) -> Batch:
+    """The batch with unpaired references rearranged to lie near their images (minibatch optimal transport).
 
     Pooladian et al. 2023, "Multisample Flow Matching", section 3.1; Tong et al. 2024, "Improving and Generalizing Flow-Based
     Generative Models with Minibatch Optimal Transport", section 3.2: the coupling of the batch of THIS process and
     micro-batch, so its size matters. Both marginals stay what they were.
     """
-
-    def __call__(self, batch: Batch, noise: UniformNumbers, *counters: int, indices: Iterable[int]) -> Batch:
-        """The batch with its references in another order."""
-        nearest = optimal_assignment(batch["images"], batch["reference"])
-        return {**batch, "reference": batch["reference"][nearest]}
+    return {**batch, "reference": batch["reference"][optimal_assignment(batch["images"], batch["reference"])]}
 
 
 def optimal_assignment(images: torch.Tensor, references: torch.Tensor) -> torch.Tensor:
@@ -81,26 +69,27 @@ class UnpairedData:
         self.images, self.references, self.further = images, references, further
         self.name, self.channels, self.size = images.name, images.channels, images.size
         self.class_names, self.count = images.class_names, images.count
-        if images.channels != references.channels:
-            raise InputError(
-                f"The references ({references.name}) have {references.channels} channels and the images ({images.name}) "
-                f"{images.channels}: a bridge needs the same of both."
-            )
+        check_same_channels(images, references)
 
     def __len__(self) -> int:
         return len(self.images)
 
     def batches(self, batch_size: int, seed: int = 0, **position: int) -> "UnpairedBatches":
         """Endless batches of one rank (see `TrainingData.batches`)."""
-        # Another seed, or two data sets of the same length would be paired by their numbers.
+        names = ("reference", "other_reference") if self.further else ("reference",)
         return UnpairedBatches(
             self.images.batches(batch_size, seed=seed, **position),
-            reference=self.references.batches(batch_size, seed=seed + 1, **position),
-            **(
-                {"other_reference": self.references.batches(batch_size, seed=seed + 2, **position)}
-                if self.further
-                else {}
-            ),
+            # Another seed, or two data sets of the same length would be paired by their numbers.
+            **{name: self.references.batches(batch_size, seed=seed + n, **position) for n, name in enumerate(names, 1)},
+        )
+
+
+def check_same_channels(images: TrainingData, references: TrainingData) -> None:
+    """Refuses a data set of references with another number of channels than the images."""
+    if images.channels != references.channels:
+        raise InputError(
+            f"The references ({references.name}) have {references.channels} channels and the images ({images.name}) "
+            f"{images.channels}: a bridge needs the same of both."
         )
 
 
@@ -132,12 +121,12 @@ class UnpairedBatches:
         return {name: sum(counts.get(name, 0) for counts in parts) for name in dict.fromkeys(chain(*parts))}
 
 
-def reference_source(config: DataConfig) -> DegradedReferences | TransportedReferences | None:
+def reference_source(config: DataConfig) -> ReferenceSource | None:
     """What the trainer does to a batch for its references; None where the batch comes with them, or needs none."""
     degradation = config.build_degradation()
     if degradation is not None:
-        return DegradedReferences(degradation)
-    return TransportedReferences() if config.coupling == "optimal_transport" else None
+        return partial(degraded, degradation)
+    return transported if config.coupling == "optimal_transport" else None
 
 
 def references_config(config: DataConfig) -> DataConfig:

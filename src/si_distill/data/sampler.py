@@ -1,11 +1,13 @@
 """Which images a rank reads, as a function of the step alone."""
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch.utils.data import Sampler
 
 
+@dataclass(eq=False)
 class GlobalBatchSampler(Sampler[list[int]]):
     """Endless batches from an endless row of shuffled epochs.
 
@@ -20,13 +22,14 @@ class GlobalBatchSampler(Sampler[list[int]]):
         start: the first batch number.
     """
 
-    def __init__(self, length: int, batch_size: int, rank: int, world_size: int, seed: int, start: int = 0):
-        self.length = length
-        self.batch_size = batch_size
-        self.rank = rank
-        self.world_size = world_size
-        self.seed = seed
-        self.start = start
+    length: int
+    batch_size: int
+    rank: int
+    world_size: int
+    seed: int
+    start: int = 0
+
+    def __post_init__(self) -> None:
         self._epoch: tuple[int, list[int]] = (-1, [])
 
     def __iter__(self) -> Iterator[list[int]]:

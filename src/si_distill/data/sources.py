@@ -1,6 +1,7 @@
 """Images that are read by index: scikit-learn's digits, and whatever `datasets` can load."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from .latents.format import images_of, is_latent_cache
 PROBE = 16
 
 
+@dataclass(eq=False)
 class ImageDataset(IndexedData):
     """Square images in [-1, 1] with class labels (a `TrainingData`).
 
@@ -33,25 +35,14 @@ class ImageDataset(IndexedData):
         max_corrupt: unreadable images that training may meet.
     """
 
-    def __init__(
-        self,
-        read: Callable[[int], torch.Tensor],
-        labels: list[int],
-        name: str,
-        channels: int,
-        size: int,
-        class_names: list[str],
-        read_reference: Callable[[int], torch.Tensor] | None = None,
-        max_corrupt: int = 0,
-    ):
-        self.read = read
-        self.labels = labels
-        self.name = name
-        self.channels = channels
-        self.size = size
-        self.class_names = class_names
-        self.read_reference = read_reference
-        self.max_corrupt = max_corrupt
+    read: Callable[[int], torch.Tensor]
+    labels: list[int]
+    name: str
+    channels: int
+    size: int
+    class_names: list[str]
+    read_reference: Callable[[int], torch.Tensor] | None = None
+    max_corrupt: int = 0
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         item = {"images": self.read(index).float() / 127.5 - 1, "labels": self.labels[index]}
@@ -83,21 +74,8 @@ def load_images(config: DataConfig) -> ImageDataset:
             "in a distillation)."
         )
     data = digits(config) if config.name == "digits" else _from_table(config)
-    check_degradation(config, data.channels)
+    config.build_degradation(data.channels)  # refuses what these images cannot undergo
     return data
-
-
-def check_degradation(config: DataConfig, channels: int) -> None:
-    """Refuses a degradation that images of so many channels cannot undergo.
-
-    Raises:
-        InputError: for such a one.
-    """
-    if config.degradation:
-        try:
-            config.build_degradation().check_channels(channels)
-        except ValueError as error:
-            raise InputError(f"`data.degradation` {config.degradation}: {error}") from None
 
 
 def digits(config: DataConfig) -> ImageDataset:

@@ -12,11 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 import fsspec.asyn
 import numpy as np
-import torch
 from torch.utils.data import DataLoader, IterableDataset, default_collate, get_worker_info
 
 from ..errors import InputError, TrainingStopped
-from .batches import Batch, CorruptImages, leave_signals_to_parent, logger
+from .batches import Batch, CorruptImages, logger, reading_processes
 from .decoding import UnreadableImage
 
 if TYPE_CHECKING:
@@ -73,6 +72,7 @@ def rows_of(chunk: dict[str, list[Any]]) -> list[dict[str, Any]]:
     return [dict(zip(chunk, values, strict=True)) for values in zip(*chunk.values(), strict=True)]
 
 
+@dataclass
 class Reader:
     """One of the processes that read.
 
@@ -83,12 +83,11 @@ class Reader:
         seed: numbers that decide about the order.
     """
 
-    def __init__(self, stream: "ImageStream", place: Place, number: int, readers: int, seed: tuple[int, ...]):
-        self.stream = stream
-        self.place = place
-        self.number = number
-        self.readers = readers
-        self.seed = seed
+    stream: "ImageStream"
+    place: Place
+    number: int
+    readers: int
+    seed: tuple[int, ...]
 
     def _random(self, *counters: int) -> np.random.Generator:
         return np.random.default_rng([*self.seed, *counters])
@@ -135,26 +134,17 @@ class Reader:
             yield rows, start
 
 
+@dataclass(eq=False)
 class _ReadingWorker(IterableDataset):
     """What runs in a worker of the data loader, or without workers in the process that trains: one reader's batches."""
 
-    def __init__(
-        self,
-        stream: "ImageStream",
-        batch_size: int,
-        rank: int,
-        world_size: int,
-        seed: tuple[int, ...],
-        places: list[Place],
-        first: int,
-    ):
-        self.stream = stream
-        self.batch_size = batch_size
-        self.rank = rank
-        self.world_size = world_size
-        self.seed = seed
-        self.places = places
-        self.first = first
+    stream: "ImageStream"
+    batch_size: int
+    rank: int
+    world_size: int
+    seed: tuple[int, ...]
+    places: list[Place]
+    first: int
 
     def __iter__(self) -> Iterator[Delivery]:
         worker = get_worker_info()
@@ -217,16 +207,7 @@ class StreamBatches:
     def __next__(self) -> Batch:
         if self._deliveries is None:
             worker = _ReadingWorker(**self._settings, seed=self._seed, places=list(self._places), first=self._turn)
-            loader = DataLoader(
-                worker,
-                batch_size=None,
-                num_workers=self._num_workers,
-                worker_init_fn=leave_signals_to_parent,
-                pin_memory=torch.cuda.is_available(),
-                # By default a loader's seed comes from the process's generator, which dropout draws from: a resumed run,
-                # whose loader starts later, would drop something else.
-                generator=torch.Generator(),
-            )
+            loader = DataLoader(worker, batch_size=None, **reading_processes(self._num_workers))
             self._deliveries = iter(loader)
         delivery = next(self._deliveries)
         self._corrupt.add(delivery.corrupt)

@@ -1,17 +1,16 @@
 """Settings of `training/evaluate.py` and `training/likelihood.py`."""
 
-import math
 import os
 from dataclasses import dataclass, field
 
 from ..data.config import DataConfig
 from ..errors import InputError
 from ..schedulers.interpolant_solvers import SOLVERS
-from ..settings import at_least, setting
+from ..settings import at_least, positive, setting
+from .metrics import choices
 
-METRICS = ("fid", "kid", "prc", "isc")
-
-
+#: File of the results in a pipeline folder.
+EVALUATION = "evaluation.json"
 #: Where features of real images are kept.
 CACHE = os.environ.get("SI_DISTILL_CACHE", "~/.cache/si_distill")
 
@@ -59,7 +58,7 @@ class EvaluationConfig:
         "pixels", "inception-v3-compat, dinov2, clip, pixels, or your own package.module:Class.", names_code=True
     )
     feature_weights: str | None = setting(None, "File of its weights, if not at torch-fidelity's usual place.")
-    metrics: list[str] = setting(list(METRICS), f"What to compute: {', '.join(METRICS)}.")
+    metrics: list[str] = setting(list(choices()), f"What to compute: {', '.join(choices())}.")
     kid_subsets: int = setting(100, "Subsets of up to 1,000 images that KID is a mean over.")
     bootstrap_resamples: int | None = setting(
         None, "Resamples behind the intervals, 0 for none; by default 200, or 20 on more than 512 features."
@@ -90,12 +89,12 @@ class EvaluationConfig:
             raise InputError(f"`guidance_interval` is two times, e.g. 0.1 0.8; got {self.guidance_interval}.")
         for steps in self.teacher_steps:
             at_least("teacher_steps", steps, 1)
-        for name, choices in (("solver", SOLVERS), ("metrics", METRICS)):
+        for name, known in (("solver", SOLVERS), ("metrics", choices())):
             for value in getattr(self, name):
-                if value not in choices:
-                    raise InputError(f"`{name}` holds {value!r}; choose of: {', '.join(choices)}.")
+                if value not in known:
+                    raise InputError(f"`{name}` holds {value!r}; choose of: {', '.join(known)}.")
         if not self.metrics:
-            raise InputError(f"`metrics` is empty; choose of: {', '.join(METRICS)}.")
+            raise InputError(f"`metrics` is empty; choose of: {', '.join(choices())}.")
 
 
 @dataclass
@@ -116,9 +115,7 @@ class LikelihoodConfig:
         if not self.teacher:
             raise InputError("`teacher` is not set: give its folder or Hub id, e.g. --teacher runs/teacher.")
         for name in ("rtol", "atol"):
-            value = getattr(self, name)
-            if not (math.isfinite(value) and value > 0):
-                raise InputError(f"`{name}` must be a positive number, got {value}.")
+            positive(name, getattr(self, name))
         for name, least in (("probes", 0), ("batch_size", 1), ("seed", 0)):
             at_least(name, getattr(self, name), least)
         if self.num_samples is not None:

@@ -5,6 +5,7 @@ import os
 import pickle
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -53,31 +54,29 @@ class PixelFeatures(FeatureExtractorBase):
 register_feature_extractor(PIXELS, PixelFeatures)
 
 
+@dataclass
 class Extractor:
     """Features, and logits where the network has them, of uint8 images.
 
+    Logits give the Inception score and, with one for each class of the data, label accuracy. A module's weights are hashed.
+
     Args:
         name: as results show it.
-        network: called with uint8 images (B, C, H, W) on `device`; gives features (B, D), or (features, logits (B, K)).
+        network: called with uint8 images (B, C, H, W) on `device`; gives features (B, D), or a tuple of them alone or of
+            features and logits (B, K).
         device: where it runs.
         needs_rgb: whether grey images are repeated to three channels for it.
         version: of the code that the features come from.
     """
 
-    def __init__(
-        self,
-        name: str,
-        network: Callable[[torch.Tensor], torch.Tensor | tuple[torch.Tensor, torch.Tensor]],
-        device: torch.device,
-        needs_rgb: bool,
-        version: str,
-    ):
-        self.name = name
-        self.network = network
-        self.device = device
-        self.needs_rgb = needs_rgb
-        self.version = version
-        self.weights = fingerprints.of_module(network) if isinstance(network, torch.nn.Module) else None
+    name: str
+    network: Callable[[torch.Tensor], torch.Tensor | tuple[torch.Tensor, ...]]
+    device: torch.device
+    needs_rgb: bool
+    version: str
+
+    def __post_init__(self) -> None:
+        self.weights = fingerprints.of_module(self.network) if isinstance(self.network, torch.nn.Module) else None
 
     @torch.no_grad()
     def __call__(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -95,7 +94,7 @@ class Extractor:
         if self.needs_rgb and images.shape[1] == 1:
             images = images.expand(-1, 3, -1, -1)
         found = self.network(images)
-        features, logits = found if isinstance(found, tuple) else (found, None)
+        features, logits = (*found, None)[:2] if isinstance(found, tuple) else (found, None)
         for what, value in (("features", features), ("logits", logits)):
             if value is not None and (not torch.is_tensor(value) or value.ndim != 2 or len(value) != len(images)):
                 shape = tuple(value.shape) if torch.is_tensor(value) else type(value).__name__
@@ -119,10 +118,8 @@ class Extractor:
 def load_extractor(name: str, weights: str | None, device: torch.device | str = "cpu") -> Extractor:
     """The feature extractor of that name.
 
-    A custom one is given as `package.module:Class`. `Class()`, or `Class(weights)` when `weights` is given, must be a
-    callable from uint8 images (B, C, H, W) to features (B, D) or to a tuple of features and logits (B, K); a
-    `torch.nn.Module` is moved to the device and its weights are hashed. Logits give the Inception score and, with one for
-    each class of the data, label accuracy. The module is imported from the Python path or the present folder.
+    A custom one is given as `package.module:Class`, imported from the Python path or the present folder. `Class()`, or
+    `Class(weights)` when `weights` is given, is the network of an `Extractor`; a `torch.nn.Module` is moved to the device.
 
     Args:
         name: one of `ALIASES`, a name of torch-fidelity's registry, or an import path with a colon.
@@ -143,44 +140,30 @@ def load_extractor(name: str, weights: str | None, device: torch.device | str = 
         raise InputError(
             f"Unknown `features` {name!r}; choose one of: {', '.join(known)}, or give package.module:Class."
         )
-    kind = FEATURE_EXTRACTORS_REGISTRY[registered]
+    version = f"torch-fidelity {torch_fidelity.__version__}"
+    network = _registered(registered, weights).to(device)
+    return Extractor(name if registered == PIXELS else registered, network, device, registered != PIXELS, version)
+
+
+def _registered(name: str, weights: str | None) -> torch.nn.Module:
+    """The network of a name in torch-fidelity's registry."""
+    kind = FEATURE_EXTRACTORS_REGISTRY[name]
     layer, logits = (kind.get_default_feature_layer_for_metric(metric) for metric in ("fid", "isc"))
     # An embedding is no distribution over classes: only Inception has logits of its own.
     layers = [layer, logits] if logits != layer and "logits" in logits else [layer]
-    if registered == INCEPTION and weights is not None:
+    if name == INCEPTION and weights is not None:
         _check_state_dict(weights)
+    given = {} if weights is None else {"feature_extractor_weights_path": weights}
     try:
-        network = create_feature_extractor(
-            registered,
-            layers,
-            cuda=False,
-            verbose=False,
-            **({} if weights is None else {"feature_extractor_weights_path": weights}),
-        ).to(device)
+        return create_feature_extractor(name, layers, cuda=False, verbose=False, **given)
     except NotImplementedError:
         raise InputError(
-            f"torch-fidelity takes no weights file for {registered}: leave out `feature_weights` and put the files where "
-            f"torch hub looks. {_where(registered)}"
+            f"torch-fidelity takes no weights file for {name}: leave out `feature_weights` and put the files where "
+            f"torch hub looks. {_where(name)}"
         ) from None
     except (OSError, RuntimeError, EOFError, KeyError) as error:
         source = f"the file {weights}" if weights else "its usual place"
-        raise InputError(
-            f"Cannot load the weights of {registered} from {source}: {error}. {_where(registered)}"
-        ) from error
-
-    def features(images: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, ...]:
-        found = network(images)
-        return found[0] if len(found) == 1 else found
-
-    extractor = Extractor(
-        name if registered == PIXELS else registered,
-        features,
-        device,
-        needs_rgb=registered != PIXELS,
-        version=f"torch-fidelity {torch_fidelity.__version__}",
-    )
-    extractor.weights = fingerprints.of_module(network)
-    return extractor
+        raise InputError(f"Cannot load the weights of {name} from {source}: {error}. {_where(name)}") from error
 
 
 def _where(registered: str) -> str:

@@ -189,6 +189,11 @@ def build_generators(
     Raises:
         InputError: when the teacher refuses a solver or guidance.
     """
+
+    def source(pipeline: Pipeline, **sampler: Any) -> PipelineSource:
+        call = partial(pipeline, output_type="pt", **sampler)
+        return PipelineSource(pipeline, call, labels, settings.seed, count, sampler, inputs)
+
     rows: list[Generator] = []
     if inputs is not None:
         facts = {"references": inputs.config.describe_references()}
@@ -205,37 +210,18 @@ def build_generators(
             }
             words = ["teacher"] + ([f"{steps} step{'s' if steps > 1 else ''}"] if steps else [])
             words += [solver] if len(settings.solver) > 1 or not steps else []
-            rows.append(
-                Generator(
-                    ", ".join(words),
-                    "teacher",
-                    _source(pipelines.teacher, sampler, settings, labels, count, inputs),
-                    {"pipeline": settings.teacher, **sampler, **_facts(settings.teacher, pipelines.teacher)},
-                )
-            )
+            facts = {"pipeline": settings.teacher, **sampler, **_facts(settings.teacher, pipelines.teacher)}
+            rows.append(Generator(", ".join(words), "teacher", source(pipelines.teacher, **sampler), facts))
             try:
                 rows[-1].source.read([0])  # what the sampler refuses is said now, not after the rows before it
             except ValueError as error:
                 raise InputError(f"The row `{rows[-1].name}` cannot be made: {error}") from error
     if pipelines.student:
-        run = {"pipeline": settings.pipeline, **_facts(settings.pipeline, pipelines.student)}
-        source = _source(pipelines.student, {}, settings, labels, count, inputs)
-        rows.append(Generator("student, 1 step", "student", source, run))
+        facts = {"pipeline": settings.pipeline, **_facts(settings.pipeline, pipelines.student)}
+        rows.append(Generator("student, 1 step", "student", source(pipelines.student), facts))
     if files:
         rows.append(Generator("images", "images", files, {"images": settings.images}))
     return rows
-
-
-def _source(
-    pipeline: Pipeline,
-    sampler: dict[str, Any],
-    settings: EvaluationConfig,
-    labels: list[int] | None,
-    count: int,
-    inputs: Inputs | None,
-) -> PipelineSource:
-    call = partial(pipeline, output_type="pt", **sampler)
-    return PipelineSource(pipeline, call, labels, settings.seed, count, sampler, inputs)
 
 
 def _facts(name: str, pipeline: Pipeline) -> dict[str, Any]:
@@ -249,9 +235,7 @@ def _facts(name: str, pipeline: Pipeline) -> dict[str, Any]:
         facts["ema"] = f"half-life of {run['ema_halflife_images']:g} images"
     elif "ema_decay" in run:
         facts["ema"] = f"decay {run['ema_decay']:g}"
-    for key in ("objective", "max_steps"):
-        if key in run:
-            facts[key] = run[key]
+    facts |= {key: run[key] for key in ("objective", "max_steps") if key in run}
     if "guidance_scale" in run:  # of the teacher that a student was distilled from
         facts["distilled with guidance_scale"] = run["guidance_scale"]
     return facts

@@ -7,8 +7,7 @@ import torch
 
 from .. import fingerprints
 from ..data import DataConfig, ImageDataset, load_images
-from ..data.references import reference_source, references_config
-from ..errors import InputError
+from ..data.references import check_same_channels, reference_source, references_config
 from ..sample_noise import SampleNoise
 
 
@@ -33,11 +32,8 @@ class Inputs:
         self._noise = SampleNoise(seed)
         self._degraded = reference_source(config) if config.degradation else None
         self._unpaired = None if config.is_paired else load_images(references_config(config))
-        if self._unpaired is not None and self._unpaired.channels != data.channels:
-            raise InputError(
-                f"The references ({self._unpaired.name}) have {self._unpaired.channels} channels and the images "
-                f"({data.name}) {data.channels}: a bridge needs the same of both."
-            )
+        if self._unpaired is not None:
+            check_same_channels(data, self._unpaired)
 
     @property
     def identity(self) -> dict[str, Any]:

@@ -1,7 +1,6 @@
 """`training/likelihood.py`: what it writes."""
 
 import json
-import os
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ import torch
 
 from ..data import load_images
 from ..errors import InputError
+from ..files import write_text
 from ..loading import load_pipeline
 from ..pipelines import InterpolantPipeline
 from ..settings import settings_to_dict
@@ -57,7 +57,5 @@ def measure_likelihood(settings: LikelihoodConfig) -> dict[str, Any]:
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
         "output": str(output),
     }
-    partial = output.with_suffix(".tmp")
-    partial.write_text(json.dumps(contents, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(partial, output)
+    write_text(output, json.dumps(contents, indent=1, ensure_ascii=False) + "\n")
     return contents

@@ -1,226 +1,205 @@
-"""Metrics between two sets of images: torch-fidelity's formulas on features, with intervals; label accuracy."""
+"""The metrics of an evaluation, one registration each: name, format, direction, computation, interval.
 
-import numpy as np
-import torch
-from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_statistics_to_metric
-from torch_fidelity.metric_isc import KEY_METRIC_ISC_MEAN, KEY_METRIC_ISC_STD, isc_features_to_metric
-from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, KEY_METRIC_KID_STD, kid_features_to_metric
-from torch_fidelity.metric_prc import KEY_METRIC_PRECISION, KEY_METRIC_RECALL, prc_features_to_metric
-from tqdm.auto import trange
+A metric that is registered, here or outside the package, appears in evaluation.json, in its table and in the model card;
+nothing else lists it. The formulas, and torch with them, are imported on use: settings name metrics.
+"""
 
-from .features import PixelFeatures
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
 
-#: Ends of the 95 % intervals: quantiles, and standard deviations of a normal distribution.
-QUANTILES, DEVIATIONS = (0.025, 0.975), 1.96
-#: Resamples of a share; a draw costs nothing.
-SHARE_RESAMPLES = 10_000
-#: Size of KID's subsets, torch-fidelity's default; smaller sets of images are one subset each.
-KID_SUBSET = 1000
-#: Neighbour whose distance is the radius of a ball, torch-fidelity's default (Kynkäänniemi et al. 2019: 3).
-NEIGHBOUR = 3
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
 
-Interval = tuple[float, float]
+    from .formulas import Interval
+    from .neighbours import Neighbours
 
 
-class Moments:
-    """Mean and unbiased covariance of features that come in blocks, in float64."""
-
-    def __init__(self) -> None:
-        self.count = 0
-
-    def add(self, features: torch.Tensor) -> None:
-        """Adds a block (B, D)."""
-        block = features.double()
-        if self.count == 0:  # sums of squares around the first mean: around zero digits would be lost
-            self._origin = block.mean(0)
-            self._sum = torch.zeros_like(self._origin)
-            self._squares = torch.zeros(block.shape[1], block.shape[1], dtype=torch.float64, device=block.device)
-        block = block - self._origin
-        self.count += len(block)
-        self._sum += block.sum(0)
-        self._squares += block.T @ block
-
-    @property
-    def mean(self) -> np.ndarray:
-        """(D,)."""
-        return (self._origin + self._sum / self.count).cpu().numpy()
-
-    @property
-    def covariance(self) -> np.ndarray:
-        """(D, D), divided by N − 1."""
-        centred = self._squares - torch.outer(self._sum, self._sum) / self.count
-        return (centred / (self.count - 1)).cpu().numpy()
-
-    @classmethod
-    def of(cls, features: torch.Tensor) -> "Moments":
-        """Of features (N, D)."""
-        moments = cls()
-        for block in features.split(8192):
-            moments.add(block)
-        return moments
-
-
-def frechet_from_moments(
-    mean: np.ndarray, covariance: np.ndarray, real_mean: np.ndarray, real_covariance: np.ndarray
-) -> float:
-    """‖m − m'‖² + tr(C + C' − 2 (C C')^½), Heusel et al. 2017, eq. 6, by torch-fidelity."""
-    first, second = {"mu": mean, "sigma": covariance}, {"mu": real_mean, "sigma": real_covariance}
-    return fid_statistics_to_metric(first, second, verbose=False)[KEY_METRIC_FID]
-
-
-def frechet_distance(images: torch.Tensor, reference: torch.Tensor) -> float:
-    """Fréchet distance between two sets of images on pixel features (`si_distill.evaluation.features`).
-
-    Not an FID: that name belongs to Inception features.
+@dataclass
+class Comparison:
+    """What metrics are computed from: some images and the real ones.
 
     Args:
-        images, reference: (N, C, H, W) and (M, C, H, W), uint8, at least 2 each.
+        features: (N, D) of the images.
+        real: (M, D) of real images on the same device; None where only their mean and covariance are known.
+        reference: (D,) mean and (D, D) covariance of the features of real images, float64.
+        kid_subsets: subsets that KID is a mean over.
+        resamples: of a Fréchet distance, behind its interval; 0 for no intervals at all.
+        seed: of the resamples.
+        is_floor: whether the images are real ones, too.
+        logits: (N, K) of the images, or None.
+        labels: (N,) their classes, or None.
+        predicted: (N,) the classes that they show, or None.
+        compared: figures of each image beside its input's truth (see `PipelineSource`).
+        neighbours: the nearest real images of each, or None.
     """
-    moments = []
-    for name, value in (("images", images), ("reference", reference)):
-        if value.dtype != torch.uint8 or value.ndim != 4 or len(value) < 2:
-            raise ValueError(
-                f"`{name}` must be at least two uint8 images (N, C, H, W), got {value.dtype} {tuple(value.shape)}."
-            )
-        found = Moments.of(PixelFeatures("pixels", ["pixels"])(value)[0])
-        moments += [found.mean, found.covariance]
-    return frechet_from_moments(*moments)
+
+    features: "torch.Tensor"
+    real: "torch.Tensor | None"
+    reference: "tuple[np.ndarray, np.ndarray]"
+    kid_subsets: int
+    resamples: int = 0
+    seed: int = 0
+    is_floor: bool = False
+    logits: "torch.Tensor | None" = None
+    labels: "np.ndarray | None" = None
+    predicted: "np.ndarray | None" = None
+    compared: "dict[str, np.ndarray]" = field(default_factory=dict)
+    neighbours: "Neighbours | None" = None
+
+    @cached_property
+    def in_single(self) -> "tuple[torch.Tensor, torch.Tensor]":
+        """Both features in single precision, which networks' features have; for pixels it is 1e-7 of the distances."""
+        return self.features.float(), self.real.float()
+
+    @cached_property
+    def precision_recall(self) -> tuple[float | None, float | None]:
+        from .formulas import NEIGHBOUR, precision_recall
+
+        enough = self.real is not None and min(len(self.features), len(self.real)) > NEIGHBOUR
+        return precision_recall(*self.in_single) if enough else (None, None)
+
+    def share_interval(self, share: float, count: int | None = None) -> "Interval":
+        """The interval of a share of `count` samples; by default of the images."""
+        from .formulas import share_interval
+
+        return share_interval(share, len(self.features) if count is None else count, self.seed)
 
 
-def peak_signal_to_noise(images: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
-    """PSNR of each image in decibels, 10 log₁₀(255² / mean squared difference), (N,), float64; at most that of one level.
+#: A value, (value, standard deviation) if the metric `deviates`, or None where the comparison lacks what it needs.
+Compute = Callable[[Comparison], Any]
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A metric.
 
     Args:
-        images, truth: (N, C, H, W), uint8.
+        name: its key in evaluation.json and its column's title; no other metric's.
+        compute: it.
+        asked_by: the name in the setting `metrics` that asks for it, which several may share; None: it is always computed.
+        form: format of its value in tables; None: it is in no table.
+        lower_is_better: its direction.
+        deviates: whether its value has a standard deviation.
+        by_class: whether it is also computed of each class.
+        interval: 95 % interval of a value; None for metrics, or comparisons, without one.
+        hub: the Hub's identifier of the metric; None: it is no result in a card's metadata.
+        note: said below a table that has the metric.
     """
-    squares = (images.double() - truth.double()).square().mean((1, 2, 3))
-    return 10 * torch.log10(255**2 / squares.clamp(min=1.0))
+
+    name: str
+    compute: Compute
+    asked_by: str | None = None
+    form: str | None = ".3f"
+    lower_is_better: bool = False
+    deviates: bool = False
+    by_class: bool = False
+    interval: "Callable[[Comparison, float], Interval | None] | None" = None
+    hub: str | None = None
+    note: str | None = None
 
 
-def default_resamples(width: int) -> int:
-    """Resamples of a Fréchet distance on so many features: each is a product and an eigenvalue problem of that size."""
-    return 200 if width <= 512 else 20
+#: All metrics by name, in the order of the columns.
+METRICS: dict[str, Metric] = {}
 
 
-def frechet_interval(
-    features: torch.Tensor,
-    real_mean: np.ndarray,
-    real_covariance: np.ndarray,
-    distance: float,
-    resamples: int,
-    seed: int,
-) -> Interval:
-    """Bootstrap over the generated samples: their features are drawn again with replacement, the reference stays.
+def register_metric(name: str, **settings: Any) -> Callable[[Compute], Compute]:
+    """Adds a metric to all evaluations of this process: a decorator of its `compute`, with the settings of `Metric`."""
 
-    A resample has fewer distinct samples, so its distance is larger on average, as it is for any smaller N. Therefore only
-    their standard deviation is taken, and 1.96 of it laid around `distance`: the interval says how much another draw of the
-    same number of samples would move the figure, not what it would be for infinitely many.
+    def register(compute: Compute) -> Compute:
+        METRICS[name] = Metric(name, compute, **settings)
+        return compute
 
-    Args:
-        features: (N, D), on the device that computes.
-        real_mean, real_covariance: of the reference.
-        distance: of the whole sample.
-        resamples: how many, at least 2.
-        seed: of the draws.
-    """
-    count, width = features.shape
-    kind = dict(dtype=torch.float64, device=features.device)
-    values, vectors = torch.linalg.eigh(torch.as_tensor(real_covariance, **kind))
-    root = vectors * values.clamp(min=0).sqrt()  # tr (C R Rᵀ)^½ = tr (Rᵀ C R)^½, and Rᵀ C R is symmetric
-    shift = torch.as_tensor(real_mean, **kind)
-    trace = float(values.sum())
-    generator = np.random.default_rng(seed)
-    found = []
-    for _ in trange(resamples, desc="bootstrap", unit="resample", leave=False, delay=2):
-        drawn = np.bincount(generator.integers(count, size=count), minlength=count)
-        weights = torch.as_tensor(drawn, **kind)
-        mean, squares = torch.zeros(width, **kind), torch.zeros(width, width, **kind)
-        for block, w in zip(features.split(8192), weights.split(8192), strict=True):
-            centred = block.double() - shift
-            mean += w @ centred / count
-            squares += (centred * w[:, None]).T @ centred
-        covariance = (squares - count * torch.outer(mean, mean)) / (count - 1)
-        cross = torch.linalg.eigvalsh(root.T @ covariance @ root).clamp(min=0).sqrt().sum()
-        found.append(float(mean.square().sum() + covariance.trace() + trace - 2 * cross))
-    reach = DEVIATIONS * float(np.std(found, ddof=1))
-    return max(distance - reach, 0.0), distance + reach
+    return register
 
 
-def share_interval(share: float, count: int, seed: int) -> Interval:
-    """Bootstrap of a share of `count` samples (precision, recall, accuracy): a resample's number of hits is binomial."""
-    drawn = np.random.default_rng(seed).binomial(count, min(max(share, 0.0), 1.0), size=SHARE_RESAMPLES) / count
-    low, high = np.quantile(drawn, QUANTILES)
-    return float(low), float(high)
+def _frechet_interval(c: Comparison, distance: float) -> "Interval | None":
+    from .formulas import frechet_interval
+
+    return None if c.is_floor else frechet_interval(c.features, *c.reference, distance, c.resamples, c.seed)
 
 
-def kernel_distance(features: torch.Tensor, real: torch.Tensor, subsets: int) -> tuple[float, float]:
-    """KID, Bińkowski et al. 2018: unbiased MMD² with (x·y / D + 1)³, mean and standard deviation over subsets."""
-    size = min(KID_SUBSET, len(features), len(real))
-    subsets = 1 if size == len(features) == len(real) else subsets  # each subset would be the whole
-    found = kid_features_to_metric(features, real, kid_subsets=subsets, kid_subset_size=size, verbose=False)
-    return found[KEY_METRIC_KID_MEAN], found[KEY_METRIC_KID_STD]
+@register_metric(
+    "Fréchet distance", asked_by="fid", lower_is_better=True, interval=_frechet_interval, hub="frechet-distance"
+)
+def _frechet(c):
+    from .formulas import Moments, frechet_from_moments
+
+    return frechet_from_moments(*Moments.of(c.features).pair, *c.reference)
 
 
-def precision_recall(features: torch.Tensor, real: torch.Tensor) -> tuple[float, float]:
-    """Improved precision and recall, Kynkäänniemi et al. 2019: shares inside the other set's balls to the third neighbour.
+@register_metric("KID", asked_by="kid", form=".5f", lower_is_better=True, deviates=True, by_class=True, hub="kid")
+def _kid(c):
+    from .formulas import kernel_distance
 
-    Args:
-        features: of generated images, (N, D), N ≥ 4.
-        real: of real images, (M, D), M ≥ 4.
-    """
-    # In parts: the whole matrix of distances of 50,000 images would be 10 GB.
-    found = prc_features_to_metric(features, real, prc_neighborhood=NEIGHBOUR, save_cpu_ram=True, verbose=False)
-    return found[KEY_METRIC_PRECISION], found[KEY_METRIC_RECALL]
+    return None if c.real is None else kernel_distance(*c.in_single, c.kid_subsets)
 
 
-def spread(samples: torch.Tensor) -> torch.Tensor:
-    """How much the samples of each input differ: the unbiased variance over them, averaged over the values, (N,) float64.
-
-    Args:
-        samples: (K, N, …), K samples of each of N inputs: images, or features of them.
-
-    Raises:
-        ValueError: for fewer than two samples of an input.
-    """
-    if samples.ndim < 3 or len(samples) < 2:
-        raise ValueError(
-            f"A spread needs at least two samples of each input, shape (K, N, …) with K ≥ 2, got {tuple(samples.shape)}."
-        )
-    return samples.double().var(0).flatten(1).mean(1)
+@register_metric("precision", asked_by="prc", by_class=True, interval=Comparison.share_interval, hub="precision")
+def _precision(c):
+    return c.precision_recall[0]
 
 
-def diversity(spreads: np.ndarray) -> float:
-    """√ of the mean `spread`, in the unit of the values; NaN is an input without one, 0 a deterministic map.
-
-    For a distribution x0 | x1 it estimates √(E tr Cov(x0 | x1) / d), to compare a student with its teacher.
-    """
-    return float(np.sqrt(np.nanmean(spreads)))
+def _recall_interval(c: Comparison, recall: float) -> "Interval":
+    return c.share_interval(recall, len(c.real))  # a share of the real images
 
 
-def inception_score(logits: torch.Tensor) -> tuple[float, float]:
-    """exp E KL(p(y|x) ‖ p(y)), Salimans et al. 2016: mean and standard deviation over ten splits."""
-    found = isc_features_to_metric(logits, splits=min(10, len(logits)))
-    return found[KEY_METRIC_ISC_MEAN], found[KEY_METRIC_ISC_STD]
+@register_metric("recall", asked_by="prc", by_class=True, interval=_recall_interval, hub="recall")
+def _recall(c):
+    return c.precision_recall[1]
 
 
-class DigitsClassifier:
-    """A support-vector classifier trained on all of scikit-learn's digits; names what a generated digit shows."""
+@register_metric("inception score", asked_by="isc", form=".2f", deviates=True, hub="inception-score")
+def _inception_score(c):
+    from .formulas import inception_score
 
-    name = "scikit-learn SVC(gamma=0.02, C=10) on pixels of the 1,797 real digits"
+    return None if c.logits is None else inception_score(c.logits)
 
-    def __init__(self, images: torch.Tensor, labels: list[int]):
-        from sklearn.svm import SVC
 
-        self._classifier = SVC(gamma=0.02, C=10).fit(self._features(images), labels)
+@register_metric("label accuracy", by_class=True, interval=Comparison.share_interval, hub="accuracy")
+def _accuracy(c):
+    return None if c.predicted is None or not len(c.labels) else float((c.predicted == c.labels).mean())
 
-    @staticmethod
-    def _features(images: torch.Tensor):
-        return (images.flatten(1).double() / 127.5 - 1).numpy()
 
-    def predict(self, images: torch.Tensor) -> np.ndarray:
-        """The class (N,) that each of the uint8 images (N, 1, 8, 8) shows."""
-        return self._classifier.predict(self._features(images))
+@register_metric("nearest real distance", form=None, lower_is_better=True)
+def _nearest(c):
+    return c.neighbours and float(c.neighbours.distances[:, 0].median())
 
-    def accuracy(self, images: torch.Tensor, labels: list[int]) -> float:
-        """Share of uint8 images (N, 1, 8, 8) that show their label."""
-        return float((self.predict(images) == labels).mean())
+
+@register_metric("PSNR", form=".2f")
+def _psnr(c):
+    return float(c.compared["psnr"].mean()) if "psnr" in c.compared else None
+
+
+@register_metric(
+    "diversity",
+    note="PSNR is that of each image beside its input's truth, in decibels; diversity the standard deviation of a pixel in "
+    "[0, 1] over images of one input.",
+)
+def _diversity(c):
+    from .formulas import diversity
+
+    return diversity(c.compared["spread"]) if "spread" in c.compared else None
+
+
+def choices() -> tuple[str, ...]:
+    """What the setting `metrics` can ask for."""
+    return tuple(dict.fromkeys(metric.asked_by for metric in METRICS.values() if metric.asked_by))
+
+
+def measure(comparison: Comparison, asked: list[str]) -> tuple[dict[str, float | None], dict[str, list[float]]]:
+    """All figures of a row, None where one was not asked for or cannot be had, and the intervals of those that have one."""
+    figures: dict[str, float | None] = {}
+    intervals: dict[str, list[float]] = {}
+    for metric in METRICS.values():
+        found = metric.compute(comparison) if metric.asked_by in (None, *asked) else None
+        value, deviation = found if isinstance(found, tuple) else (found, None)
+        figures[metric.name] = value
+        if metric.deviates:
+            figures[f"{metric.name} deviation"] = deviation
+        if metric.interval and comparison.resamples and value is not None:
+            ends = metric.interval(comparison, value)
+            intervals |= {metric.name: list(ends)} if ends else {}
+    return figures, intervals

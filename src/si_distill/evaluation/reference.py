@@ -1,7 +1,6 @@
 """What generated images are compared with: features of a data set, computed once, or published statistics."""
 
 import json
-import os
 import shutil
 import zipfile
 from dataclasses import dataclass
@@ -14,8 +13,9 @@ from accelerate import PartialState
 
 from ..conversion.pickles import load_plain_pickle
 from ..errors import InputError
+from ..files import whole_file
 from .features import INCEPTION, Extractor
-from .metrics import Moments
+from .formulas import Moments
 from .samples import DatasetSource
 from .shards import Shards
 
@@ -45,6 +45,10 @@ class Reference:
     features: torch.Tensor | None = None
     indices: np.ndarray | None = None
     labels: list[int] | None = None
+
+    @property
+    def moments(self) -> tuple[np.ndarray, np.ndarray]:
+        return self.mean, self.covariance
 
     @property
     def feature_labels(self) -> list[int] | None:
@@ -95,10 +99,8 @@ def _write(path: Path, shards: Shards, manifest: dict[str, Any]) -> None:
     values = {"mu": moments.mean, "sigma": moments.covariance, "features": np.concatenate(features), "indices": kept}
     if labels:
         values["labels"] = np.array(labels, dtype=np.int64)
-    partial = path.with_suffix(".tmp")
-    with open(partial, "wb") as file:
+    with whole_file(path) as file:
         np.savez(file, manifest=np.array(json.dumps(manifest)), **values)
-    os.replace(partial, path)
 
 
 #: Names that EDM2's file of statistics has for the features of ours.

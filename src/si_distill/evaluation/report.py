@@ -1,7 +1,6 @@
 """Evaluation of students, teachers and finished images against real ones: a JSON file, a table, three pictures."""
 
 import json
-import os
 import shutil
 import time
 from datetime import datetime, timezone
@@ -12,31 +11,22 @@ import torch
 import torch_fidelity
 from accelerate import PartialState
 
-from ..data import DataConfig, ImageDataset, load_images
+from ..data import DataConfig, load_images
 from ..errors import InputError
-from ..hub.card import write_card
-from ..hub.evaluation_table import format_table
-from ..hub.facts import EVALUATION
+from ..files import write_text
 from ..launching import join_processes
 from ..settings import settings_to_dict
-from .config import EvaluationConfig
-from .features import Extractor, load_extractor
-from .generators import (
-    Generator,
-    Pipelines,
-    balanced_labels,
-    build_generators,
-    check_images,
-    image_shape,
-    inputs_of,
-)
-from .inputs import Inputs
-from .measures import Judge
-from .metrics import DigitsClassifier
+from .classifier import DigitsClassifier
+from .config import EVALUATION, EvaluationConfig
+from .features import load_extractor
+from .generators import Pipelines, balanced_labels, build_generators, check_images, image_shape, inputs_of
+from .judge import Judge
+from .neighbours import Neighbours
 from .pictures import COLUMNS_OF_PICTURES, draw_neighbours, draw_quality, draw_samples
 from .reference import Reference, check_reference, data_reference, read_reference
 from .samples import DatasetSource, FileSource
 from .shards import Shards, slug
+from .table import format_table
 
 
 def evaluate(settings: EvaluationConfig) -> dict[str, Any] | None:
@@ -49,195 +39,176 @@ def evaluate(settings: EvaluationConfig) -> dict[str, Any] | None:
         InputError: when a pipeline, the data or the features cannot be loaded, or they do not fit each other.
     """
     started = time.perf_counter()
-    state = join_processes()
-    output = _output_path(settings)
-    with state.main_process_first():  # a download is made once
-        extractor = load_extractor(settings.features, settings.feature_weights, state.device)
-        # Published statistics stand for the data set, unless its class balance is wanted.
-        uses_data = settings.reference is None or settings.class_balance == "data"
-        data = load_images(settings.data) if uses_data else None
-    pipelines = Pipelines.load(settings, state.device)
-    files = FileSource(settings.images, _channels(data, pipelines)) if settings.images else None
-    try:
-        _check_fits(pipelines, files, data)
-    except InputError as error:
-        if settings.reference is None:
-            raise
-        raise InputError(
-            f"{error} (`data` gives the balance of classes here; --class_balance uniform does without it.)"
-        ) from None
-
-    real = DatasetSource(data, settings_to_dict(settings.data)) if data else None
-    cache = Path(settings.cache_dir).expanduser()
-    if settings.reference:
-        reference = read_reference(Path(settings.reference), extractor.name)
-        channels, size = _channels(data, pipelines), _size(pipelines, files)
-        check_reference(reference, settings.reference, extractor, channels, size, real)
-    else:
-        reference = data_reference(real, extractor, cache, state, settings.batch_size)
-
-    count = _count(settings, reference, data, pipelines)
-    training_labels = list(data.labels) if settings.class_balance == "data" and data else None
-    labels = balanced_labels(count, pipelines.num_classes, training_labels) if pipelines.num_classes else None
-    uniform = settings.class_balance == "uniform"
-    inputs = inputs_of(pipelines.any, data, settings.data, count, settings.seed, uniform)
-    if (
-        inputs and data.class_names
-    ):  # also where the network has none: what an image shows should be what its input shows
-        labels = [data.labels[place] for place in inputs.places]
-    is_digits = data is not None and data.name == "sklearn-digits" and data.class_names
-    # Trained on all of them, also when the reference is a part.
-    classifier = DigitsClassifier(*load_images(DataConfig()).read_all()) if is_digits else None
-
-    generators = build_generators(settings, pipelines, files, labels, count, inputs)
-    work = output.with_name(f"{output.stem}_features")
-    shards = []
-    for generator in generators:
-        pictures = output.with_name(f"{output.stem}_{slug(generator.name)}") if settings.save_images else None
-        made = Shards(work, generator.source, extractor, classifier, settings.save_npz, pictures)
-        made.make(state, settings.batch_size, generator.name)
-        shards.append(made)
-    if not state.is_main_process:
+    evaluation = _Evaluation(settings, join_processes())
+    shards = evaluation.make_features()
+    if not evaluation.state.is_main_process:
         return None  # what follows is quick beside the sampling, and needs no other process
-
-    judge = Judge(settings, reference, extractor, real, data.class_names if data else [], state.device)
-    rows = [judge.row(generator, made.collect()) for generator, made in zip(generators, shards, strict=True)]
-    if reference.features is not None:
+    judge = Judge(settings, evaluation.reference, evaluation.class_names, evaluation.state.device)
+    rows = [judge.row(*row) for row in zip(evaluation.generators, (made.collect() for made in shards), strict=True)]
+    if evaluation.reference.features is not None:
         rows.append(judge.floor())
-    if settings.save_npz:
-        for generator, made in zip(generators, shards, strict=True):
-            made.write_npz(output.with_name(f"{output.stem}_{slug(generator.name)}.npz"))
     result = {
-        **_how(settings, extractor, reference, data, state),
+        **evaluation.how(),
         "intervals": f"95 %, bootstrap of generated images, {judge.resamples} resamples; recall: of real ones",
-        "num_samples": count,
-        "classifier": classifier.name if classifier else None,
+        "num_samples": evaluation.count,
+        "classifier": evaluation.classifier.name if evaluation.classifier else None,
         "seconds": time.perf_counter() - started,
         "rows": rows,
     }
-    _write(result, generators, judge, real, inputs, output)
-    _forget_others(work, shards)
-    if output.name == EVALUATION and (output.parent / "model_index.json").exists():
-        write_card(output.parent)
+    if settings.save_npz:
+        for generator, made in zip(evaluation.generators, shards, strict=True):
+            made.write_npz(evaluation.next_to(f"_{slug(generator.name)}.npz"))
+    write_text(evaluation.output, json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+    write_text(evaluation.next_to(".md"), format_table(result) + "\n")
+    evaluation.draw(result, judge.neighbours)
+    _forget_others(shards)
     return result
 
 
-def _write(
-    result: dict[str, Any],
-    generators: list[Generator],
-    judge: Judge,
-    real: DatasetSource | None,
-    inputs: Inputs | None,
-    output: Path,
-) -> None:
-    for suffix, text in (
-        (".json", json.dumps(result, indent=1, ensure_ascii=False) + "\n"),
-        (".md", format_table(result) + "\n"),
-    ):
-        partial = output.with_suffix(".tmp")
-        partial.write_text(text, encoding="utf-8")
-        os.replace(partial, output.with_suffix(suffix))
-    if any(row["network evaluations"] and row["Fréchet distance"] is not None for row in result["rows"]):
-        draw_quality(result, output.with_name(f"{output.stem}_quality.png"))
-    labels = generators[-1].source.labels
-    names = judge.class_names
-    if labels is None or not names:
-        chosen = list(range(min(len(generators[-1].source), COLUMNS_OF_PICTURES)))
-        titles = None
-    else:
-        chosen = [labels.index(c) for c in range(min(len(names), COLUMNS_OF_PICTURES)) if c in labels]
-        titles = [names[labels[i]].split(",")[0] for i in chosen]
-    pictures = [(g.name, g.source.read([i for i in chosen if i < len(g.source)]).images) for g in generators]
-    if inputs and inputs.config.is_paired:
-        pictures.append(("truth", inputs.truth(chosen)))
-    elif real:
-        wanted = [labels[i] for i in chosen] if titles else []
-        places = [real.labels.index(c) for c in wanted if c in real.labels] or chosen
-        pictures.append(("real", real.read([i for i in places if i < len(real)]).images))
-    draw_samples(pictures, titles, output.with_suffix(".png"))
-    if real and judge.neighbours is not None and judge.reference.indices is not None:
-        draw_neighbours(
-            generators[-1].source,
-            real,
-            judge.reference.indices.tolist(),
-            judge.neighbours,
-            chosen,
-            output.with_name(f"{output.stem}_neighbours.png"),
+class _Evaluation:
+    """What is compared with what: loaded, and checked to fit."""
+
+    def __init__(self, settings: EvaluationConfig, state: PartialState):
+        self.settings, self.state, self.output = settings, state, output_path(settings)
+        with state.main_process_first():  # a download is made once
+            self.extractor = load_extractor(settings.features, settings.feature_weights, state.device)
+            # Published statistics stand for the data set, unless its class balance is wanted.
+            uses_data = settings.reference is None or settings.class_balance == "data"
+            self.data = data = load_images(settings.data) if uses_data else None
+        self.class_names = data.class_names if data else []
+        self.pipelines = Pipelines.load(settings, state.device)
+        self.shape = image_shape(self.pipelines.any) if self.pipelines.any else None
+        #: Of the images: grey finished images become RGB if the real ones are.
+        self.channels = data.channels if data else self.shape[0] if self.shape else 3
+        self.files = FileSource(settings.images, self.channels) if settings.images else None
+        self._check_fits()
+        self.real = DatasetSource(data, settings_to_dict(settings.data)) if data else None
+        self.reference = self._load_reference()
+        self.count = settings.num_samples or self.reference.count or (len(data) if data else 0)
+        if not self.count and self.shape:
+            raise InputError(
+                f"The reference {settings.reference} does not say how many images it has: set `num_samples`."
+            )
+        uniform = settings.class_balance == "uniform"
+        self.inputs = inputs_of(self.pipelines.any, data, settings.data, self.count, settings.seed, uniform)
+        self.generators = build_generators(
+            settings, self.pipelines, self.files, self._labels(), self.count, self.inputs
         )
+        is_digits = data is not None and data.name == "sklearn-digits" and data.class_names
+        # Trained on all of them, also when the reference is a part.
+        self.classifier = DigitsClassifier(*load_images(DataConfig()).read_all()) if is_digits else None
+
+    def _check_fits(self) -> None:
+        """Refuses images of another shape or other classes than the real ones."""
+        files, data, pipelines = self.files, self.data, self.pipelines
+        if self.shape and files and self.shape[-1] != files.size:
+            raise InputError(
+                f"The pipeline makes images of {self.shape[-1]} pixels and the finished images have {files.size}."
+            )
+        try:
+            if data and files and files.size != data.size:
+                raise InputError(
+                    f"The finished images have {files.size}×{files.size} pixels and the reference {data.name} has "
+                    f"{data.size}×{data.size}: set `data.image_size`."
+                )
+            if data and pipelines.any:
+                check_images(pipelines.any, data, "student" if pipelines.student else "teacher")
+        except InputError as error:
+            if self.settings.reference is None:
+                raise
+            raise InputError(
+                f"{error} (`data` gives the balance of classes here; --class_balance uniform does without it.)"
+            ) from None
+
+    def _load_reference(self) -> Reference:
+        """The statistics to compare with: those of a file, or of the data set."""
+        s, extractor = self.settings, self.extractor
+        if not s.reference:
+            return data_reference(self.real, extractor, Path(s.cache_dir).expanduser(), self.state, s.batch_size)
+        reference = read_reference(Path(s.reference), extractor.name)
+        size = self.shape[-1] if self.shape else self.files.size
+        check_reference(reference, s.reference, extractor, self.channels, size, self.real)
+        return reference
+
+    def _labels(self) -> list[int] | None:
+        """The class of each image; None for unconditional pipelines on noise."""
+        if (
+            self.inputs and self.class_names
+        ):  # also where the network has none: an image should show what its input shows
+            return [self.data.labels[place] for place in self.inputs.places]
+        if not self.pipelines.num_classes:
+            return None
+        training_labels = list(self.data.labels) if self.settings.class_balance == "data" and self.data else None
+        return balanced_labels(self.count, self.pipelines.num_classes, training_labels)
+
+    def make_features(self) -> list[Shards]:
+        """Makes the images of all rows, and keeps those that are wanted; collective."""
+        s, shards = self.settings, []
+        for generator in self.generators:
+            pictures = self.next_to(f"_{slug(generator.name)}") if s.save_images else None
+            work, source = self.next_to("_features"), generator.source
+            shards.append(Shards(work, source, self.extractor, self.classifier, s.save_npz, pictures))
+            shards[-1].make(self.state, s.batch_size, generator.name)
+        return shards
+
+    def next_to(self, ending: str) -> Path:
+        """A file or folder next to the output."""
+        return self.output.with_name(self.output.stem + ending)
+
+    def how(self) -> dict[str, Any]:
+        """How the figures are measured."""
+        s, reference = self.settings, self.reference
+        cuda = self.state.device.type == "cuda"
+        return {
+            "evaluator": f"torch-fidelity {torch_fidelity.__version__}",
+            "distance": self.extractor.distance_name,
+            "features": self.extractor.identity,
+            "reference": {
+                "name": reference.name,
+                "split": None if s.reference else s.data.split,
+                "images": reference.count,
+                "resolution": reference.manifest.get("resolution"),
+                "file": s.reference,
+                "probe": reference.manifest.get("source", {}).get("probe"),
+            },
+            "class_balance": f"as in {self.data.name}" if s.class_balance == "data" and self.data else s.class_balance,
+            "seed": s.seed,
+            "kid": f"mean and standard deviation of {s.kid_subsets} subsets of up to 1,000",
+            "student": s.pipeline,
+            "teacher": s.teacher,
+            "images": s.images,
+            "guidance_scale": s.guidance_scale if s.teacher else None,
+            "device": torch.cuda.get_device_name() if cuda else f"cpu, {torch.get_num_threads()} threads",
+            "processes": self.state.num_processes,
+            "torch": torch.__version__,
+            "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
+        }
+
+    def draw(self, result: dict[str, Any], neighbours: Neighbours | None) -> None:
+        """The three pictures; `neighbours` are those of the last generator."""
+        if any(row["network evaluations"] and row["Fréchet distance"] is not None for row in result["rows"]):
+            draw_quality(result, self.next_to("_quality.png"))
+        last, names, real = self.generators[-1].source, self.class_names, self.real
+        if last.labels is None or not names:
+            chosen, titles = list(range(min(len(last), COLUMNS_OF_PICTURES))), None
+        else:
+            chosen = [last.labels.index(c) for c in range(min(len(names), COLUMNS_OF_PICTURES)) if c in last.labels]
+            titles = [names[last.labels[i]].split(",")[0] for i in chosen]
+        pictures = [(g.name, g.source.read([i for i in chosen if i < len(g.source)]).images) for g in self.generators]
+        if self.inputs and self.inputs.config.is_paired:
+            pictures.append(("truth", self.inputs.truth(chosen)))
+        elif real:
+            wanted = [last.labels[i] for i in chosen] if titles else []
+            places = [real.labels.index(c) for c in wanted if c in real.labels] or chosen
+            pictures.append(("real", real.read([i for i in places if i < len(real)]).images))
+        draw_samples(pictures, titles, self.output.with_suffix(".png"))
+        if real and neighbours is not None and self.reference.indices is not None:
+            indices, path = self.reference.indices.tolist(), self.next_to("_neighbours.png")
+            draw_neighbours(last, real, indices, neighbours, chosen, path)
 
 
-def _how(
-    settings: EvaluationConfig,
-    extractor: Extractor,
-    reference: Reference,
-    data: ImageDataset | None,
-    state: PartialState,
-) -> dict[str, Any]:
-    """How the figures were measured."""
-    cuda = state.device.type == "cuda"
-    balance = settings.class_balance
-    return {
-        "evaluator": f"torch-fidelity {torch_fidelity.__version__}",
-        "distance": extractor.distance_name,
-        "features": extractor.identity,
-        "reference": {
-            "name": reference.name,
-            "split": None if settings.reference else settings.data.split,
-            "images": reference.count,
-            "resolution": reference.manifest.get("resolution"),
-            "file": settings.reference,
-            "probe": reference.manifest.get("source", {}).get("probe"),
-        },
-        "class_balance": f"as in {data.name}" if balance == "data" and data else balance,
-        "seed": settings.seed,
-        "kid": f"mean and standard deviation of {settings.kid_subsets} subsets of up to 1,000",
-        "student": settings.pipeline,
-        "teacher": settings.teacher,
-        "images": settings.images,
-        "guidance_scale": settings.guidance_scale if settings.teacher else None,
-        "device": torch.cuda.get_device_name() if cuda else f"cpu, {torch.get_num_threads()} threads",
-        "processes": state.num_processes,
-        "torch": torch.__version__,
-        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
-    }
-
-
-def _count(settings: EvaluationConfig, reference: Reference, data: ImageDataset | None, pipelines: Pipelines) -> int:
-    count = settings.num_samples or reference.count or (len(data) if data else None)
-    if count is None and pipelines.any:
-        raise InputError(f"The reference {settings.reference} does not say how many images it has: set `num_samples`.")
-    return count or 0
-
-
-def _channels(data: ImageDataset | None, pipelines: Pipelines) -> int:
-    if data:
-        return data.channels
-    return image_shape(pipelines.any)[0] if pipelines.any else 3
-
-
-def _size(pipelines: Pipelines, files: FileSource | None) -> int:
-    return image_shape(pipelines.any)[-1] if pipelines.any else files.size
-
-
-def _check_fits(pipelines: Pipelines, files: FileSource | None, data: ImageDataset | None) -> None:
-    """Refuses images of another shape or other classes than the real ones."""
-    if pipelines.any and files and image_shape(pipelines.any)[-1] != files.size:
-        raise InputError(
-            f"The pipeline makes images of {image_shape(pipelines.any)[-1]} pixels and the finished images have "
-            f"{files.size}."
-        )
-    if data is None:
-        return
-    if files and files.size != data.size:
-        raise InputError(
-            f"The finished images have {files.size}×{files.size} pixels and the reference {data.name} has "
-            f"{data.size}×{data.size}: set `data.image_size`."
-        )
-    if pipelines.any:
-        check_images(pipelines.any, data, "student" if pipelines.student else "teacher")
-
-
-def _output_path(settings: EvaluationConfig) -> Path:
+def output_path(settings: EvaluationConfig) -> Path:
+    """Where the results go: `output`, or evaluation.json in the first pipeline's folder."""
     folders = [name for name in (settings.pipeline, settings.teacher) if name and Path(name).is_dir()]
     if settings.output:
         path = Path(settings.output)
@@ -250,9 +221,9 @@ def _output_path(settings: EvaluationConfig) -> Path:
     return path
 
 
-def _forget_others(work: Path, shards: list[Shards]) -> None:
+def _forget_others(shards: list[Shards]) -> None:
     """Deletes features that no row of this result uses: those of weights that were since trained on, for instance."""
     used = {made.folder for made in shards}
-    for folder in work.iterdir():
+    for folder in shards[0].folder.parent.iterdir():
         if folder.is_dir() and folder not in used:
             shutil.rmtree(folder, ignore_errors=True)

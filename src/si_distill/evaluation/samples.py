@@ -17,8 +17,8 @@ from ..errors import InputError
 from ..pipelines import InterpolantPipeline, OneStepInterpolantPipeline
 from ..sample_noise import SampleNoise, sample_seed
 from ..visualization import to_uint8
+from .formulas import peak_signal_to_noise, spread
 from .inputs import Inputs
-from .metrics import peak_signal_to_noise, spread
 
 #: Of the first inputs, so many images are made of each, to see how they differ.
 SPREAD_INPUTS, SPREAD_DRAWS = 64, 8
@@ -62,6 +62,7 @@ class Source(Protocol):
         ...
 
 
+@dataclass(eq=False)
 class PipelineSource:
     """Images of a pipeline: image i depends on (seed, i) and its label alone, whatever the batch.
 
@@ -80,27 +81,19 @@ class PipelineSource:
             of the first inputs `spread`, the variance of a pixel in [0, 1] over further images of the same input.
     """
 
-    def __init__(
-        self,
-        pipeline: InterpolantPipeline | OneStepInterpolantPipeline,
-        call: Callable[..., Any],
-        labels: list[int] | None,
-        seed: int,
-        count: int | None = None,
-        settings: dict[str, Any] | None = None,
-        inputs: Inputs | None = None,
-    ):
-        self.pipeline = pipeline
-        self.call = call
-        self.labels = labels
-        self.seed = seed
-        self.settings = settings or {}
-        self.inputs = inputs
-        self._count = len(labels) if labels is not None else count
-        self._noise = SampleNoise(seed, pipeline._execution_device)
+    pipeline: InterpolantPipeline | OneStepInterpolantPipeline
+    call: Callable[..., Any]
+    labels: list[int] | None
+    seed: int
+    count: int | None = None
+    settings: dict[str, Any] = field(default_factory=dict)
+    inputs: Inputs | None = None
+
+    def __post_init__(self) -> None:
+        self._noise = SampleNoise(self.seed, self.pipeline._execution_device)
 
     def __len__(self) -> int:
-        return self._count
+        return self.count if self.labels is None else len(self.labels)
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -128,8 +121,7 @@ class PipelineSource:
         finally:
             hook.remove()
         seconds = time.perf_counter() - started
-        labels = None if self.labels is None else [self.labels[i] for i in indices]
-        return Batch(images, labels, rows, seconds, self._compared(indices, images))
+        return Batch(images, _of(self.labels, indices), rows, seconds, self._compared(indices, images))
 
     def _draw(self, indices: Sequence[int], draw: int) -> torch.Tensor:
         """Images (B, C, H, W), uint8, on the CPU; another `draw` is other noise for the same labels and inputs."""
@@ -163,11 +155,12 @@ class PipelineSource:
         return found
 
 
+@dataclass(eq=False)
 class InputSource:
     """What bridges start from, as images: how far the data are before anything is done."""
 
-    def __init__(self, inputs: Inputs, labels: list[int] | None):
-        self.inputs, self.labels = inputs, labels
+    inputs: Inputs
+    labels: list[int] | None
 
     def __len__(self) -> int:
         return len(self.inputs.places)
@@ -179,18 +172,20 @@ class InputSource:
     def read(self, indices: Sequence[int]) -> Batch:
         started = time.perf_counter()
         images, truth = to_uint8(self.inputs.read(indices)), self.inputs.truth(indices)
-        labels = None if self.labels is None else [self.labels[i] for i in indices]
         compared = {} if truth is None else {"psnr": peak_signal_to_noise(images, truth).numpy()}
-        return Batch(images, labels, 0, time.perf_counter() - started, compared)
+        return Batch(images, _of(self.labels, indices), 0, time.perf_counter() - started, compared)
 
 
+@dataclass(eq=False)
 class DatasetSource:
-    """The images of a data set."""
+    """The images of a data set, with its settings."""
 
-    def __init__(self, data: ImageDataset, settings: dict[str, Any]):
-        self.data = data
-        self.settings = settings
-        self.labels = data.labels
+    data: ImageDataset
+    settings: dict[str, Any]
+
+    @property
+    def labels(self) -> list[int]:
+        return self.data.labels
 
     def __len__(self) -> int:
         return len(self.data)
@@ -206,7 +201,7 @@ class DatasetSource:
     def read(self, indices: Sequence[int]) -> Batch:
         started = time.perf_counter()
         images = torch.stack([self.data.read(i) for i in indices])
-        return Batch(images, [self.labels[i] for i in indices], 0, time.perf_counter() - started)
+        return Batch(images, _of(self.labels, indices), 0, time.perf_counter() - started)
 
 
 class FileSource:
@@ -246,8 +241,7 @@ class FileSource:
     def read(self, indices: Sequence[int]) -> Batch:
         if self._arrays is not None:
             images = torch.from_numpy(self._arrays[list(indices)]).permute(0, 3, 1, 2)
-            labels = None if self.labels is None else [self.labels[i] for i in indices]
-            return Batch(_with_channels(images, self.channels), labels)
+            return Batch(_with_channels(images, self.channels), _of(self.labels, indices))
         images = []
         for i in indices:
             try:
@@ -261,6 +255,10 @@ class FileSource:
             listing = ", ".join(f"{path.name} {shape[1:]}" for shape, path in shapes.items())
             raise InputError(f"Images of {self.path} differ in size: {listing}. Bring them to one size first.")
         return Batch(torch.stack(images))
+
+
+def _of(labels: list[int] | None, indices: Sequence[int]) -> list[int] | None:
+    return None if labels is None else [labels[i] for i in indices]
 
 
 def _read_npz(path: Path) -> tuple[np.ndarray, list[int] | None]:

@@ -6,13 +6,11 @@ disk only when asked for.
 """
 
 import json
-import os
 import re
 import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -22,6 +20,8 @@ from tqdm.auto import tqdm
 
 from .. import fingerprints
 from ..errors import InputError
+from ..files import whole_file
+from .classifier import DigitsClassifier
 from .features import Extractor
 from .samples import Source
 
@@ -30,16 +30,6 @@ SHARD = 512
 MANIFEST = "manifest.json"
 #: Figures of single images beside their inputs' truth.
 COMPARED = ("psnr", "spread")
-
-
-class Classifier(Protocol):
-    """What names the class of an image."""
-
-    name: str
-
-    def predict(self, images: torch.Tensor) -> np.ndarray:
-        """Classes (B,) of uint8 images (B, C, H, W)."""
-        ...
 
 
 @dataclass
@@ -65,11 +55,13 @@ class Collected:
     compared: dict[str, np.ndarray] = field(default_factory=dict)
 
 
+@dataclass
 class Shards:
     """The shards of one source and extractor.
 
     Args:
-        folder: where the shards of all sources of an evaluation lie, on a file system that all processes share.
+        folder: where the shards of all sources of an evaluation lie, on a file system that all processes share; these lie
+            in a folder of their own in it.
         source: the images.
         extractor: of the features.
         classifier: names the class of each of some uint8 images, for label accuracy, if there is one.
@@ -77,21 +69,18 @@ class Shards:
         pictures: a folder for the images as PNG files, if they are wanted.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        source: Source,
-        extractor: Extractor,
-        classifier: Classifier | None = None,
-        keep_images: bool = False,
-        pictures: Path | None = None,
-    ):
-        self.source, self.extractor, self.classifier = source, extractor, classifier
-        self.keep_images, self.pictures = keep_images, pictures
-        self.identity = {"source": source.identity, **extractor.identity}
-        if classifier is not None:
-            self.identity["classifier"] = classifier.name
-        self.folder = Path(folder) / fingerprints.of_values(self.identity)
+    folder: Path
+    source: Source
+    extractor: Extractor
+    classifier: DigitsClassifier | None = None
+    keep_images: bool = False
+    pictures: Path | None = None
+
+    def __post_init__(self) -> None:
+        self.identity = {"source": self.source.identity, **self.extractor.identity}
+        if self.classifier is not None:
+            self.identity["classifier"] = self.classifier.name
+        self.folder = self.folder / fingerprints.of_values(self.identity)
 
     def __len__(self) -> int:
         return -(-len(self.source) // SHARD)
@@ -137,34 +126,30 @@ class Shards:
 
     def _make(self, shard: int, batch_size: int, bar: tqdm) -> None:
         indices = self.indices(shard)
-        parts: dict[str, list[Any]] = {name: [] for name in ("features", "logits", "labels", "predicted", "images")}
+        parts: dict[str, list[np.ndarray]] = {}
         rows, seconds = 0, 0.0
         for start in range(0, len(indices), batch_size):
             batch = self.source.read(indices[start : start + batch_size])
             features, logits = self.extractor(batch.images)
-            parts["features"].append(features.numpy())
-            if logits is not None:
-                parts["logits"].append(logits.numpy())
-            if batch.labels is not None:
-                parts["labels"].append(np.array(batch.labels, dtype=np.int64))
-            if self.classifier is not None:
-                parts["predicted"].append(self.classifier.predict(batch.images))
-            for name, values in batch.compared.items():
-                parts.setdefault(name, []).append(values)
-            if self.keep_images:
-                parts["images"].append(batch.images.numpy())
+            found = {
+                "features": features,
+                "logits": logits,
+                "labels": None if batch.labels is None else np.array(batch.labels, dtype=np.int64),
+                "predicted": None if self.classifier is None else self.classifier.predict(batch.images),
+                "images": batch.images if self.keep_images else None,
+                **batch.compared,
+            }
+            for name, values in found.items():
+                if values is not None:
+                    parts.setdefault(name, []).append(np.asarray(values))
             if self.pictures is not None:
                 self._write_pictures(indices[start], batch.images)
             rows += batch.rows
             seconds += batch.seconds
             bar.update(len(batch.images))
-        arrays = {name: np.concatenate(values) for name, values in parts.items() if values}
-        partial = self.path(shard).with_suffix(".tmp")
-        with open(partial, "wb") as file:
+        arrays = {name: np.concatenate(values) for name, values in parts.items()}
+        with whole_file(self.path(shard)) as file:
             np.savez(file, rows=np.int64(rows), seconds=np.float64(seconds), **arrays)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, self.path(shard))
 
     def _is_made(self, shard: int) -> bool:
         """Whether a shard is whole and has what is wanted now."""
@@ -219,8 +204,7 @@ class Shards:
         labels = [arrays["labels"] for arrays in self.arrays("labels") if "labels" in arrays]
         first = next(self.arrays("images"))["images"]
         shape = (len(self.source), *first.shape[2:], 3)
-        partial = path.with_name(path.name + ".tmp")
-        with zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
+        with whole_file(path) as whole, zipfile.ZipFile(whole, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
             with archive.open("arr_0.npy", "w", force_zip64=True) as file:
                 header = {"descr": "|u1", "fortran_order": False, "shape": shape}
                 np.lib.format.write_array_header_1_0(file, header)
@@ -230,7 +214,6 @@ class Shards:
             if labels:
                 with archive.open("arr_1.npy", "w") as file:
                     np.lib.format.write_array(file, np.concatenate(labels), allow_pickle=False)
-        os.replace(partial, path)
 
 
 def slug(name: str) -> str:

@@ -8,39 +8,16 @@ import jinja2
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..errors import InputError
-from .card_tables import (
-    MISSING,
-    model_rows,
-    objective_rows,
-    teacher_rows,
-    training_command,
-    training_rows,
-)
-from .evaluation_table import format_table
-from .facts import CONFIG, EVALUATION, STUDENT, TEACHER, ModelFacts, read_facts, without_paths
+from ..evaluation.config import EVALUATION
+from ..evaluation.metrics import METRICS
+from ..evaluation.table import format_table
+from .card_tables import MISSING, model_rows, objective_rows, teacher_rows, training_command, training_rows
+from .facts import CONFIG, STUDENT, TEACHER, ModelFacts, read_facts, without_paths
 
 TEMPLATES = Path(__file__).parent / "model_cards"
 CARD, SAMPLES = "README.md", "samples.png"
 #: The line by which a card is known to be ours to replace; its owner takes it out to keep a text of their own.
 GENERATED = "<!-- Made by si_distill from the files of this folder. Remove this line to keep a text of your own. -->"
-
-#: Figures of evaluation.json that are results, with the Hub's identifiers; a Fréchet distance has two (see `eval_results`).
-_METRICS = {
-    "Fréchet distance": "frechet-distance",
-    "KID": "kid",
-    "precision": "precision",
-    "recall": "recall",
-    "inception score": "inception-score",
-    "label accuracy": "accuracy",
-}
-_INTERPOLANT_REFERENCES = {
-    "linear": "lipman2023flow",
-    "trigonometric": "albergo2023stochastic",
-    "vp": "song2021score",
-    "ddpm": "ho2020ddpm",
-    "edm": "karras2022edm",
-    "bridge": "albergo2023stochastic",
-}
 
 
 def write_card(folder: str | Path) -> None:
@@ -158,11 +135,10 @@ def eval_results(facts: ModelFacts) -> list[EvalResult]:
     for row in evaluation.get("rows") or ():
         if (row.get("made") or {}).get("kind") != ("student" if facts.is_student else "teacher"):
             continue
-        for figure, metric in _METRICS.items():
-            if row.get(figure) is None:
+        for figure, metric in METRICS.items():
+            if metric.hub is None or row.get(figure) is None:
                 continue
-            if metric == "frechet-distance" and evaluation.get("distance") == "FID":  # on Inception's features alone
-                metric = "fid"
+            is_fid = metric.hub == "frechet-distance" and evaluation.get("distance") == "FID"  # on Inception's features
             arguments = {**how, "interval": (row.get("intervals") or {}).get(figure)}
             results.append(
                 EvalResult(
@@ -171,7 +147,7 @@ def eval_results(facts: ModelFacts) -> list[EvalResult]:
                     dataset_type=data["name"] if data.get("source") == "hub" else str(reference.get("name")),
                     dataset_name=str(reference.get("name")),
                     dataset_split=reference.get("split"),
-                    metric_type=metric,
+                    metric_type="fid" if is_fid else metric.hub,
                     metric_name=f"{figure} ({row['generator']})",
                     metric_value=row[figure],
                     metric_args={name: value for name, value in arguments.items() if value is not None},
@@ -235,7 +211,7 @@ def _references(facts: ModelFacts) -> list[str]:
         if facts.network_class.startswith(prefix):
             keys.append(key)
             break
-    keys.append(_INTERPOLANT_REFERENCES.get(facts.scheduler.get("interpolant")))
+    keys.append(getattr(facts.interpolant, "citation", None))
     entries = re.split(r"\n(?=@)", (TEMPLATES / "references.bib").read_text(encoding="utf-8").strip())
     by_key = {entry.split("{", 1)[1].split(",", 1)[0]: entry.strip() for entry in entries}
     return [by_key[key] for key in dict.fromkeys(keys) if key]

@@ -1,6 +1,7 @@
 """What is known of a model, read from the files of its folder. Nothing is guessed: what no file says is None."""
 
 import json
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -9,10 +10,12 @@ import yaml
 from safetensors import SafetensorError, safe_open
 
 from ..errors import InputError
+from ..evaluation.config import EVALUATION
+from ..interpolants import INTERPOLANTS, Interpolant
 from ..pipelines.interpolant_pipeline_network import VIEWS, NetworkView
 
 #: Files that a run leaves beside its pipeline and that are published with it.
-CONFIG, METRICS, FACTS, EVALUATION = "config.yaml", "metrics.jsonl", "facts.json", "evaluation.json"
+CONFIG, METRICS, FACTS = "config.yaml", "metrics.jsonl", "facts.json"
 STUDENT, TEACHER = "OneStepInterpolantPipeline", "InterpolantPipeline"
 
 
@@ -60,9 +63,14 @@ class ModelFacts:
         return 0 if value is None and self.network_class in views else value
 
     @property
+    def interpolant(self) -> type[Interpolant] | None:
+        """The family; None of one that is not registered here."""
+        return INTERPOLANTS.get(self.scheduler.get("interpolant"))
+
+    @property
     def starts_from_image(self) -> bool:
         """Whether sampling starts at an image: a bridge."""
-        return self.scheduler.get("interpolant") == "bridge"
+        return self.interpolant is not None and not self.interpolant.gaussian_reference
 
     @property
     def takes_image(self) -> bool:
@@ -110,33 +118,38 @@ def read_facts(folder: str | Path, training: bool = True) -> ModelFacts:
         InputError: when the folder is no pipeline of ours, or one of its files cannot be read.
     """
     folder = Path(folder)
-    index = _json(folder / "model_index.json")
+    index = _values(folder / "model_index.json")
     if not isinstance(index, dict):
         raise InputError(f"{folder} is not a pipeline folder: it has no model_index.json.")
-    name = index.get("_class_name")
-    name = name[-1] if isinstance(name, list) else name
+    name = class_name(index)
     if "transformer" not in index or not isinstance(name, str):
         raise InputError(
             f"{folder} holds {name!r}, which has no `transformer`: only pipelines of si_distill are described."
         )
-    vae = _json(folder / "vae" / "config.json") if (index.get("vae") or [None])[0] else None
+    vae = _values(folder / "vae" / "config.json") if (index.get("vae") or [None])[0] else None
     facts = ModelFacts(
         folder=folder,
         pipeline_class=name,
         id2label=index.get("id2label"),
         network_class=index["transformer"][1],
-        network=_json(folder / "transformer" / "config.json") or {},
-        scheduler=_json(folder / "scheduler" / "scheduler_config.json") or {},
+        network=_values(folder / "transformer" / "config.json") or {},
+        scheduler=_values(folder / "scheduler" / "scheduler_config.json") or {},
         vae=vae,
         parameters=_parameters(folder / "transformer"),
         guidance=index.get("guidance"),
     )
     if training:
-        facts.settings = _yaml(folder / CONFIG) or {}
+        facts.settings = _values(folder / CONFIG) or {}
         facts.metrics = _lines(folder / METRICS)
-        facts.recorded = _json(folder / FACTS) or {}
-        facts.evaluation = _json(folder / EVALUATION)
+        facts.recorded = _values(folder / FACTS) or {}
+        facts.evaluation = _values(folder / EVALUATION)
     return facts
+
+
+def class_name(index: dict[str, Any]) -> str | None:
+    """The class that a model_index.json names; in a list, its module comes first."""
+    name = index.get("_class_name")
+    return name[-1] if isinstance(name, list) else name
 
 
 def without_paths(value: Any) -> Any:
@@ -150,20 +163,13 @@ def without_paths(value: Any) -> Any:
     return value
 
 
-def _json(path: Path) -> Any:
+def _values(path: Path) -> Any:
+    """What a JSON or YAML file holds; None without one."""
     if not path.is_file():
         return None
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"Cannot read {path}: {error}. Restore it, or remove it.") from error
-
-
-def _yaml(path: Path) -> Any:
-    if not path.is_file():
-        return None
-    try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        return json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise InputError(f"Cannot read {path}: {error}. Restore it, or remove it.") from error
 
@@ -186,11 +192,7 @@ def _parameters(folder: Path) -> int | None:
             continue  # a variant: the same tensors again
         try:
             with safe_open(file, framework="pt") as tensors:
-                for key in tensors.keys():  # noqa: SIM118 - not a mapping
-                    size = 1
-                    for length in tensors.get_slice(key).get_shape():
-                        size *= length
-                    total += size
+                total += sum(math.prod(tensors.get_slice(key).get_shape()) for key in tensors.keys())  # noqa: SIM118
         except SafetensorError as error:
             raise InputError(f"Cannot read the weights {file}: {error}. Save or copy them again.") from error
     return total or None

@@ -14,8 +14,9 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError,
 from huggingface_hub.utils import validate_repo_id
 
 from ..errors import InputError, PublishError
+from ..evaluation.config import EVALUATION
 from .card import CARD, SAMPLES
-from .facts import CONFIG, EVALUATION, FACTS, METRICS
+from .facts import CONFIG, FACTS, METRICS, class_name
 from .staging import listing, stage_model
 
 #: Files outside the folders of components that a publication writes, and removes when it no longer has them.
@@ -172,21 +173,16 @@ def _check_same_kind(api: HfApi, folder: Path, repo_id: str, revision: str, pres
     """A name is taken when its repository holds something that this publication would bury."""
     if not present - {".gitattributes", CARD, "LICENSE"}:
         return
-    here = _class_name(folder / "model_index.json")
+    here = class_name(json.loads((folder / "model_index.json").read_text(encoding="utf-8")))
     there = None
     if "model_index.json" in present:
-        there = _class_name(Path(api.hf_hub_download(repo_id, "model_index.json", revision=revision)))
+        index = Path(api.hf_hub_download(repo_id, "model_index.json", revision=revision))
+        there = class_name(json.loads(index.read_text(encoding="utf-8")))
     if there != here:
         what = f"a {there}" if there else "other files, and no pipeline"
         raise InputError(
             f"The name {repo_id} is taken: its repository holds {what}, and this is a {here}. Give another --repo-id."
         )
-
-
-def _class_name(path: Path) -> str | None:
-    name = json.loads(path.read_text(encoding="utf-8")).get("_class_name")
-    name = name[-1] if isinstance(name, list) else name
-    return name if isinstance(name, str) else None
 
 
 @contextmanager

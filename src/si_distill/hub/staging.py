@@ -12,11 +12,12 @@ from huggingface_hub import SpaceCardData
 from PIL import Image
 
 from ..errors import InputError
+from ..evaluation.config import EVALUATION
 from ..log_variance import LOG_VARIANCE
 from ..sampling import class_names, sample_rows, spread_labels
 from ..visualization import image_grid
 from .card import CARD, SAMPLES, is_own_text, pipeline_kind, render_card
-from .facts import CONFIG, EVALUATION, FACTS, METRICS, read_facts, without_paths
+from .facts import CONFIG, FACTS, METRICS, read_facts, without_paths
 
 VARIANTS = {"bf16": torch.bfloat16}
 TEACHER_STEPS = 20

@@ -69,6 +69,10 @@ class Interpolant:
     singular_ends: ClassVar[tuple[float, ...]] = ()
     #: Whether α(1) > 0 is so small against β(1) that x̂0 would amplify a network's error: students then start below t = 1.
     starts_late: ClassVar[bool] = False
+    #: Solver by default, where x1 is noise: `dpmpp_2m` where β/α grows over many orders of magnitude.
+    default_solver: ClassVar[str] = "euler"
+    #: Key of the family's paper in `model_cards/references.bib`, for model cards.
+    citation: ClassVar[str | None] = None
     #: Number K of steps that a network with discrete timesteps knows; a setting of the family `ddpm`, the others have none.
     num_train_timesteps: int | None = None
     #: Standard deviation of the data that an `edm` prediction assumes; a setting of the family `edm`.

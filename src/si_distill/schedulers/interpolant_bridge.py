@@ -99,6 +99,7 @@ class BrownianBridge(BridgeInterpolant):
     """
 
     name = "bridge"
+    citation = "albergo2023stochastic"
 
     def __init__(self, scale: float = 1.0):
         if not (isinstance(scale, (int, float)) and 0 <= scale < math.inf):

@@ -1,10 +1,10 @@
 """The families of stochastic interpolants: α, β, γ and their derivatives (conventions: `interpolant_base`).
 
+A family is a class that `register_interpolant` knows, here or outside the package; nothing else lists it.
 It imports only torch: a copy travels beside the scheduler into every saved pipeline (here: `si_distill.interpolants`).
 """
 
 import functools
-import inspect
 import math
 from typing import Any
 
@@ -12,24 +12,37 @@ import torch
 
 from .interpolant_base import Interpolant
 from .interpolant_bridge import BrownianBridge
+from .interpolant_names import build_named
 
 BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
+#: Families by name.
+INTERPOLANTS: dict[str, type[Interpolant]] = {}
 
 
+def register_interpolant(cls: type[Interpolant]) -> type[Interpolant]:
+    """Makes a family known by its `name` to `get_interpolant`, and so to settings and schedulers; a decorator."""
+    INTERPOLANTS[cls.name] = cls
+    return cls
+
+
+@register_interpolant
 class LinearInterpolant(Interpolant):
     """Flow matching: α = 1 − t, β = t (Lipman et al. 2023, "Flow Matching for Generative Modeling", eq. 20)."""
 
     name = "linear"
+    citation = "lipman2023flow"
 
     def _path(self, t):
         one = torch.ones_like(t)
         return 1 - t, t, -one, one
 
 
+@register_interpolant
 class TrigonometricInterpolant(Interpolant):
     """SiT's GVP: α = cos(πt/2), β = sin(πt/2) (Ma et al. 2024, "SiT", section 3.2)."""
 
     name = "trigonometric"
+    citation = "albergo2023stochastic"
 
     def _path(self, t):
         half_pi = 0.5 * math.pi
@@ -37,6 +50,7 @@ class TrigonometricInterpolant(Interpolant):
         return cos, sin, -half_pi * sin, half_pi * cos
 
 
+@register_interpolant
 class VPInterpolant(Interpolant):
     """Continuous variance-preserving diffusion: log α = −¼ t² (b1 − b0) − ½ t b0, β² = 1 − α².
 
@@ -45,8 +59,10 @@ class VPInterpolant(Interpolant):
     """
 
     name = "vp"
+    citation = "song2021score"
     singular_ends = (0.0,)
     starts_late = True
+    default_solver = "dpmpp_2m"
 
     def __init__(self, b0: float = 0.1, b1: float = 20.0):
         if not 0 < b0 < b1:
@@ -61,6 +77,7 @@ class VPInterpolant(Interpolant):
         return alpha, beta, alpha * d_log_alpha, -(alpha**2) * d_log_alpha / beta
 
 
+@register_interpolant
 class DDPMInterpolant(Interpolant):
     """Discrete variance-preserving diffusion: α² = ᾱ_k of a Diffusers beta schedule at k = t (K − 1), β² = 1 − α².
 
@@ -72,7 +89,9 @@ class DDPMInterpolant(Interpolant):
     """
 
     name = "ddpm"
+    citation = "ho2020ddpm"
     starts_late = True
+    default_solver = "dpmpp_2m"
 
     def __init__(
         self, num_train_timesteps: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02, beta_schedule="linear"
@@ -98,6 +117,7 @@ class DDPMInterpolant(Interpolant):
         return alpha, beta, half * alpha * beta**2, -half * alpha**2 * beta
 
 
+@register_interpolant
 class EDMInterpolant(Interpolant):
     """Variance-exploding diffusion in EDM's times: α = 1, β = σ(t) = (σ_min^(1/ρ) + t (σ_max^(1/ρ) − σ_min^(1/ρ)))^ρ.
 
@@ -107,7 +127,9 @@ class EDMInterpolant(Interpolant):
     """
 
     name = "edm"
+    citation = "karras2022edm"
     starts_late = True
+    default_solver = "dpmpp_2m"
 
     def __init__(self, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0, sigma_data: float = 0.5):
         self.sigma_min, self.sigma_max = float(sigma_min), float(sigma_max)
@@ -121,17 +143,7 @@ class EDMInterpolant(Interpolant):
         return torch.ones_like(t), root**self.rho, torch.zeros_like(t), self.rho * (high - low) * root ** (self.rho - 1)
 
 
-INTERPOLANTS: dict[str, type[Interpolant]] = {
-    cls.name: cls
-    for cls in (
-        LinearInterpolant,
-        TrigonometricInterpolant,
-        VPInterpolant,
-        DDPMInterpolant,
-        EDMInterpolant,
-        BrownianBridge,
-    )
-}
+register_interpolant(BrownianBridge)
 
 #: Those whose reference is Gaussian noise: noise levels, scores, SDEs and likelihoods are defined on them.
 GAUSSIAN_INTERPOLANTS = tuple(name for name, cls in INTERPOLANTS.items() if cls.gaussian_reference)
@@ -142,18 +154,7 @@ def get_interpolant(name: str, **config: Any) -> Interpolant:
 
     Raises ValueError for an unknown name, or settings that the family does not have.
     """
-    if name not in INTERPOLANTS:
-        raise ValueError(f"Unknown interpolant {name!r}. Choose one of: {', '.join(INTERPOLANTS)}.")
-    known = list(inspect.signature(INTERPOLANTS[name]).parameters)
-    unknown = [setting for setting in config if setting not in known]
-    if unknown:
-        raise ValueError(
-            f"The interpolant {name!r} has no setting `{unknown[0]}`; it has {', '.join(known) or 'none at all'}."
-        )
-    try:
-        return INTERPOLANTS[name](**config)
-    except TypeError as error:
-        raise ValueError(f"The settings of the interpolant {name!r} must be numbers, got {config}: {error}.") from None
+    return build_named(INTERPOLANTS, "interpolant", name, config)
 
 
 @functools.lru_cache(maxsize=16)

@@ -9,8 +9,6 @@ from typing import Any
 SOLVERS = ("euler", "heun", "ddim", "edm_heun", "dpmpp_2m", "sde_euler", "sde_heun", "dopri5", "posterior")
 #: Solvers of a bridge: the others need the noise level β/α or the score of a Gaussian reference.
 BRIDGE_SOLVERS = ("posterior", "euler", "heun")
-#: Paths whose β/α grows over many orders of magnitude, on which `dpmpp_2m` is the default.
-DIFFUSION_PATHS = ("vp", "ddpm", "edm")
 DIFFUSION_FORMS = ("sigma", "linear", "sbdm", "constant", "decreasing", "increasing-decreasing")
 LAST_STEPS = ("mean", "tweedie", "euler")
 
@@ -75,9 +73,9 @@ def check_conventions(timestep_type: str, timestep_scale: float, prediction_sign
 
 
 def default_solver(interpolant: Any, prediction_type: str) -> str:
-    """`dpmpp_2m` on diffusion paths; of a bridge `posterior` if it can be had; otherwise `euler`."""
+    """The family's own; of a bridge `posterior` if it can be had, otherwise `euler`."""
     if interpolant.gaussian_reference:
-        return "dpmpp_2m" if interpolant.name in DIFFUSION_PATHS else "euler"
+        return interpolant.default_solver
     return "posterior" if prediction_type == "sample" and hasattr(interpolant, "posterior") else "euler"
 
 

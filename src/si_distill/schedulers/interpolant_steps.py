@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 
+@dataclass
 class Evaluation:
     """One evaluation of the network, and what it says in any space.
 
@@ -31,18 +32,15 @@ class Evaluation:
         reference: (B, …) x1 of a paired bridge.
     """
 
-    def __init__(
-        self,
-        interpolant: Any,
-        prediction: torch.Tensor,
-        x: torch.Tensor,
-        t: torch.Tensor,
-        kind: str,
-        reference: torch.Tensor | None = None,
-    ):
-        self.interpolant, self.prediction, self.x, self.t, self.kind = interpolant, prediction, x, t, kind
-        self.reference = reference
-        self.at = interpolant.at(t, x)
+    interpolant: Any
+    prediction: torch.Tensor
+    x: torch.Tensor
+    t: torch.Tensor
+    kind: str
+    reference: torch.Tensor | None = None
+
+    def __post_init__(self) -> None:
+        self.at = self.interpolant.at(self.t, self.x)
 
     def predicts(self, space: str) -> torch.Tensor:
         """The prediction as `velocity`, `sample` (x̂0), `epsilon` (x̂1) or `score`; see `Interpolant.convert`."""

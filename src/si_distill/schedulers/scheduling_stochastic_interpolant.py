@@ -85,7 +85,7 @@ class StochasticInterpolantScheduler(InterpolantForwardMixin, SchedulerMixin, Co
 
     Args:
         num_train_timesteps (`int`): what `len(scheduler)` reports; times are continuous.
-        interpolant (`str`): `"linear"`, `"trigonometric"`, `"vp"`, `"ddpm"`, `"edm"` or `"bridge"`.
+        interpolant (`str`): a registered family, e.g. `"linear"`, `"vp"`, `"edm"` or `"bridge"`.
         interpolant_kwargs (`dict`, *optional*): settings of the interpolant, e.g. `{"b0": 0.1, "b1": 20.0}`.
         prediction_type (`str`): what the network predicts: `"velocity"`, `"sample"`, `"epsilon"`, `"score"`,
             `"v_prediction"`, or `"edm"`, the raw output in EDM's preconditioning (see `Interpolant.convert`).

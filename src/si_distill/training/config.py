@@ -231,7 +231,9 @@ class TrainingConfig:
 class TeacherConfig(TrainingConfig):
     """Settings of `training/train_teacher.py`."""
 
-    interpolant: str = setting("linear", "`linear`, `trigonometric`, `vp`, `ddpm`, `edm` or `bridge`.")
+    interpolant: str = setting(
+        "linear", "A registered family, e.g. `linear`, `trigonometric`, `vp`, `ddpm`, `edm` or `bridge`."
+    )
     interpolant_kwargs: dict = setting({}, "Settings of the interpolant, e.g. {b0: 0.1, b1: 20}.")
     prediction_type: str = setting("velocity", "What the network predicts.", PREDICTIONS)
     loss_weight: str = setting("none", "SiT's weight of a noise or score network's loss.", LOSS_WEIGHTS)

@@ -27,17 +27,7 @@ from ...pipelines import LatentScaling
 from ...units import binary_size
 from ..decoding import CROP, UnreadableImage
 from .config import LatentsConfig
-from .format import (
-    MANIFEST,
-    VAE_FOLDER,
-    Manifest,
-    Recipe,
-    Shard,
-    encoder_hash,
-    shard_recipe,
-    whole_shard,
-    write_shard,
-)
+from .format import MANIFEST, VAE_FOLDER, Manifest, Recipe, Shard, encoder_hash, shard_recipe, whole_shard, write_shard
 from .parts import Item, StreamParts, TableParts, in_threads, open_parts
 
 #: Settings of `data` that decide which images these are; a training chooses the others for itself.
@@ -53,8 +43,7 @@ def dry_run(settings: LatentsConfig) -> str:
     Raises:
         InputError: when that cannot be read, or the VAE cannot encode images of that size.
     """
-    vae, _ = describe_vae(settings.vae)
-    return report(settings, vae, settings.data.max_train_samples)
+    return report(settings, describe_vae(settings.vae)[0], settings.data.max_train_samples)
 
 
 def print_dry_run(settings: LatentsConfig) -> None:

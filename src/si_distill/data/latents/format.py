@@ -12,7 +12,6 @@ RAM.
 """
 
 import json
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from safetensors.torch import save
 
 from ... import fingerprints
 from ...errors import InputError
+from ...files import whole_file, write_text
 from ..config import DataConfig
 
 MANIFEST = "latents.json"
@@ -119,19 +119,9 @@ class Manifest:
 
     def write(self, folder: Path) -> None:
         """Writes the manifest atomically, with readable totals and a hash that reveals manual changes."""
-        values = {
-            "format": FORMAT,
-            "images": self.images,
-            "skipped": self.skipped,
-            **asdict(self),
-        }
+        values = {"format": FORMAT, "images": self.images, "skipped": self.skipped, **asdict(self)}
         text = json.dumps({**values, "hash": fingerprints.of_values(values)}, indent=1) + "\n"
-        partial = folder / f"{MANIFEST}.tmp"
-        with open(partial, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, folder / MANIFEST)
+        write_text(folder / MANIFEST, text)
 
 
 def is_latent_cache(name: str) -> bool:
@@ -185,13 +175,9 @@ def write_shard(path: Path, recipe: Recipe, moments: torch.Tensor, labels: torch
     """Writes a shard under another name, brings it to the disk, and renames it."""
     tensors = {"labels": labels, "moments": moments}
     digest = fingerprints.of_tensors(tensors.items())
-    partial = path.with_name(f"{path.name}.tmp")
     header = {"file": path.name, "recipe": asdict(recipe), "skipped": skipped, "hash": digest}
-    with open(partial, "wb") as file:  # `save_file` would make it readable for its owner alone
+    with whole_file(path) as file:  # `save_file` would make it readable for its owner alone
         file.write(save(tensors, metadata={HEADER: json.dumps(header)}))
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
     return Shard(path.name, len(labels), skipped, path.stat().st_size, digest)
 
 

@@ -11,8 +11,9 @@ import torch
 
 from ..config import DataConfig
 from ..decoding import UnreadableImage
+from ..loading import load_training_data
 from ..sources import ImageDataset
-from ..stream import ImageStream, load_training_data
+from ..stream import ImageStream
 
 #: An image (C, size, size), uint8, and its label; or what is wrong with it.
 Item = tuple[torch.Tensor, int] | UnreadableImage

@@ -19,12 +19,12 @@ from PIL import Image
 from ...data import load_images
 from ...data.latents.format import images_of
 from ...errors import InputError
+from ...evaluation.config import EVALUATION
 from ...evaluation.features import load_extractor
+from ...evaluation.formulas import Moments, frechet_from_moments, kernel_distance
 from ...evaluation.generators import Pipeline, balanced_labels, check_images, image_shape, inputs_of
-from ...evaluation.metrics import Moments, frechet_from_moments, kernel_distance
 from ...evaluation.reference import check_reference, data_reference, read_reference
 from ...evaluation.samples import DatasetSource, PipelineSource
-from ...hub.facts import EVALUATION
 from ...pipelines import OneStepInterpolantPipeline
 from ...settings import settings_to_dict
 from ..config import TrainingConfig
@@ -116,8 +116,8 @@ class BestModel:
             features = self._features()
             if not self.accelerator.is_main_process:
                 return {}
-            moments, reference = Moments.of(features), (self.reference.mean, self.reference.covariance)
-            figures = {"frechet_distance": frechet_from_moments(moments.mean, moments.covariance, *reference)}
+            distance = frechet_from_moments(*Moments.of(features).pair, *self.reference.moments)
+            figures = {"frechet_distance": distance}
             if self.settings.metric_for_best_model == "kid":
                 real = self.reference.features.float()
                 figures["kid"] = kernel_distance(features.cpu().float(), real, self.settings.evaluation.kid_subsets)[0]

@@ -10,7 +10,8 @@ import yaml
 from diffusers import DiffusionPipeline
 
 from ...errors import InputError
-from ...hub.facts import CONFIG, EVALUATION, FACTS, METRICS
+from ...evaluation.config import EVALUATION
+from ...hub.facts import CONFIG, FACTS, METRICS
 from ...settings import read_yaml, settings_from_dict, settings_to_dict
 from ..averaging.ema import EMA_WEIGHTS
 from ..averaging.posthoc import EMA_SNAPSHOTS

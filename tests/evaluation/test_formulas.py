@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from si_distill.evaluation.metrics import (
-    DigitsClassifier,
+from si_distill.evaluation.classifier import DigitsClassifier
+from si_distill.evaluation.formulas import (
     Moments,
     diversity,
     frechet_distance,
