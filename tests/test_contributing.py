@@ -116,7 +116,7 @@ def test_a_network_class():
     x, told = torch.randn(2, 1, 8, 8), Condition(torch.tensor([0, 2]))
     prediction, logits, _ = critic(x, torch.ones(2), told)
     assert torch.equal(prediction, names["network"](x, told.labels, torch.ones(2)).sample)
-    assert logits.shape == (2, 1)
+    assert logits.shape == (2, 16)  # a token for each position of the middle map
 
 
 def test_the_documentation_says_of_each_metric_which_direction_is_better():

@@ -242,7 +242,7 @@ VIEWS: dict[type[nn.Module], type[NetworkView]] = {DiTTransformer2DModel: _DiTVi
 def view_network(network: nn.Module) -> NetworkView:
     """The view that fits a network's class; wrapped networks are seen through their wrapper."""
     bare = _bare(network)
-    return next((view for cls, view in VIEWS.items() if isinstance(bare, cls)), NetworkView)(network)
+    return next((VIEWS[cls] for cls in type(bare).__mro__ if cls in VIEWS), NetworkView)(network)
 
 
 def _bare(network: nn.Module) -> nn.Module:
