@@ -17,6 +17,7 @@ SCRIPTS = [path for folder in ("training", "pipelines") for path in sorted((ROOT
 #: Rooms from the ground up; a room imports those before its own line, and its own. Functions' imports count.
 FLOORS = (
     ("errors", "units", "choices", "fingerprints", "lazy", "sample_noise", "visualization"),
+    ("reading", "files"),
     ("schedulers", "models", "settings", "launching", "sampling", "adversarial"),
     ("interpolants", "pipelines"),
     ("objectives", "field", "log_variance", "autoencoders"),
