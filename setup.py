@@ -45,6 +45,6 @@ setup(
         "demo": ["scikit-learn>=1.4"],
         "space": ["gradio>=6.0"],
         "space-test": ["playwright>=1.50"],
-        "dev": ["scikit-learn>=1.4", "pytest>=8.0", "pytest-xdist>=3.5", "ruff>=0.9"],
+        "dev": ["scikit-learn>=1.4", "pytest>=8.0", "pytest-xdist>=3.5", "hypothesis>=6.100", "ruff>=0.9"],
     },
 )

@@ -1,4 +1,4 @@
-"""Writes and deletes in folders that other people and processes may have touched: no link is followed, no folder is shared."""
+"""Writes and deletes in folders that others may have touched: no link is followed, and no folder is shared."""
 
 import fcntl
 import os
@@ -38,7 +38,8 @@ class FolderLock:
             owner = os.read(descriptor, 200).decode("utf-8", "replace").strip() or "unknown"
             os.close(descriptor)
             raise InputError(
-                f"Another process is writing to {self.file.parent} ({owner}): wait until it has ended, or give another folder."
+                f"Another process is writing to {self.file.parent} ({owner}): wait until it has ended, or give another "
+                "folder."
             ) from None
         except OSError as error:  # some network file systems have no locks
             print(f"note: {self.file.parent} cannot be locked ({error.strerror}): do not start a second run in it.")

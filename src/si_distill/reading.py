@@ -134,6 +134,16 @@ _Dumper.add_implicit_resolver("tag:yaml.org,2002:int", _INTEGER, list("-+0123456
 _Dumper.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+.0123456789"))
 
 
+def _represent_text(dumper: yaml.Dumper, text: str) -> yaml.Node:
+    # PyYAML folds these rare line breaks into spaces unless they are escaped.
+    return dumper.represent_scalar(
+        "tag:yaml.org,2002:str", text, style='"' if set(text) & set("\x85\u2028\u2029") else None
+    )
+
+
+_Dumper.add_representer(str, _represent_text)
+
+
 def dump_yaml(values: dict[str, Any]) -> str:
     """The text of a YAML file that `read_yaml`, and any other reader, reads as these values."""
     return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from ..data.config import DataConfig
 from ..errors import InputError
 from ..schedulers.interpolant_solvers import SOLVERS
-from ..settings import at_least, setting
+from ..settings import LARGEST_SEED, MOST_SAMPLES, at_least, setting
 
 METRICS = ("fid", "kid", "prc", "isc")
 
@@ -35,8 +35,9 @@ class MeasurementConfig:
 
     def __post_init__(self) -> None:
         at_least("evaluation.num_samples", self.num_samples, 4)
-        for name in ("num_inference_steps", "kid_subsets", "batch_size"):
+        for name in ("num_inference_steps", "kid_subsets"):
             at_least(f"evaluation.{name}", getattr(self, name), 1)
+        at_least("evaluation.batch_size", self.batch_size, 1, MOST_SAMPLES)
 
 
 @dataclass
@@ -79,9 +80,9 @@ class EvaluationConfig:
                 "There is nothing to evaluate: set `pipeline` (a student, e.g. --pipeline runs/student), `teacher` or "
                 "`images`."
             )
-        for name in ("batch_size", "kid_subsets"):
-            at_least(name, getattr(self, name), 1)
-        at_least("seed", self.seed, 0)
+        at_least("batch_size", self.batch_size, 1, MOST_SAMPLES)
+        at_least("kid_subsets", self.kid_subsets, 1)
+        at_least("seed", self.seed, 0, LARGEST_SEED)
         if self.bootstrap_resamples is not None and (self.bootstrap_resamples < 0 or self.bootstrap_resamples == 1):
             raise InputError(f"`bootstrap_resamples` must be 0 or at least 2, got {self.bootstrap_resamples}.")
         if self.num_samples is not None:
@@ -119,7 +120,8 @@ class LikelihoodConfig:
             value = getattr(self, name)
             if not (math.isfinite(value) and value > 0):
                 raise InputError(f"`{name}` must be a positive number, got {value}.")
-        for name, least in (("probes", 0), ("batch_size", 1), ("seed", 0)):
-            at_least(name, getattr(self, name), least)
+        at_least("probes", self.probes, 0)
+        at_least("batch_size", self.batch_size, 1, MOST_SAMPLES)
+        at_least("seed", self.seed, 0, LARGEST_SEED)
         if self.num_samples is not None:
             at_least("num_samples", self.num_samples, 1)

@@ -12,7 +12,7 @@ from ..data.config import DataConfig
 from ..errors import InputError
 from ..evaluation.config import MeasurementConfig
 from ..schedulers.interpolant_names import PREDICTIONS, TIMESTEP_TYPES
-from ..settings import at_least, positive, setting
+from ..settings import LARGEST_SEED, MOST_PROCESSES, MOST_SAMPLES, at_least, positive, setting
 
 if TYPE_CHECKING:
     from ..interpolants import Interpolant
@@ -121,13 +121,12 @@ class TrainingConfig:
             raise InputError("`output_dir` is not set: give the folder of the run, e.g. --output_dir runs/my-run.")
         if self.push_to_hub and not self.hub_model_id:
             raise InputError("`push_to_hub` is set, but `hub_model_id` is not: give the repository, user/name.")
-        for name in (
-            "max_steps per_device_train_batch_size gradient_accumulation_steps logging_steps eval_steps save_steps "
-            "save_total_limit"
-        ).split():
+        for name in "max_steps logging_steps eval_steps save_steps save_total_limit".split():
             at_least(name, getattr(self, name), 1)
-        for name in ("seed", "dataloader_num_workers"):
-            at_least(name, getattr(self, name), 0)
+        for name in ("per_device_train_batch_size", "gradient_accumulation_steps"):
+            at_least(name, getattr(self, name), 1, MOST_SAMPLES)
+        at_least("seed", self.seed, 0, LARGEST_SEED)
+        at_least("dataloader_num_workers", self.dataloader_num_workers, 0, MOST_PROCESSES)
         positive("time_std", self.time_std)
         names = "learning_rate lr_warmup_steps adam_beta1 adam_beta2 adam_epsilon weight_decay max_grad_norm"
         self.check_optimizer({name: getattr(self, name) for name in names.split()})
