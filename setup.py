@@ -38,6 +38,7 @@ setup(
         "numpy>=1.26",
         "scipy>=1.11",
         "pyyaml>=6.0",
+        "xxhash>=3.0",
         "tqdm>=4.66",
         "matplotlib>=3.8",
     ],

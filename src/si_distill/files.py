@@ -32,20 +32,32 @@ class FolderLock:
         self.file.parent.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(self.file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
         try:
-            # Not flock: it would be passed on to the processes that read data, which may outlive a killed parent.
-            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
-            owner = os.read(descriptor, 200).decode("utf-8", "replace").strip() or "unknown"
+            self._lock(descriptor, fcntl.LOCK_EX)
+        except InputError:
             os.close(descriptor)
+            raise
+        os.ftruncate(descriptor, 0)
+        os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+        self._descriptor = descriptor
+
+    def check(self) -> None:
+        """Raises the error of `acquire` when another process has the lock; takes and makes nothing."""
+        if self.file.is_file() and self._descriptor is None:
+            with open(self.file, "rb") as file:
+                self._lock(file.fileno(), fcntl.LOCK_SH)
+
+    def _lock(self, descriptor: int, kind: int) -> None:
+        try:
+            # Not flock: it would be passed on to the processes that read data, which may outlive a killed parent.
+            fcntl.lockf(descriptor, kind | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            owner = os.pread(descriptor, 200, 0).decode("utf-8", "replace").strip() or "unknown"
             raise InputError(
                 f"Another process is writing to {self.file.parent} ({owner}): wait until it has ended, or give another "
                 "folder."
             ) from None
         except OSError as error:  # some network file systems have no locks
             print(f"note: {self.file.parent} cannot be locked ({error.strerror}): do not start a second run in it.")
-        os.ftruncate(descriptor, 0)
-        os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
-        self._descriptor = descriptor
 
     def release(self) -> None:
         """Gives the lock back; its file stays, because another process may be about to take it."""

@@ -94,6 +94,9 @@ class TrainingConfig:
     algorithm: int | None = setting(
         None, "Version of the training algorithm that a run was started with; written to its config.yaml."
     )
+    run_id: str | None = setting(
+        None, "Identity of a run, drawn when it starts and written to its config.yaml; what is given here is not used."
+    )
     profile: bool = setting(
         False, "Record the fourth to sixth iteration of this start: a trace and a table in profile/."
     )
@@ -104,7 +107,7 @@ class TrainingConfig:
         "output_dir max_steps logging_steps eval_steps save_steps save_total_limit report_to resume_from_checkpoint "
         "per_device_train_batch_size gradient_accumulation_steps gradient_checkpointing "
         "overwrite_output_dir dataloader_num_workers ema_snapshot_steps eval_metric_steps metric_for_best_model evaluation "
-        "push_to_hub hub_model_id hub_private_repo dry_run profile teacher_model data.max_corrupt_images".split()
+        "push_to_hub hub_model_id hub_private_repo dry_run profile run_id teacher_model data.max_corrupt_images".split()
     )
 
     #: Counted up whenever the same settings begin to give other updates, with what changed since the version before.
