@@ -45,6 +45,7 @@ def check_settings(
 def check_path(interpolant: Any, prediction_type: str, init_time: float, noise_channels: int) -> None:
     """Raises ValueError for a prediction, a start or a student's noise that the path does not have."""
     interpolant.check_predictions(prediction_type)
+    check_determinant(interpolant, init_time)
     if not interpolant.reaches_sample(init_time, prediction_type):
         raise ValueError(
             f"A {prediction_type} prediction says nothing about the sample at `init_time` {init_time}, where the "
@@ -59,6 +60,19 @@ def check_path(interpolant: Any, prediction_type: str, init_time: float, noise_c
             f"`noise_channels` is {noise_channels!r}; it is a number of channels, at least 0, of a bridge's student. On "
             "other interpolants the state itself is noise: leave it at 0."
         )
+
+
+def check_determinant(interpolant: Any, *times: float) -> None:
+    """Raises ValueError for a path whose velocity says nothing about x0 at an end or at one of these times."""
+    import torch  # not above: settings that name the solvers are read before torch is loaded
+
+    for t in (0.0, 1.0, *times):
+        determinant = interpolant.coefficients(torch.tensor(t, dtype=torch.float64)).determinant.item()
+        if abs(determinant) < 1e-12:
+            raise ValueError(
+                f"The interpolant {interpolant.name!r} has α β' − α' β = {determinant:.1g} at t = {t:g}, where its velocity "
+                "says nothing about the sample: one step from there would divide by 0. Take a path whose β/α keeps growing."
+            )
 
 
 def default_solver(interpolant: Any, prediction_type: str) -> str:

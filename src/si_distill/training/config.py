@@ -285,8 +285,11 @@ class TeacherConfig(TrainingConfig):
 
     def build_interpolant(self) -> "Interpolant":
         from ..interpolants import get_interpolant
+        from ..schedulers.interpolant_solvers import check_determinant
 
         try:
-            return get_interpolant(self.interpolant, **self.interpolant_kwargs)
+            interpolant = get_interpolant(self.interpolant, **self.interpolant_kwargs)
+            check_determinant(interpolant)
+            return interpolant
         except ValueError as error:
             raise InputError(str(error)) from None

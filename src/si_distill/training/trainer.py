@@ -35,6 +35,8 @@ from .trained_network import TrainedNetwork
 
 #: Iterations in a row with an update that was thrown away (not finite) before training stops.
 MAX_FAILURES = 10
+#: Updates in a row with a gradient of exactly 0, and the largest mean or spread of samples, before training stops.
+MAX_STILL, MAX_SAMPLE = 100, 1e4
 
 
 class Trainer:
@@ -72,6 +74,7 @@ class Trainer:
         self._totals: dict[str, torch.Tensor | float] = {}
         self._counts: dict[str, int] = {}
         self._saved_means: dict[str, float] = {}
+        self._still: dict[str, int] = {}
         self._signal: int | None = None
         self._batches: BatchIterator | None = None
         self._resumed = False
@@ -376,6 +379,27 @@ class Trainer:
             self._totals[name] = self._totals.get(name, 0.0) + value.detach()
             self._counts[name] = self._counts.get(name, 0) + 1
 
+    def _check_alive(self, means: dict[str, float]) -> None:
+        """Stops a training that goes on without learning, on all ranks alike: the means are those of all.
+
+        Raises:
+            TrainingStopped: says what is wrong, and what to try.
+        """
+        advice = "The last checkpoint is whole. Try a smaller learning_rate or a larger t_min."
+        for name in ("sample_mean", "sample_std"):
+            if not abs(means.get(name, 0.0)) <= MAX_SAMPLE:
+                raise TrainingStopped(
+                    f"The {name} of the generated images is {means[name]:.3g} at step {self.step}, and that of data is "
+                    f"around 1: the student has exploded. {advice}"
+                )
+        for name in [name for name in means if name.endswith("grad_norm")]:
+            self._still[name] = self._still.get(name, 0) + self._counts[name] if means[name] == 0 else 0
+            if self._still[name] >= MAX_STILL:
+                raise TrainingStopped(
+                    f"The {name} was exactly 0 in the last {self._still[name]} iterations (now at step {self.step}): "
+                    f"nothing is learned. Its loss may underflow (`loss_scale`), or not depend on the network. {advice}"
+                )
+
     def _means(self) -> dict[str, float]:
         """Means over the iterations since the last line of the log, over all ranks; collective."""
         names = sorted(self._totals)
@@ -396,6 +420,7 @@ class Trainer:
 
     def _log(self) -> dict[str, float]:
         means = self._means()
+        self._check_alive(means)
         self._totals, self._counts = {}, {}
         values = {
             **means,
