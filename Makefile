@@ -63,4 +63,4 @@ format: .venv/.installed
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf runs .pytest_cache .ruff_cache
+	rm -rf runs .hypothesis .pytest_cache .ruff_cache

@@ -38,6 +38,7 @@ setup(
         "numpy>=1.26",
         "scipy>=1.11",
         "pyyaml>=6.0",
+        "xxhash>=3.0",
         "tqdm>=4.66",
         "matplotlib>=3.8",
     ],
@@ -45,6 +46,6 @@ setup(
         "demo": ["scikit-learn>=1.4"],
         "space": ["gradio>=6.0"],
         "space-test": ["playwright>=1.50"],
-        "dev": ["scikit-learn>=1.4", "pytest>=8.0", "pytest-xdist>=3.5", "ruff>=0.9"],
+        "dev": ["scikit-learn>=1.4", "pytest>=8.0", "pytest-xdist>=3.5", "hypothesis>=6.100", "ruff>=0.9"],
     },
 )

@@ -42,11 +42,12 @@ def main(argv: list[str]) -> None:
     from si_distill.errors import InputError
     from si_distill.loading import load_pipeline
     from si_distill.sampling import class_names, open_images, sample_rows, spread_labels
-    from si_distill.settings import at_least
+    from si_distill.settings import LARGEST_SEED, MOST_SAMPLES, at_least
     from si_distill.visualization import image_grid
 
-    for name, minimum in (("images_per_label", 1), ("batch_size", 1), ("seed", 0)):
-        at_least(name, getattr(settings, name), minimum)
+    for name in ("images_per_label", "batch_size"):
+        at_least(name, getattr(settings, name), 1, MOST_SAMPLES)
+    at_least("seed", settings.seed, 0, LARGEST_SEED)
     out = Path(settings.out)
     singly = settings.out.endswith("/") or out.is_dir()
     if not settings.pipeline:

@@ -16,7 +16,8 @@ SOURCE = ROOT / "src" / "si_distill"
 SCRIPTS = [path for folder in ("training", "pipelines") for path in sorted((ROOT / folder).glob("*.py"))]
 #: Rooms from the ground up; a room imports those before its own line, and its own. Functions' imports count.
 FLOORS = (
-    ("errors", "units", "choices", "files", "fingerprints", "lazy", "sample_noise", "visualization"),
+    ("errors", "units", "choices", "fingerprints", "lazy", "sample_noise", "visualization"),
+    ("reading", "files"),
     ("schedulers", "models", "settings", "launching", "sampling", "adversarial"),
     ("interpolants", "pipelines"),
     ("objectives", "log_variance", "autoencoders"),

@@ -60,6 +60,53 @@ def test_no_is_a_word_and_false_is_a_boolean(tmp_path):
         assert (settings.mixed_precision, settings.overwrite_output_dir) == ("no", False)
 
 
+@pytest.mark.parametrize(
+    "text",
+    ["W/exp #2", "010", "0o17", "1e3", "1.0", "no", "true", "null", "[a]", "{a: b}", "a: b", "'a'", "*x", "", " é "],
+)
+def test_text_is_never_parsed(text):
+    argv = [
+        f"--output_dir={text or 'runs/s'}",
+        "--teacher=runs/t",
+        "--data.split",
+        text,
+        "--data.reference_split=train",
+    ]
+    settings = parse_settings(DistillConfig, argv)
+    assert (settings.output_dir, settings.data.split) == (text or "runs/s", text)
+    assert parse_settings(EvaluationConfig, ["--pipeline", "p", "--output", text]).output == (
+        None if text == "null" else text
+    )
+
+
+def test_text_in_a_file_is_taken_as_it_is_written(tmp_path):
+    file = tmp_path / "c.yaml"
+    file.write_text("output_dir: 010\nteacher: 1.0e2\ndata: {name: 12:30, split: yes, image_column: null}\nseed: 010\n")
+    settings = parse_settings(DistillConfig, ["--config", str(file)])
+    assert (settings.output_dir, settings.teacher, settings.data.name) == ("010", "1.0e2", "12:30")
+    assert (settings.data.split, settings.data.image_column, settings.seed) == ("yes", None, 10)
+
+
+def test_numbers_of_any_spelling_are_numbers():
+    argv = ["--output_dir", "a", "--model.timestep_scale", "1.0e2", "--max_steps", "0o17", "--save_steps=1e3"]
+    settings = parse_settings(TeacherConfig, [*argv, "--model.channel_mult", "1", "2e0", "--ema_extra", "[5e-1]"])
+    assert settings.model == {"timestep_scale": 100.0, "channel_mult": [1, 2.0]}
+    assert (settings.max_steps, settings.save_steps, settings.ema_extra) == (15, 1000, [0.5])
+
+
+def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "c.yaml").write_text("output_dir: ~/x\n")
+    settings = parse_settings(TeacherConfig, ["--config", "~/c.yaml", "--data.name=~/data"])
+    assert (settings.output_dir, settings.data.name) == (f"{tmp_path}/x", f"{tmp_path}/data")
+
+
+def test_a_key_that_appears_twice_in_a_file_is_refused(tmp_path):
+    (tmp_path / "c.yaml").write_text("output_dir: a\nmax_steps: 3\nmax_steps: 7\n")
+    with pytest.raises(InputError, match=r"`max_steps` appears twice \(line 3"):
+        parse_settings(TeacherConfig, ["--config", str(tmp_path / "c.yaml")])
+
+
 def test_a_key_alone_is_a_flag_and_several_values_are_a_list():
     settings = parse_settings(TeacherConfig, ["--output_dir", "a", "--overwrite_output_dir", "--seed", "3"])
     assert settings.overwrite_output_dir is True
@@ -114,7 +161,31 @@ def test_settings_survive_a_round_trip_through_yaml():
             ["generator_time_sampler", "uniform, logit_normal"],
         ),
         (DistillConfig, [*DISTILL, "--learning_rate", "-1"], ["learning_rate", "positive"]),
-        (DistillConfig, [*DISTILL, "--learning_rate", "nan"], ["learning_rate", "positive"]),
+        (DistillConfig, [*DISTILL, "--learning_rate", "nan"], ["learning_rate", "a number", "'nan'"]),
+        (DistillConfig, [*DISTILL, "--guidance_scale", ".nan"], ["guidance_scale", "finite", "nan"]),
+        (DistillConfig, [*DISTILL, "--time_mean", "-.inf"], ["time_mean", "finite", "-inf"]),
+        (DistillConfig, [*DISTILL, "--time_mean", "1e39"], ["time_mean", "finite", "1e+39"]),
+        (DistillConfig, [*DISTILL, "--objective_kwargs", "{alpha: .nan}"], ["objective_kwargs.alpha", "finite", "nan"]),
+        (DistillConfig, [*DISTILL, "--class_frequencies", "1", ".inf"], ["class_frequencies", "finite", "inf"]),
+        (DistillConfig, [*DISTILL, "--per_device_train_batch_size", "1e12"], ["at most 1,048,576", "1000000000000"]),
+        (DistillConfig, [*DISTILL, "--dataloader_num_workers", "100000"], ["dataloader_num_workers", "at most 1,024"]),
+        (DistillConfig, [*DISTILL, "--max_steps", "9" * 400], ["max_steps", "finite number below"]),
+        (DistillConfig, [*DISTILL, "--max_steps", "9" * 9000], ["max_steps", "finite number below"]),
+        (DistillConfig, [*DISTILL, "--seed", "4294967296"], ["seed", "at most 4,294,967,295"]),
+        (EvaluationConfig, ["--pipeline", "p", "--seed", "4294967296"], ["seed", "at most 4,294,967,295"]),
+        (DistillConfig, [*DISTILL, "--max_steps", "12:30"], ["max_steps", "a whole number", "'12:30'"]),
+        (DistillConfig, [*DISTILL, "--max_steps", "1_000"], ["max_steps", "a whole number", "'1_000'"]),
+        (DistillConfig, [*DISTILL, "--compile", "yes"], ["compile", "true or false", "'yes'"]),
+        (
+            DistillConfig,
+            [*DISTILL, "--objective_kwargs", "{alpha: 1, alpha: 2}"],
+            ["--objective_kwargs", "`alpha` appears"],
+        ),
+        (DistillConfig, [*DISTILL, "--data", "{name: &a b, split: *c}"], ["--data is not valid YAML", "alias"]),
+        (DistillConfig, [*DISTILL, "--data.name", "a\0b"], ["data.name", "null character"]),
+        (DistillConfig, [*DISTILL, "--data.name", "a\udcff"], ["data.name", "not UTF-8"]),
+        (DistillConfig, ["--output_dir", "a", "b"], ["`output_dir` must be text, got ['a', 'b']"]),
+        (DistillConfig, ["--output_dir", "--teacher", "b"], ["`output_dir` must be text, got True"]),
         (DistillConfig, [*DISTILL, "--ema_decay", "1"], ["ema_decay", "[0, 1)"]),
         (DistillConfig, [*DISTILL, "--mixed_precision", "fp16"], ["mixed_precision", "no, bf16"]),
         (DistillConfig, [*DISTILL, "--guidance_scale", "-1"], ["guidance_scale", "negative"]),

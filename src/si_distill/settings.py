@@ -2,8 +2,9 @@
 
 import dataclasses
 import difflib
+import errno
 import os
-import re
+import reprlib
 import sys
 import types
 import typing
@@ -11,9 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
-import yaml
-
 from .errors import InputError, PublishError, TrainingInterrupted, TrainingStopped
+from .reading import Plain, parse_yaml, read_yaml, resolve
 
 T = TypeVar("T")
 
@@ -45,6 +45,9 @@ def parse_settings(cls: type[T], argv: list[str], description: str = "") -> T:
 
     A file may begin with `include: [FILE, …]`, paths relative to its own: it is laid over these.
 
+    Settings of type text are taken as they are written, except for a `~` at the beginning, the home folder. All others are
+    read by the core schema of YAML 1.2; on the command line `null` unsets what may be unset.
+
     A layer changes what it names and nothing else. Where it chooses another `objective` or `interpolant`, values in the
     companion `…_kwargs` that belong to the earlier choice are dropped with a note on standard error; those that fit any
     choice, such as `critic_weight`, stay.
@@ -57,9 +60,9 @@ def parse_settings(cls: type[T], argv: list[str], description: str = "") -> T:
         print(f"{description}\n\nSettings, in a YAML file (--config FILE) or as --key value:\n{_help(cls)}")
         raise SystemExit(0)
     values: dict[str, Any] = {}
-    overrides = _split_arguments(argv)
-    for path in [value for key, value in overrides if key == "config"]:
-        for source, layer in _layers(Path(path), ()):
+    overrides = [(key, _value_of(cls, key, words)) for key, words in _split_arguments(argv)]
+    for path in [path for key, paths in overrides if key == "config" for path in paths]:
+        for source, layer in _layers(Path(path).expanduser(), ()):
             _drop_companions(cls, values, layer, str(source))
             values = _merge(values, layer)
     overrides = [(key, value) for key, value in overrides if key != "config"]
@@ -73,45 +76,22 @@ def parse_settings(cls: type[T], argv: list[str], description: str = "") -> T:
             if not isinstance(place, dict):
                 raise InputError(f"--{key}: `{section}` is a single value, not a section.")
         merges = key.endswith("_kwargs") or dataclasses.is_dataclass(typing.get_type_hints(cls).get(key))
-        place[last] = _merge(place.get(last, {}), value) if merges and isinstance(value, dict) else value
+        merges &= isinstance(value, dict) and isinstance(place.get(last), dict)
+        place[last] = _merge(place[last], value) if merges else value
     return settings_from_dict(cls, values)
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML 1.2's booleans: `no` is text here (a choice of `mixed_precision`), not False."""
-
-
-_Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:bool"]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"true|false|True|False"), list("tTfF"))
-
-
-def read_yaml(path: str | Path) -> dict[str, Any]:
-    """A YAML file that holds a mapping."""
-    try:
-        values = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)
-    except OSError as error:
-        raise InputError(f"Cannot read the config file {path}: {error.strerror}.") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"The config file {path} is not valid YAML: {error}") from None
-    if not isinstance(values, dict):
-        raise InputError(f"The config file {path} must hold `key: value` lines, but it holds {type(values).__name__}.")
-    return values
 
 
 def _layers(path: Path, open_files: tuple[Path, ...]) -> Iterator[tuple[Path, dict[str, Any]]]:
     """A file and all that it includes, each with its mapping, in the order in which they are laid over each other."""
-    values = read_yaml(path)
+    values = read_yaml(path, plain=True)
     included = values.pop("include", [])
     if not isinstance(included, list) or not all(isinstance(name, str) for name in included):
         raise InputError(f"`include` in {path} must be a list of files, got {included!r}.")
     chain = (*open_files, path.resolve())
     for name in included:
-        if (path.parent / name).resolve() in chain:
+        if (path.parent / Path(name).expanduser()).resolve() in chain:
             raise InputError(f"The config file {path} includes {name}, which includes it: break the circle.")
-        yield from _layers(path.parent / name, chain)
+        yield from _layers(path.parent / Path(name).expanduser(), chain)
     yield path, values
 
 
@@ -139,10 +119,16 @@ def settings_from_dict(cls: type[T], values: dict[str, Any], prefix: str = "") -
     return cls(**built)
 
 
-def at_least(name: str, value: int, minimum: int) -> None:
-    """Refuses a setting below its minimum."""
+#: Most of what a process holds at once (samples of a batch, threads), and the largest seed of NumPy's generator.
+MOST_SAMPLES, MOST_PROCESSES, LARGEST_SEED = 2**20, 1024, 2**32 - 1
+
+
+def at_least(name: str, value: float, minimum: int, maximum: int = 2**31 - 1) -> None:
+    """Refuses a setting below its minimum, or above what any machine can do."""
     if value < minimum:
         raise InputError(f"`{name}` must be at least {minimum}, got {value}.")
+    if value > maximum:
+        raise InputError(f"`{name}` must be at most {maximum:,}, got {value}.")
 
 
 def positive(name: str, value: float) -> None:
@@ -175,35 +161,51 @@ def script_main(main: typing.Callable[[list[str]], None]) -> None:
             raise SystemExit(128 + error.signal_number) from None
         codes = {TrainingStopped: 3, PublishError: 4}
         raise SystemExit(codes.get(type(error), 2)) from None
+    except OSError as error:
+        if error.errno not in _REFUSALS:
+            raise
+        place = f"{error.filename}: " if error.filename else ""
+        print(f"\nerror: {place}{error.strerror}. Make room, or give a place that can be written.", file=sys.stderr)
+        raise SystemExit(2) from None
 
 
-def _split_arguments(argv: list[str]) -> list[tuple[str, Any]]:
-    pairs: list[tuple[str, Any]] = []
-    position = 0
-    while position < len(argv):
-        argument = argv[position]
-        if not argument.startswith("--") or len(argument) == 2:
-            raise InputError(f"Expected --key value, got {argument!r}. Quote values that hold spaces.")
+#: What a system says of a place that cannot be written: the user's to solve, wherever it shows.
+_REFUSALS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENAMETOOLONG, errno.ENOTDIR)
+
+
+def _split_arguments(argv: list[str]) -> list[tuple[str, list[str]]]:
+    """Each `--key` with the words that follow it."""
+    pairs: list[tuple[str, list[str]]] = []
+    for argument in argv:
         key, equals, value = argument[2:].partition("=")
-        key = key.replace("-", "_")  # --repo-id is --repo_id
-        position += 1
-        words = [value] if equals else []
-        while not equals and position < len(argv) and not argv[position].startswith("--"):
-            words.append(argv[position])
-            position += 1
-        if key == "config":
-            pairs += [(key, word) for word in words]
+        if argument.startswith("--") and key:
+            pairs.append((key.replace("-", "_"), [value] if equals else []))  # --repo-id is --repo_id
+            open_key = not equals
+        elif pairs and open_key and not argument.startswith("--"):
+            pairs[-1][1].append(argument)
         else:
-            parsed = [_parse_word(word) for word in words] or [True]  # a key alone is a flag
-            pairs.append((key, parsed[0] if len(parsed) == 1 else parsed))
+            raise InputError(f"Expected --key value, got {argument!r}. Quote values that hold spaces.")
     return pairs
 
 
-def _parse_word(word: str) -> Any:
-    try:
-        return yaml.load(word, _Loader)
-    except yaml.YAMLError:
-        return word
+def _value_of(cls: type, key: str, words: list[str]) -> Any:
+    """What the words after `--key` mean for the type of that setting; its scalars are still to be resolved."""
+    if key == "config":
+        return words
+    if not words:
+        return True  # a key alone is a flag
+    hint: Any = cls
+    for name in key.split("."):
+        hint = typing.get_type_hints(hint).get(name, Any) if dataclasses.is_dataclass(hint) else Any
+    is_list = typing.get_origin(hint) is list
+    holds_values = hint in (Any, dict) or dataclasses.is_dataclass(hint)
+    if len(words) == 1 and words[0] and (words[0][0] in "[{\"'" if holds_values else is_list and words[0][0] == "["):
+        try:
+            return parse_yaml(words[0])
+        except ValueError as error:
+            if holds_values:
+                raise InputError(f"--{key} is not valid YAML: {error}.") from None
+    return [Plain(word) for word in words] if is_list or len(words) > 1 else Plain(words[0])
 
 
 def _drop_companions(cls: type, values: dict[str, Any], layer: dict[str, Any], source: str) -> None:
@@ -258,28 +260,40 @@ def _coerce(name: str, value: Any, hint: Any) -> Any:
         (item,) = typing.get_args(hint)
         return [_coerce(name, element, item) for element in (value if isinstance(value, list) else [value])]
     options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    if value is None and type(None) in options:
+    if type(None) in options and (value is None or (isinstance(value, Plain) and value == "null")):
         return None
     kind = next(option for option in options if option is not type(None))
-    # YAML reads 1e-4 as text and a bare 1 as an integer: convert what is meant, refuse what would lose something.
-    if kind is bool and isinstance(value, bool):
-        return value
     if kind is str and isinstance(value, (str, int, float)) and not isinstance(value, bool):
-        return str(value)
-    if kind is dict and isinstance(value, dict):
-        number = re.compile(r"[-+]?\d+[eE][-+]?\d+")
-        return {k: float(v) if isinstance(v, str) and number.fullmatch(v) else v for k, v in value.items()}
-    if kind in (int, float) and isinstance(value, (int, float, str)) and not isinstance(value, bool):
-        try:
-            number = float(value)
-        except ValueError:
-            number = None
-        if number is not None and kind is float:
-            return number
-        if number is not None and number.is_integer():
-            return int(value) if isinstance(value, int) else int(number)
+        return _text(name, str(value))
+    value = resolve(value)
+    if kind in (bool, dict) and isinstance(value, kind):
+        _check_finite(name, value)
+        return value
+    if kind in (int, float) and isinstance(value, (int, float)) and not isinstance(value, bool):
+        _check_finite(name, value)
+        if kind is float or value == int(value):
+            return kind(value)
     names = {int: "a whole number", float: "a number", bool: "true or false", str: "text", dict: "a mapping"}
     raise InputError(f"`{name}` must be {names[kind]}, got {value!r}.")
+
+
+def _text(name: str, value: str) -> str:
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise InputError(f"`{name}` is {value!r}, which is not UTF-8 text.") from None
+    if "\0" in value:
+        raise InputError(f"`{name}` holds a null character: {value!r}.")
+    return os.path.expanduser(value) if value.startswith("~") else value
+
+
+def _check_finite(name: str, value: Any) -> None:
+    """Refuses numbers, also those in a mapping, that are not finite, or beyond what float32 and 64-bit integers hold."""
+    for key, item in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
+        _check_finite(f"{name}.{key}", item)
+    bound = 2**63 if isinstance(value, int) else 3.4e38
+    if isinstance(value, (int, float)) and not abs(value) < bound:
+        raise InputError(f"`{name}` must be a finite number below {bound:.2g}, got {reprlib.repr(value)}.")
 
 
 def _help(cls: type, prefix: str = "") -> str:

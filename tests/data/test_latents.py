@@ -43,7 +43,7 @@ def damaged(cache, tmp_path):
 
 
 def contents(folder):
-    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("[!.]*")) if p.is_file()}
 
 
 def opened(folder, **settings):
@@ -94,7 +94,7 @@ def test_a_run_that_was_killed_in_a_shard_is_ended_by_two_processes_with_the_fil
     killed = run(sys.executable, ROOT / "tests/data/kill_in_shard.py", *arguments, check=False)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     first = folder / "shard_00000-00000.safetensors"
-    assert sorted(p.name for p in folder.iterdir()) == [first.name, "shard_00001-00000.safetensors.tmp"]
+    assert sorted(p.name for p in folder.glob("[!.]*")) == [first.name, "shard_00001-00000.safetensors.tmp"]
     with pytest.raises(InputError, match="it is not finished"):
         opened(folder)
     written = first.stat().st_mtime_ns

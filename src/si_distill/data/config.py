@@ -62,8 +62,8 @@ class DataConfig:
     )
 
     def __post_init__(self) -> None:
-        for name in ("image_size", "shuffle_buffer_size"):
-            at_least(f"data.{name}", getattr(self, name), 1)
+        at_least("data.image_size", self.image_size, 1, 2**14)
+        at_least("data.shuffle_buffer_size", self.shuffle_buffer_size, 1)
         at_least("data.max_corrupt_images", self.max_corrupt_images, 0)
         for name in ("max_train_samples", "num_classes"):
             if getattr(self, name) is not None:

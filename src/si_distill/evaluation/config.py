@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from ..data.config import DataConfig
 from ..errors import InputError
 from ..schedulers.interpolant_solvers import SOLVERS
-from ..settings import at_least, positive, setting
+from ..settings import LARGEST_SEED, MOST_SAMPLES, at_least, positive, setting
 from .metrics import choices
 
 #: File of the results in a pipeline folder.
@@ -34,8 +34,9 @@ class MeasurementConfig:
 
     def __post_init__(self) -> None:
         at_least("evaluation.num_samples", self.num_samples, 4)
-        for name in ("num_inference_steps", "kid_subsets", "batch_size"):
+        for name in ("num_inference_steps", "kid_subsets"):
             at_least(f"evaluation.{name}", getattr(self, name), 1)
+        at_least("evaluation.batch_size", self.batch_size, 1, MOST_SAMPLES)
 
 
 @dataclass
@@ -78,9 +79,9 @@ class EvaluationConfig:
                 "There is nothing to evaluate: set `pipeline` (a student, e.g. --pipeline runs/student), `teacher` or "
                 "`images`."
             )
-        for name in ("batch_size", "kid_subsets"):
-            at_least(name, getattr(self, name), 1)
-        at_least("seed", self.seed, 0)
+        at_least("batch_size", self.batch_size, 1, MOST_SAMPLES)
+        at_least("kid_subsets", self.kid_subsets, 1)
+        at_least("seed", self.seed, 0, LARGEST_SEED)
         if self.bootstrap_resamples is not None and (self.bootstrap_resamples < 0 or self.bootstrap_resamples == 1):
             raise InputError(f"`bootstrap_resamples` must be 0 or at least 2, got {self.bootstrap_resamples}.")
         if self.num_samples is not None:
@@ -116,7 +117,8 @@ class LikelihoodConfig:
             raise InputError("`teacher` is not set: give its folder or Hub id, e.g. --teacher runs/teacher.")
         for name in ("rtol", "atol"):
             positive(name, getattr(self, name))
-        for name, least in (("probes", 0), ("batch_size", 1), ("seed", 0)):
-            at_least(name, getattr(self, name), least)
+        at_least("probes", self.probes, 0)
+        at_least("batch_size", self.batch_size, 1, MOST_SAMPLES)
+        at_least("seed", self.seed, 0, LARGEST_SEED)
         if self.num_samples is not None:
             at_least("num_samples", self.num_samples, 1)

@@ -43,6 +43,7 @@ def check_settings(
 def check_path(interpolant: Any, prediction_type: str, init_time: float, noise_channels: int) -> None:
     """Raises ValueError for a prediction, a start or a student's noise that the path does not have."""
     interpolant.check_predictions(prediction_type)
+    check_determinant(interpolant, init_time)
     if not interpolant.reaches_sample(init_time, prediction_type):
         raise ValueError(
             f"A {prediction_type} prediction says nothing about the sample at `init_time` {init_time}, where the "
@@ -70,6 +71,19 @@ def check_conventions(timestep_type: str, timestep_scale: float, prediction_sign
         )
     if prediction_sign not in (1, -1):
         raise ValueError(f"`prediction_sign` must be 1 or -1, got {prediction_sign!r}.")
+
+
+def check_determinant(interpolant: Any, *times: float) -> None:
+    """Raises ValueError for a path whose velocity says nothing about x0 at an end or at one of these times."""
+    import torch  # not above: settings that name the solvers are read before torch is loaded
+
+    for t in (0.0, 1.0, *times):
+        determinant = interpolant.coefficients(torch.tensor(t, dtype=torch.float64)).determinant.item()
+        if abs(determinant) < 1e-12:
+            raise ValueError(
+                f"The interpolant {interpolant.name!r} has α β' − α' β = {determinant:.1g} at t = {t:g}, where its velocity "
+                "says nothing about the sample: one step from there would divide by 0. Take a path whose β/α keeps growing."
+            )
 
 
 def default_solver(interpolant: Any, prediction_type: str) -> str:

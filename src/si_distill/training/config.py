@@ -12,7 +12,7 @@ from ..data.config import DataConfig
 from ..errors import InputError
 from ..evaluation.config import MeasurementConfig
 from ..schedulers.interpolant_names import PREDICTIONS, TIMESTEP_TYPES
-from ..settings import at_least, positive, setting
+from ..settings import LARGEST_SEED, MOST_PROCESSES, MOST_SAMPLES, at_least, positive, setting
 
 if TYPE_CHECKING:
     from ..interpolants import Interpolant
@@ -94,6 +94,9 @@ class TrainingConfig:
     algorithm: int | None = setting(
         None, "Version of the training algorithm that a run was started with; written to its config.yaml."
     )
+    run_id: str | None = setting(
+        None, "Identity of a run, drawn when it starts and written to its config.yaml; what is given here is not used."
+    )
     profile: bool = setting(
         False, "Record the fourth to sixth iteration of this start: a trace and a table in profile/."
     )
@@ -104,7 +107,7 @@ class TrainingConfig:
         "output_dir max_steps logging_steps eval_steps save_steps save_total_limit report_to resume_from_checkpoint "
         "per_device_train_batch_size gradient_accumulation_steps gradient_checkpointing "
         "overwrite_output_dir dataloader_num_workers ema_snapshot_steps eval_metric_steps metric_for_best_model evaluation "
-        "push_to_hub hub_model_id hub_private_repo dry_run profile teacher_model data.max_corrupt_images".split()
+        "push_to_hub hub_model_id hub_private_repo dry_run profile run_id teacher_model data.max_corrupt_images".split()
     )
 
     #: Counted up whenever the same settings begin to give other updates, with what changed since the version before.
@@ -121,13 +124,12 @@ class TrainingConfig:
             raise InputError("`output_dir` is not set: give the folder of the run, e.g. --output_dir runs/my-run.")
         if self.push_to_hub and not self.hub_model_id:
             raise InputError("`push_to_hub` is set, but `hub_model_id` is not: give the repository, user/name.")
-        for name in (
-            "max_steps per_device_train_batch_size gradient_accumulation_steps logging_steps eval_steps save_steps "
-            "save_total_limit"
-        ).split():
+        for name in "max_steps logging_steps eval_steps save_steps save_total_limit".split():
             at_least(name, getattr(self, name), 1)
-        for name in ("seed", "dataloader_num_workers"):
-            at_least(name, getattr(self, name), 0)
+        for name in ("per_device_train_batch_size", "gradient_accumulation_steps"):
+            at_least(name, getattr(self, name), 1, MOST_SAMPLES)
+        at_least("seed", self.seed, 0, LARGEST_SEED)
+        at_least("dataloader_num_workers", self.dataloader_num_workers, 0, MOST_PROCESSES)
         positive("time_std", self.time_std)
         names = "learning_rate lr_warmup_steps adam_beta1 adam_beta2 adam_epsilon weight_decay max_grad_norm"
         self.check_optimizer({name: getattr(self, name) for name in names.split()})
@@ -285,8 +287,11 @@ class TeacherConfig(TrainingConfig):
 
     def build_interpolant(self) -> "Interpolant":
         from ..interpolants import get_interpolant
+        from ..schedulers.interpolant_solvers import check_determinant
 
         try:
-            return get_interpolant(self.interpolant, **self.interpolant_kwargs)
+            interpolant = get_interpolant(self.interpolant, **self.interpolant_kwargs)
+            check_determinant(interpolant)
+            return interpolant
         except ValueError as error:
             raise InputError(str(error)) from None

@@ -3,6 +3,7 @@
 import math
 import os
 import signal
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,13 +18,13 @@ from ..data.augmentation import AUGMENT_NUMBERS, Augmentation
 from ..data.batches import Batch, BatchIterator, flipped, on_device
 from ..data.latents.dataset import LatentDataset, sampled
 from ..data.references import reference_source
-from ..errors import TrainingInterrupted, TrainingStopped
+from ..errors import InputError, TrainingInterrupted, TrainingStopped
 from ..hub.publishing import check_ready
 from ..sample_noise import SampleNoise, sample_seed
 from ..settings import settings_to_dict
 from .averaging.ema import Averages
 from .config import TrainingConfig
-from .parallel.accelerator import build_accelerator
+from .parallel.accelerator import agree, build_accelerator
 from .run.checkpoints import Checkpoints
 from .run.facts import describe_session
 from .run.folder import CHECKPOINTS, RunFolder
@@ -34,6 +35,8 @@ from .trained_network import TrainedNetwork
 
 #: Iterations in a row with an update that was thrown away (not finite) before training stops.
 MAX_FAILURES = 10
+#: Updates in a row with a gradient of exactly 0, and the largest mean or spread of samples, before training stops.
+MAX_STILL, MAX_SAMPLE = 100, 1e4
 
 
 class Trainer:
@@ -71,6 +74,7 @@ class Trainer:
         self._totals: dict[str, torch.Tensor | float] = {}
         self._counts: dict[str, int] = {}
         self._saved_means: dict[str, float] = {}
+        self._still: dict[str, int] = {}
         self._signal: int | None = None
         self._batches: BatchIterator | None = None
         self._resumed = False
@@ -224,6 +228,25 @@ class Trainer:
             TrainingStopped: when losses stay not finite or a checkpoint cannot be written.
         """
         settings, accelerator = self.settings, self.accelerator
+        try:
+            self._train()
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            raise TrainingStopped(
+                f"A process that reads data has died at step {self.step}: {error} Most often memory ran out: take fewer "
+                "dataloader_num_workers, and resume with --resume_from_checkpoint latest. Whole checkpoints stay."
+            ) from error
+        finally:
+            self.run.lock.release()
+        accelerator.wait_for_everyone()
+        accelerator.end_training()
+        accelerator.print(f"Finished {settings.max_steps} iterations: the pipeline is in {self.run.path}.")
+        if settings.push_to_hub and accelerator.is_main_process:
+            self.outputs.publish()
+
+    def _train(self) -> None:
+        settings, accelerator = self.settings, self.accelerator
         resumed = self._start()
         handlers = {number: signal.signal(number, self._on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
         bar = tqdm(
@@ -243,11 +266,6 @@ class Trainer:
             bar.close()
             for number, handler in handlers.items():
                 signal.signal(number, handler)
-        accelerator.wait_for_everyone()
-        accelerator.end_training()
-        accelerator.print(f"Finished {settings.max_steps} iterations: the pipeline is in {self.run.path}.")
-        if settings.push_to_hub and accelerator.is_main_process:
-            self.outputs.publish()
 
     def _one_iteration(self, bar: tqdm) -> None:
         settings = self.settings
@@ -282,29 +300,70 @@ class Trainer:
     def _start(self) -> bool:
         settings, accelerator = self.settings, self.accelerator
         accelerator.wait_for_everyone()  # every rank has checked the folder before rank 0 writes to it
+        self._on_main(self.run.claim)
+        self.checkpoints.run_id = settings.run_id
         found = self.checkpoints.find(settings.resume_from_checkpoint) if settings.resume_from_checkpoint else None
+        self._start_trackers()
         if found:
-            self.load_state_dict(self.checkpoints.load(found))
+            try:
+                self.load_state_dict(self.checkpoints.load(found))
+            except (KeyError, TypeError) as error:
+                raise InputError(
+                    f"The checkpoint {found} lacks a part of its state: {error}. Take another one."
+                ) from error
             self._resumed, self._data_state = True, self.checkpoints.rank_state(found)
-            self.run.forget_metrics_after(self.step)
-            self.run.write_config()
             accelerator.print(f"Resumed from {found} at step {self.step}.")
-        else:
-            if settings.resume_from_checkpoint:
-                accelerator.print(f"No whole checkpoint in {self.checkpoints.folder} yet: starting at step 0.")
-                self.run.forget_metrics_after(0)
-            self.run.start()
-        if self.outputs.best:
-            self.outputs.best.resume(self.step)
-        self.run.write_facts(self.facts(), describe_session(accelerator), self.step)
-        accelerator.wait_for_everyone()
-        if settings.report_to != "none":
-            accelerator.init_trackers(
+        elif settings.resume_from_checkpoint:
+            accelerator.print(f"No whole checkpoint in {self.checkpoints.folder} yet: starting at step 0.")
+        facts, session = self.facts(), describe_session(accelerator)
+
+        def write() -> None:
+            if found:
+                self.run.forget_metrics_after(self.step)
+                self.run.write_config()
+            else:
+                self.run.start()
+            if self.outputs.best:
+                self.outputs.best.resume(self.step)
+            self.run.write_facts(facts, session, self.step)
+
+        self._on_main(write)
+        self.checkpoints.run_id = settings.run_id
+        return found is not None
+
+    def _on_main(self, action: Callable[[], None]) -> None:
+        """Does what writes at the start, on the main process; where it fails, every rank says so. Collective."""
+
+        def attempt() -> None:
+            try:
+                action()
+            except OSError as error:
+                reason = error.strerror or error
+                raise InputError(
+                    f"Cannot write to `output_dir` {self.run.path}: {reason}. Give another one."
+                ) from error
+
+        error = agree(self.accelerator, attempt if self.accelerator.is_main_process else lambda: None, (InputError,))
+        if error:
+            raise InputError(error)
+
+    def _start_trackers(self) -> None:
+        settings = self.settings
+        if settings.report_to == "none":
+            return
+
+        def start() -> None:
+            self.accelerator.init_trackers(
                 "si_distill",
                 config=_flat(settings_to_dict(settings)),
                 init_kwargs={"wandb": {"dir": settings.output_dir, "name": self.run.path.name}},
             )
-        return found is not None
+
+        error = agree(self.accelerator, start, (Exception,))  # each of these libraries has errors of its own
+        if error:
+            raise InputError(
+                f"The tracker {settings.report_to} could not be started: {error}. `report_to` can be none."
+            )
 
     def _record(self, metrics: dict[str, torch.Tensor], finite: bool) -> None:
         self.failures = 0 if finite else self.failures + 1
@@ -319,6 +378,27 @@ class Trainer:
         for name, value in metrics.items():
             self._totals[name] = self._totals.get(name, 0.0) + value.detach()
             self._counts[name] = self._counts.get(name, 0) + 1
+
+    def _check_alive(self, means: dict[str, float]) -> None:
+        """Stops a training that goes on without learning, on all ranks alike: the means are those of all.
+
+        Raises:
+            TrainingStopped: says what is wrong, and what to try.
+        """
+        advice = "The last checkpoint is whole. Try a smaller learning_rate or a larger t_min."
+        for name in ("sample_mean", "sample_std"):
+            if not abs(means.get(name, 0.0)) <= MAX_SAMPLE:
+                raise TrainingStopped(
+                    f"The {name} of the generated images is {means[name]:.3g} at step {self.step}, and that of data is "
+                    f"around 1: the student has exploded. {advice}"
+                )
+        for name in [name for name in means if name.endswith("grad_norm")]:
+            self._still[name] = self._still.get(name, 0) + self._counts[name] if means[name] == 0 else 0
+            if self._still[name] >= MAX_STILL:
+                raise TrainingStopped(
+                    f"The {name} was exactly 0 in the last {self._still[name]} iterations (now at step {self.step}): "
+                    f"nothing is learned. Its loss may underflow (`loss_scale`), or not depend on the network. {advice}"
+                )
 
     def _means(self) -> dict[str, float]:
         """Means over the iterations since the last line of the log, over all ranks; collective."""
@@ -340,6 +420,7 @@ class Trainer:
 
     def _log(self) -> dict[str, float]:
         means = self._means()
+        self._check_alive(means)
         self._totals, self._counts = {}, {}
         values = {
             **means,

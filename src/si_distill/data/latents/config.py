@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 
 from ...errors import InputError
-from ...settings import at_least, setting
+from ...settings import MOST_PROCESSES, MOST_SAMPLES, at_least, setting
 from ..config import DataConfig
 
 
@@ -32,5 +32,6 @@ class LatentsConfig:
             raise InputError("Give --vae (a teacher's folder, a VAE's folder or a Hub id) and --output_dir (a folder).")
         if self.data.has_references:
             raise InputError("Latents are made of images alone: leave the references of `data` out.")
-        for name in ("batch_size", "num_threads", "images_per_shard"):
-            at_least(name, getattr(self, name), 1)
+        for name in ("batch_size", "images_per_shard"):
+            at_least(name, getattr(self, name), 1, MOST_SAMPLES)
+        at_least("num_threads", self.num_threads, 1, MOST_PROCESSES)

@@ -22,6 +22,7 @@ from tqdm.auto import tqdm
 
 from ...autoencoders import describe_vae, load_vae
 from ...errors import InputError
+from ...files import LOCK, FolderLock, delete, refuse_links
 from ...launching import join_processes
 from ...pipelines import LatentScaling
 from ...units import binary_size
@@ -186,10 +187,11 @@ class _Cache:
         if folder.exists() and not folder.is_dir():
             raise InputError(f"`output_dir` {folder} is a file, not a folder.")
         for path in folder.iterdir() if folder.is_dir() else ():
-            if not path.name.startswith(("shard_", MANIFEST, VAE_FOLDER)):
+            if not path.name.startswith(("shard_", MANIFEST, VAE_FOLDER, LOCK)):
                 raise InputError(
                     f"`output_dir` {folder} holds {path.name}, which is no part of a latent cache: give a new folder."
                 )
+            refuse_links(folder, (path.name,))
         for path in shards:
             made_of = shard_recipe(path)
             difference = made_of.difference(self.recipe) if made_of is not None else ""
@@ -211,12 +213,13 @@ class _Cache:
 
     def make(self) -> None:
         """Makes the shards that are missing, each process its parts, then the manifest."""
+        lock = FolderLock(self.folder)
         try:
             if self.state.is_main_process:
-                self.folder.mkdir(parents=True, exist_ok=True)
+                lock.acquire()
                 (self.folder / MANIFEST).unlink(missing_ok=True)
                 for partial in self.folder.glob("*.tmp"):  # what a kill left
-                    shutil.rmtree(partial) if partial.is_dir() else partial.unlink()
+                    delete(partial)
             self.state.wait_for_everyone()
             shards = [shard for found in gather_object([self._encode_share()]) for shard in found]
             if self.state.is_main_process:
@@ -226,6 +229,8 @@ class _Cache:
                 f"Cannot write latents to {self.folder}: {error}. What is whole is kept: make room, and run the same "
                 "command again."
             ) from error
+        finally:
+            lock.release()
         self.state.wait_for_everyone()
 
     def _encode_share(self) -> list[Shard]:

@@ -23,6 +23,7 @@ from safetensors.torch import save
 from ... import fingerprints
 from ...errors import InputError
 from ...files import whole_file, write_text
+from ...reading import parse_json, read_json
 from ..config import DataConfig
 
 MANIFEST = "latents.json"
@@ -31,6 +32,8 @@ VAE_FOLDER = "vae"
 HEADER = "latents"
 #: Raised when the meaning of the files changes.
 FORMAT = 1
+_SHARD = {"file": str, "images": int, "skipped": int, "bytes": int, "hash": str}
+_MANIFEST = {"hash": str, "format": int, "recipe?": dict, "class_names?": [str], "shards?": [_SHARD]}
 #: Parts of a VAE that have no say in what its encoder makes of an image.
 _DECODER = ("decoder.", "post_quant_conv.")
 
@@ -152,7 +155,7 @@ def read_manifest(folder: str | Path) -> Manifest:
             "(training/precompute_latents.py) again; what is there is kept."
         )
     try:
-        values = json.loads(file.read_text(encoding="utf-8"))
+        values = read_json(file, _MANIFEST)
         written, version = values.pop("hash"), values["format"]
         intact = written == fingerprints.of_values(values)
         if version == FORMAT:
@@ -216,7 +219,7 @@ def shard_labels(path: Path, shard: Shard) -> list[int]:
     try:
         with safe_open(path, framework="pt") as file:
             found, labels = _header(file)["hash"], file.get_tensor("labels").tolist()
-    except (OSError, SafetensorError, KeyError) as error:
+    except (OSError, SafetensorError, KeyError, ValueError) as error:
         raise ValueError(str(error)) from error
     if found != shard.hash:
         raise ValueError(f"the file holds other latents (hash {found}) than the manifest says ({shard.hash})")
@@ -225,7 +228,7 @@ def shard_labels(path: Path, shard: Shard) -> list[int]:
 
 def _header(file: Any) -> dict[str, Any]:
     """What an open shard says of itself: one value, because safetensors writes several in any order."""
-    return json.loads((file.metadata() or {})[HEADER])
+    return parse_json((file.metadata() or {})[HEADER], {"file": str, "recipe": dict, "skipped": int, "hash": str})
 
 
 def map_moments(path: Path) -> torch.Tensor:

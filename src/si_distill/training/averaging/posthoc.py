@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from ...errors import InputError
+from ...reading import parse_json
 
 #: Folder of the power averages' snapshots in a run.
 EMA_SNAPSHOTS = "ema_snapshots"
@@ -177,7 +178,7 @@ def _combine(files: Sequence[Path], coefficients: np.ndarray) -> dict[str, torch
     for path, coefficient in zip(files, coefficients.tolist(), strict=True):
         try:
             with safe_open(path, framework="pt") as file:
-                buffers = set(json.loads((file.metadata() or {})["buffers"]))
+                buffers = set(parse_json((file.metadata() or {})["buffers"], [str]))
                 weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
         except (OSError, SafetensorError, KeyError, ValueError) as error:
             raise InputError(

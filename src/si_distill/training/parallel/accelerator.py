@@ -2,9 +2,10 @@
 
 import os
 import warnings
+from collections.abc import Callable
 
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, DistributedType, DynamoBackend
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType, DynamoBackend, gather_object
 from torch.distributed.fsdp import OffloadPolicy, StateDictType
 
 from ...errors import InputError
@@ -33,8 +34,42 @@ def build_accelerator(settings: TrainingConfig) -> Accelerator:
         raise InputError(f"Accelerate refuses the settings: {error}") from error
     check_processes(accelerator.num_processes)
     _check_launcher(accelerator, settings)
+    _check_tracker(accelerator, settings.report_to)
     check_compiler(settings, accelerator.device)
     return accelerator
+
+
+def agree(accelerator: Accelerator, action: Callable[[], None], errors: tuple[type[Exception], ...]) -> str:
+    """Does `action` on this rank, and says on every rank why one of them failed; empty where none did. Collective.
+
+    A rank that failed alone would leave the others waiting.
+    """
+    error = ""
+    try:
+        action()
+    except errors as failure:
+        error = str(failure) if isinstance(failure, InputError) else f"{type(failure).__name__}: {failure}"
+    return next((text for text in gather_object([error]) if text), "")
+
+
+def _check_tracker(accelerator: Accelerator, name: str) -> None:
+    """Refuses a tracker that Accelerate would leave out with a warning, or that has no key."""
+    if name != "none" and not accelerator.log_with:
+        raise InputError(f"`report_to` is {name!r}, which is not installed: pip install {name}, or choose none.")
+
+    def log_in() -> None:
+        import wandb
+
+        wandb.login()  # of no effect offline
+
+    problem = name == "wandb" and agree(
+        accelerator, log_in if accelerator.is_main_process else lambda: None, (Exception,)
+    )
+    if problem:
+        raise InputError(
+            f"`report_to` is wandb, which cannot be used ({problem}): log in by `wandb login`, or set the environment "
+            "variable WANDB_MODE=offline."
+        )
 
 
 def _check_launcher(accelerator: Accelerator, settings: TrainingConfig) -> None:

@@ -5,7 +5,6 @@ import json
 import math
 import os
 import random
-import shutil
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -16,6 +15,7 @@ import torch
 from accelerate import Accelerator, PartialState
 from PIL import Image
 
+from ... import fingerprints
 from ...data import load_images
 from ...data.latents.format import images_of
 from ...errors import InputError
@@ -25,10 +25,11 @@ from ...evaluation.formulas import Moments, frechet_from_moments, kernel_distanc
 from ...evaluation.generators import Pipeline, balanced_labels, check_images, image_shape, inputs_of
 from ...evaluation.reference import check_reference, data_reference, read_reference
 from ...evaluation.samples import DatasetSource, PipelineSource
+from ...files import delete
 from ...pipelines import OneStepInterpolantPipeline
 from ...settings import settings_to_dict
 from ..config import TrainingConfig
-from .folder import BEST, EVALUATIONS, replace_text, step_of
+from .folder import BEST, EVALUATIONS, keep_lines
 
 
 class BestModel:
@@ -88,15 +89,13 @@ class BestModel:
             old = self.folder.with_name(f".{BEST}.old")
             if old.exists() and not self.folder.exists():  # killed between the two renames of `_replace`
                 os.rename(old, self.folder)
-            if self.log.exists():
-                lines = self.log.read_text(encoding="utf-8").splitlines()
-                replace_text(self.log, "".join(f"{line}\n" for line in lines if step_of(line) <= step))
-            kept = self.folder / EVALUATION
-            if kept.exists():
-                found = json.loads(kept.read_text(encoding="utf-8"))
-                # A figure of other features, samples or metric does not compare.
-                if found["how"] == self.how:
-                    self.best = found[self.settings.metric_for_best_model]
+            # Not the figure in best/: it may be of a later step, which is about to be measured again. A figure of other
+            # features, samples or metric does not compare.
+            how, metric = fingerprints.of_values(self.how), self.settings.metric_for_best_model
+            lines = keep_lines(self.log, step, self.settings.run_id)
+            figures = [line.get(metric, math.inf) for line in lines if line.get("how") == how]
+            if (self.folder / EVALUATION).exists():
+                self.best = min(filter(math.isfinite, figures), default=math.inf)
 
     @property
     def how(self) -> dict[str, Any]:
@@ -135,7 +134,8 @@ class BestModel:
     def note(self, step: int, figures: dict[str, float], better: bool) -> None:
         """Adds a line to `evaluations.jsonl`; main process only."""
         with open(self.log, "a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, **figures, "best": better}) + "\n")
+            identity = {"run": self.settings.run_id, "how": fingerprints.of_values(self.how)}
+            file.write(json.dumps({"step": step, **figures, "best": better, **identity}) + "\n")
 
     def _features(self) -> torch.Tensor:
         """Features (N, D) of all ranks' images in their order; each rank runs the same number of forwards."""
@@ -160,14 +160,14 @@ class BestModel:
         """Replaces `best/`; a kill at any moment leaves the earlier or the new one."""
         staging, old = (self.folder.with_name(f".{BEST}.{suffix}") for suffix in ("tmp", "old"))
         for leftover in (staging, old):
-            shutil.rmtree(leftover, ignore_errors=True)
+            delete(leftover)
         pipeline.save_pretrained(staging)
         picture.save(staging / "samples.png")
         (staging / EVALUATION).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
         if self.folder.exists():
             os.rename(self.folder, old)
         os.rename(staging, self.folder)
-        shutil.rmtree(old, ignore_errors=True)
+        delete(old)
 
 
 @contextlib.contextmanager

@@ -1,34 +1,48 @@
 """Checkpoints that are either whole or not there.
 
-All ranks save into `step_N.tmp` and fsync the files; rank 0 writes a manifest with their sizes and, of small files,
-checksums, renames the folder and only then deletes old ones. A kill, a full disk or a power cut at any moment leaves the
+All ranks save into `step_N.tmp` and fsync the files; rank 0 writes a manifest with the run's identity and the files' sizes
+and checksums, renames the folder and only then deletes old ones. A kill, a full disk or a power cut at any moment leaves the
 last good checkpoint in place.
 """
 
+import contextlib
 import json
 import os
 import re
-import shutil
-import zlib
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
+import xxhash
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError
 from torch.distributed.checkpoint import CheckpointException
 
 from ...errors import InputError, TrainingStopped
+from ...files import delete
+from ...hub.facts import CONFIG
+from ...reading import read_json, read_yaml
+from ..parallel.accelerator import agree
 
 #: How a full disk or a lost folder shows itself: torch and safetensors wrap the system's error in types of their own.
 WRITE_ERRORS = (OSError, RuntimeError, SafetensorError, CheckpointException)
 MANIFEST = "manifest.json"
 #: What the trainer keeps of its own. JSON: Accelerate would unpickle it without restrictions.
 STATE = "state.json"
-#: Larger files are known by their size alone: reading back the tensors of an XL network would take longer than writing them.
-CHECKSUM_BYTES = 16 * 2**20
+_STATE = {"step": int, "failures": int, "means": {str: float}, "counts": {str: int}, "schedules": {str: dict}}
+_MANIFEST = {
+    "step": int,
+    "run?": (str, None),
+    "world_size": int,
+    "workers?": int,
+    "images_per_update?": int,
+    "sharded?": bool,
+    "files": {str: ({"size": int, "xxh3?": str}, int)},
+}
 _FOLDER = re.compile(r"step_(\d+)")
+_FOREIGN = "it is of another run"
+_BLOCK = 2**24
 
 
 class Checkpoints:
@@ -40,7 +54,12 @@ class Checkpoints:
         keep: how many to keep.
         images_per_update: the global batch, which a resumed run must keep.
         workers: processes of each rank that read data; with the number of ranks, what a rank's own state belongs to.
+
+    Attributes:
+        run_id: identity of the run, which every checkpoint says; to be set before one is saved or looked for.
     """
+
+    run_id: str | None = None
 
     def __init__(self, accelerator: Accelerator, folder: Path, keep: int, images_per_update: int = 1, workers: int = 0):
         self.accelerator = accelerator
@@ -71,23 +90,18 @@ class Checkpoints:
             lambda: self._seal(partial, final, step) if main else None,
         )
         for stage in stages:
-            error = ""
-            try:
-                stage()
-            except WRITE_ERRORS as failure:
-                error = f"{type(failure).__name__}: {failure}"
-            # The ranks agree after each stage: one that failed must not leave the others waiting.
-            errors = [text for text in gather_object([error]) if text]
-            if errors:
+            error = agree(self.accelerator, stage, WRITE_ERRORS)
+            if error:
                 if main:
-                    shutil.rmtree(partial, ignore_errors=True)
-                good = self.complete()
+                    with contextlib.suppress(OSError):
+                        delete(partial)
+                good = self._sealed()
                 kept = (
                     f"The last good checkpoint is {good[-1]}; make room and resume with --resume_from_checkpoint latest."
                     if good
                     else "There is no earlier checkpoint."
                 )
-                raise TrainingStopped(f"Could not save the checkpoint of step {step}: {errors[0]}. {kept}")
+                raise TrainingStopped(f"Could not save the checkpoint of step {step}: {error}. {kept}")
 
     def _write(self, partial: Path, state: dict[str, Any], rank_state: dict[str, Any]) -> None:
         self.accelerator.save_state(str(partial))
@@ -100,13 +114,17 @@ class Checkpoints:
 
     def _clear(self, partial: Path) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        for leftover in self.folder.glob("*.tmp"):
-            shutil.rmtree(leftover)
+        owner = identity_of(self.folder.parent)
+        if owner not in (None, self.run_id):
+            raise OSError(f"{self.folder.parent} was taken over by another run ({owner})")
+        for leftover in self.folder.glob("step_*.tmp"):
+            delete(leftover)
         partial.mkdir()
 
     def _seal(self, partial: Path, final: Path, step: int) -> None:
         manifest = {
             "step": step,
+            "run": self.run_id,
             "world_size": self.accelerator.num_processes,
             "workers": self.workers,
             "images_per_update": self.images_per_update,
@@ -116,38 +134,56 @@ class Checkpoints:
         (partial / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
         _fsync(partial / MANIFEST)
         _fsync(partial)
-        if final.exists():
-            shutil.rmtree(final)
+        delete(final)
         os.rename(partial, final)
         _fsync(self.folder)
-        for old in self.complete()[: -self.keep]:
-            shutil.rmtree(old)
+        for old in self._sealed()[: -self.keep]:
+            delete(old)
 
-    def complete(self) -> list[Path]:
-        """The whole checkpoints, oldest first."""
-        return whole_checkpoints(self.folder)
+    def _sealed(self) -> list[Path]:
+        """The checkpoints with all of their files, oldest first; what the files hold is not read again."""
+        return [path for path in _steps(self.folder) if _problem(path, self.run_id, contents=False) is None]
 
     def find(self, which: str) -> Path | None:
-        """The checkpoint that `--resume_from_checkpoint` means; None when `latest` finds none.
+        """The checkpoint that `--resume_from_checkpoint` means; None when `latest` finds none. Collective.
 
         Says which damaged folders it passed over.
 
         Raises:
             InputError: for a folder that is not a whole checkpoint, or one that does not fit this run's processes.
         """
+        found: list[Path | None] = [None]
+
+        def look() -> None:
+            if self.accelerator.is_main_process:  # reads every file
+                found[0] = self._find(which)
+
+        error = agree(self.accelerator, look, (InputError,))
+        if error:
+            raise InputError(error)
+        return broadcast_object_list(found)[0]
+
+    def _find(self, which: str) -> Path | None:
         if which == "latest":
-            good = self.complete()
-            for damaged in sorted(self.folder.glob("step_*")) if self.folder.is_dir() else []:
-                if damaged not in good:
-                    self.accelerator.print(f"Passing over {damaged.name}: {_problem(damaged)}.")
-            if not good:
+            damaged = None
+            for path in sorted(self.folder.glob("step_*"), reverse=True):
+                problem = _problem(path, self.run_id)
+                if problem is None:
+                    break
+                self.accelerator.print(f"Passing over {path.name}: {problem}.")
+                damaged = damaged or (path if _FOLDER.fullmatch(path.name) and problem != _FOREIGN else None)
+            else:
+                if damaged:
+                    raise InputError(
+                        f"No checkpoint in {self.folder} is whole, and starting at step 0 would delete what is left, e.g. "
+                        f"{damaged.name}. Restore one, or start again with --overwrite_output_dir alone."
+                    )
                 return None
-            path = good[-1]
         else:
             path = Path(which)
-            problem = _problem(path)
+            problem = _problem(path, self.run_id)
             if problem:
-                known = ", ".join(str(p) for p in self.complete()) or "none"
+                known = ", ".join(str(p) for p in self._sealed()) or "none"
                 raise InputError(f"{path} is not a whole checkpoint: {problem}. Whole ones: {known}.")
         self._check_fits(path)
         return path
@@ -185,15 +221,12 @@ class Checkpoints:
         Raises:
             InputError: when the tensors do not fit this run's networks, or the state is missing or damaged.
         """
-        try:
-            state = json.loads((path / STATE).read_text(encoding="utf-8"))
-        except FileNotFoundError:
+        if not (path / STATE).exists():
             raise InputError(
                 f"The checkpoint {path} has no {STATE}: it was saved by an earlier release. Finish the run with that "
                 "release, or start a new one."
-            ) from None
-        except (OSError, ValueError) as error:
-            raise InputError(f"Cannot read {path / STATE}: {error}. Resume from another checkpoint.") from error
+            )
+        state = read_json(path / STATE, _STATE, "Resume from another checkpoint.")
         try:
             self.accelerator.load_state(str(path))
         except (RuntimeError, KeyError, ValueError, UnpicklingError, SafetensorError, CheckpointException) as error:
@@ -206,40 +239,60 @@ class Checkpoints:
         if (manifest["world_size"], manifest.get("workers")) != (self.accelerator.num_processes, self.workers):
             return None
         file = self._rank_file(path)
-        return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
+        return read_json(file, remedy="Resume from another checkpoint.") if file.exists() else None
 
 
 def whole_checkpoints(folder: Path) -> list[Path]:
-    """The whole checkpoints in a folder, oldest first: every file of the manifest is there as it was written."""
-    if not folder.is_dir():
-        return []
-    named = sorted(p for p in folder.iterdir() if _FOLDER.fullmatch(p.name) and p.is_dir())
-    return [p for p in named if _problem(p) is None]
+    """The whole checkpoints of a run's `checkpoints/`, oldest first: every file is there as that run has written it."""
+    run_id = identity_of(folder.parent)
+    return [path for path in _steps(folder) if _problem(path, run_id) is None]
+
+
+def identity_of(run: Path) -> str | None:
+    """The identity that a run folder's config.yaml says; None where it says none."""
+    config = run / CONFIG
+    found = read_yaml(config).get("run_id") if config.exists() else None
+    return None if found is None else str(found)
+
+
+def _steps(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.glob("step_*") if _FOLDER.fullmatch(path.name))
 
 
 def _manifest(path: Path) -> dict:
-    return json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+    return read_json(path / MANIFEST, _MANIFEST)
 
 
-def _problem(path: Path) -> str | None:
-    """What is wrong with a checkpoint folder, or None."""
+def _problem(path: Path, run_id: str | None, contents: bool = True) -> str | None:
+    """What is wrong with a checkpoint folder, as one of this run, or None.
+
+    Args:
+        path: the folder.
+        run_id: the run that it must be of.
+        contents: whether to read the files and compare their checksums.
+    """
     if not path.is_dir():
         return "no such folder"
     if path.suffix == ".tmp":
         return "its saving was cut off"
     try:
-        files = _manifest(path)["files"]
-    except (OSError, ValueError, KeyError):
+        manifest = _manifest(path)
+    except InputError:
         return "its manifest is missing or unreadable"
-    for name, expected in files.items():
+    if manifest.get("run") != run_id:
+        return _FOREIGN
+    for name, expected in manifest["files"].items():
         expected = {"size": expected} if isinstance(expected, int) else expected  # manifests before checksums
         file = path / name
         if not file.is_file():
             return f"{name} is missing"
         if file.stat().st_size != expected["size"]:
             return f"{name} has {file.stat().st_size} bytes instead of {expected['size']}"
-        if "crc32" in expected and _fingerprint(file) != expected:
-            return f"{name} is not what was written: its checksum differs"
+        try:
+            if contents and "xxh3" in expected and _fingerprint(file) != expected:
+                return f"{name} is not what was written: its checksum differs"
+        except OSError as error:
+            return f"{name} cannot be read ({error.strerror})"
     return None
 
 
@@ -247,10 +300,14 @@ def _files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*") if path.is_file())
 
 
-def _fingerprint(path: Path) -> dict[str, int]:
-    """A file's size and, where reading it takes no time, its checksum."""
-    size = path.stat().st_size
-    return {"size": size} | ({"crc32": zlib.crc32(path.read_bytes())} if size <= CHECKSUM_BYTES else {})
+def _fingerprint(path: Path) -> dict[str, Any]:
+    """A file's size and checksum, which is computed faster than the file is read."""
+    digest, size = xxhash.xxh3_128(), 0
+    with open(path, "rb") as file:
+        while block := file.read(_BLOCK):
+            digest.update(block)
+            size += len(block)
+    return {"size": size, "xxh3": digest.hexdigest()}
 
 
 def _fsync_all(folder: Path) -> None:

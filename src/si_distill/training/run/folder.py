@@ -2,17 +2,18 @@
 
 import json
 import os
-import shutil
+import secrets
 from pathlib import Path
 from typing import Any
 
-import yaml
 from diffusers import DiffusionPipeline
 
 from ...errors import InputError
 from ...evaluation.config import EVALUATION
+from ...files import LOCK, FolderLock, delete, refuse_links, write_text
 from ...hub.facts import CONFIG, FACTS, METRICS
-from ...settings import read_yaml, settings_from_dict, settings_to_dict
+from ...reading import dump_yaml, read_json, read_json_lines, read_yaml, resolve
+from ...settings import settings_from_dict, settings_to_dict
 from ..averaging.ema import EMA_WEIGHTS
 from ..averaging.posthoc import EMA_SNAPSHOTS
 from ..config import TrainingConfig
@@ -21,6 +22,20 @@ from .profiling import PROFILE
 SAMPLES, CHECKPOINTS = "samples", "checkpoints"
 #: The best pipeline of the run by a metric, and the measurements.
 BEST, EVALUATIONS = "best", "evaluations.jsonl"
+#: The pipeline on its way to the top of the folder.
+STAGING = ".pipeline.tmp"
+#: What one run leaves and another in the same folder must not find.
+TRACES = (
+    "model_index.json", METRICS, FACTS, EVALUATION, EVALUATIONS, SAMPLES, CHECKPOINTS, BEST, f".{BEST}.tmp", f".{BEST}.old",
+    EMA_WEIGHTS, EMA_SNAPSHOTS, PROFILE, STAGING,
+)  # fmt: skip
+#: What else a run writes to: the settings, and the pipeline and its card.
+_WRITTEN = (LOCK, CONFIG, f"{CONFIG}.tmp", "README.md", "transformer", "scheduler", "vae")
+#: Weights in any form that diffusers loads.
+_WEIGHTS = ("*.safetensors", "*.bin", "*.index.json")
+#: Shapes of the lines and files that a resumed run reads and goes on with.
+STEP = {"step": int}
+_FACTS = {"sessions": [{"first_step": int}]}
 
 
 class RunFolder:
@@ -35,19 +50,31 @@ class RunFolder:
         self.settings = settings
         self.path = Path(settings.output_dir)
         self.writes = writes
+        self.lock = FolderLock(self.path)
 
     def check(self) -> None:
-        """Refuses a folder that holds something else; changes nothing.
+        """Refuses a folder that holds something else or cannot be written; changes nothing but `settings.run_id`.
 
         Raises:
             InputError: when the folder holds another run and is neither resumed nor overwritten, when a resumed run has
-                other settings, or when the folder holds files that are no run's.
+                other settings or unreadable files, when the folder holds files that are no run's or links, or when another
+                process writes to it.
         """
+        self.settings.run_id = None
         if self.path.exists() and not self.path.is_dir():
             raise InputError(f"`output_dir` {self.path} is a file, not a folder.")
+        place = next(path for path in (self.path, *self.path.absolute().parents) if path.exists())
+        if not (place.is_dir() and os.access(place, os.W_OK | os.X_OK)):
+            raise InputError(
+                f"`output_dir` {self.path} cannot be made or written: {place} is read-only, or not a folder."
+            )
+        refuse_links(self.path, (*TRACES, *_WRITTEN))
+        self.lock.check()
         config = self.path / CONFIG
         if not config.exists():
-            if self.path.is_dir() and any(self.path.iterdir()):
+            # A folder with a lock is one that a run was about to start in.
+            names = {path.name for path in self.path.iterdir()} if self.path.is_dir() else set()
+            if LOCK not in names and names - {f"{CONFIG}.tmp"}:
                 raise InputError(f"`output_dir` {self.path} holds files but no run: give an empty or a new folder.")
             return
         if self.settings.resume_from_checkpoint is None:
@@ -57,13 +84,16 @@ class RunFolder:
                 f"`output_dir` {self.path} already holds a run. Resume it with --resume_from_checkpoint latest, "
                 "give another --output_dir, or delete it with --overwrite_output_dir."
             )
-        values = read_yaml(config)
-        version = values.get("algorithm", 1)
+        values = read_yaml(config, plain=True)
+        version = resolve(values.get("algorithm", 1))
+        if type(version) is not int:
+            raise InputError(f"{config} is damaged: `algorithm` must be a whole number, got {version!r}. Restore it.")
         if version != self.settings.ALGORITHM:
             reason = self.settings.other_algorithm(version)
             raise InputError(f"The run in {self.path} cannot be resumed: {reason}")
         # Through the class, so that a setting that did not exist when the run was started has its default.
         saved = _with_data_apart(settings_from_dict(type(self.settings), values))
+        self.settings.run_id = saved["run_id"]
         now = _with_data_apart(self.settings)
         changed = [key for key in now if key not in self.settings.RESUMABLE and saved[key] != now[key]]
         if changed:
@@ -79,25 +109,31 @@ class RunFolder:
                 "would jump to another curve. Use the same max_steps, or start another --output_dir; a longer run needs "
                 "lr_scheduler_type=constant from the start."
             )
+        for name in (METRICS, EVALUATIONS):
+            for _ in read_json_lines(self.path / name, STEP) if (self.path / name).exists() else ():
+                pass
+        self._sessions()
+
+    def claim(self) -> None:
+        """Takes the folder for this process until `release`, and checks it again: another run may have been faster."""
+        self.lock.acquire()
+        self.check()
 
     def start(self) -> None:
-        """Makes an empty run folder with config.yaml, deleting an overwritten run."""
+        """Makes a run folder of a new identity, deleting what an earlier run left."""
         if not self.writes:
             return
-        if self.settings.overwrite_output_dir:
-            # Only what a run writes: the folder may hold files of its owner. The pipeline's files are replaced later.
-            for name in (CONFIG, METRICS, FACTS, EVALUATION, EVALUATIONS, "model_index.json"):
-                (self.path / name).unlink(missing_ok=True)
-            for name in (SAMPLES, CHECKPOINTS, BEST, EMA_WEIGHTS, EMA_SNAPSHOTS, PROFILE):
-                shutil.rmtree(self.path / name, ignore_errors=True)
-        self.path.mkdir(parents=True, exist_ok=True)
+        # The new identity comes first: what a kill leaves of the earlier run is then nobody's.
+        self.settings.run_id = secrets.token_hex(8)
         self.write_config()
+        # Only what a run writes: the folder may hold files of its owner. The pipeline's files are replaced later.
+        for name in TRACES:
+            delete(self.path / name)
 
     def write_config(self) -> None:
         """config.yaml: every setting as it was resolved."""
         if self.writes:
-            text = yaml.safe_dump(settings_to_dict(self.settings), sort_keys=False, allow_unicode=True)
-            replace_text(self.path / CONFIG, text)
+            write_text(self.path / CONFIG, dump_yaml(settings_to_dict(self.settings)))
 
     def write_facts(self, facts: dict[str, Any], session: dict[str, Any], step: int) -> None:
         """facts.json: what the settings do not say, and a session for each start. One whose steps are all repeated by this
@@ -105,25 +141,24 @@ class RunFolder:
         """
         if not self.writes:
             return
+        kept = [known for known in self._sessions() if known["first_step"] < step]
+        facts = {"run": self.settings.run_id, **facts, "sessions": [*kept, {"first_step": step, **session}]}
+        write_text(self.path / FACTS, json.dumps(facts, indent=1, ensure_ascii=False) + "\n")
+
+    def _sessions(self) -> list[dict[str, Any]]:
         path = self.path / FACTS
-        earlier = json.loads(path.read_text(encoding="utf-8"))["sessions"] if path.exists() else []
-        kept = [known for known in earlier if known["first_step"] < step]
-        facts = {**facts, "sessions": [*kept, {"first_step": step, **session}]}
-        replace_text(path, json.dumps(facts, indent=1, ensure_ascii=False) + "\n")
+        return read_json(path, _FACTS)["sessions"] if path.exists() else []
 
     def append_metrics(self, line: dict[str, Any]) -> None:
         """Adds one line to metrics.jsonl."""
         if self.writes:
             with open(self.path / METRICS, "a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
+                file.write(json.dumps({**line, "run": self.settings.run_id}) + "\n")
 
     def forget_metrics_after(self, step: int) -> None:
         """Drops lines past a resumed step: the run is about to write them again."""
-        path = self.path / METRICS
-        if self.writes and path.exists():
-            lines = path.read_text(encoding="utf-8").splitlines()
-            kept = [line for line in lines if step_of(line) <= step]
-            replace_text(path, "".join(f"{line}\n" for line in kept))
+        if self.writes:
+            keep_lines(self.path / METRICS, step, self.settings.run_id)
 
     def sample_path(self, step: int) -> Path:
         """samples/step_N.png; makes the folder."""
@@ -134,31 +169,31 @@ class RunFolder:
         """Puts the pipeline's files at the top of the run folder, each replaced in one step."""
         if not self.writes:
             return
-        staging = self.path / ".pipeline.tmp"
-        shutil.rmtree(staging, ignore_errors=True)
+        staging = self.path / STAGING
+        delete(staging)
         pipeline.save_pretrained(staging)
         # model_index.json goes last: until it is there, nobody takes the folder for a pipeline.
         files = sorted((p for p in staging.rglob("*") if p.is_file()), key=lambda p: p.name == "model_index.json")
+        for component in [path for path in staging.iterdir() if path.is_dir()]:
+            # An earlier run may have left weights in more files, or in fewer, which diffusers would load instead.
+            for pattern in _WEIGHTS:
+                for stale in (self.path / component.name).glob(pattern):
+                    if not (component / stale.name).exists():
+                        delete(stale)
         for file in files:
             target = self.path / file.relative_to(staging)
             target.parent.mkdir(parents=True, exist_ok=True)
             os.replace(file, target)
-        shutil.rmtree(staging)
+        delete(staging)
 
 
-def step_of(line: str) -> float:
-    """The step of a line of a log; infinite for a line cut off by a kill."""
-    try:
-        return json.loads(line)["step"]
-    except (ValueError, KeyError, TypeError):
-        return float("inf")
-
-
-def replace_text(path: Path, text: str) -> None:
-    """Replaces a file in one step."""
-    partial = path.with_name(path.name + ".tmp")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
+def keep_lines(path: Path, step: int, run_id: str | None) -> list[dict[str, Any]]:
+    """Leaves only the lines of a log that this run wrote up to a step, and returns them."""
+    if not path.exists():
+        return []
+    kept = [line for line in read_json_lines(path, STEP) if line["step"] <= step and line.get("run") == run_id]
+    write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
+    return kept
 
 
 def _with_data_apart(settings: TrainingConfig) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from ...hub.card import write_card
 from ...hub.publishing import publish_pipeline
 from ..averaging.ema import Averages
 from ..config import TrainingConfig
+from ..parallel.accelerator import agree
 from .checkpoints import WRITE_ERRORS
 from .folder import RunFolder
 
@@ -108,13 +109,7 @@ class Outputs:
             TrainingStopped: on every rank, when the disk is full or the folder is lost: one that failed alone would leave
                 the others waiting.
         """
-        error = ""
-        if self.accelerator.is_main_process:
-            try:
-                action()
-            except WRITE_ERRORS as failure:
-                error = str(failure) or type(failure).__name__
-        (error,) = broadcast_object_list([error])
+        error = agree(self.accelerator, action if self.accelerator.is_main_process else lambda: None, WRITE_ERRORS)
         if error:
             raise TrainingStopped(
                 f"Could not write {what} to {self.run.path} at step {step}: {error}. Whole checkpoints stay; make room "
