@@ -71,7 +71,7 @@ class FolderLock:
 
 @contextmanager
 def whole_file(path: Path, mode: str = "b") -> Iterator[IO]:
-    """Opens a file of bytes (`b`) or text (`t`) under another name, which becomes `path` when all is written and on the disk.
+    """Opens a file of bytes (`b`) or text (`t`) under another name, renamed to `path` when all is on the disk.
 
     A kill at any moment leaves the earlier file; a link is replaced, not followed.
     """

@@ -42,11 +42,12 @@ class TeacherPlan:
     times: TimeSampler
 
 
-def plan_teacher(settings: TeacherConfig, **shape: int) -> TeacherPlan:
-    """Resolves and checks everything but the images; the network is built on torch's present default device.
+def plan_teacher(settings: TeacherConfig, device: str = "cpu", **shape: int) -> TeacherPlan:
+    """Resolves and checks everything but the images.
 
     Args:
         settings: of the training.
+        device: where the network is built.
         shape: `sample_size`, `in_channels` and `num_classes` of the images.
 
     Raises:
@@ -66,7 +67,9 @@ def plan_teacher(settings: TeacherConfig, **shape: int) -> TeacherPlan:
         timestep_type=settings.timestep_type,
     )
     times = settings.build_time_sampler(interpolant, settings.timestep_type)
-    return TeacherPlan(build_network(with_inputs(arguments, settings), "model"), scheduler, times)
+    with torch.device(device):
+        network = build_network(with_inputs(arguments, settings), "model")
+    return TeacherPlan(network, scheduler, times)
 
 
 class TeacherTrainer(Trainer):

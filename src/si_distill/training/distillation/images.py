@@ -73,6 +73,12 @@ def needs_labels_of_stream(settings: DistillConfig) -> bool:
     return settings.label_sampling == "empirical" and streamed and not settings.class_frequencies
 
 
+def check_shares(shares: list[float], source: str, classes: int) -> None:
+    """Refuses shares of other classes than the teacher's."""
+    if len(shares) != classes:
+        raise InputError(f"For empirical classes {source} {len(shares)} values, but the teacher has {classes} classes.")
+
+
 def class_shares(
     settings: DistillConfig, teacher: InterpolantPipeline, data: TrainingData | None
 ) -> torch.Tensor | None:
@@ -81,19 +87,12 @@ def class_shares(
     Raises:
         InputError: when the shares are not those of the teacher's classes.
     """
-    classes = teacher.network.num_classes
-    if settings.label_sampling is not None and not classes:
-        raise InputError(
-            f"`label_sampling` is {settings.label_sampling!r}, but the teacher has no classes: leave it out."
-        )
-    shares = settings.class_frequencies
+    classes, shares = teacher.network.num_classes, settings.class_frequencies
     if settings.label_sampling != "empirical" or (data is not None and not shares):
         return None  # uniform, or the real images' own
     if not shares:
         images = load_training_data(settings.data)
         shares = torch.bincount(torch.tensor(images.labels), minlength=len(images.class_names)).tolist()
-    if len(shares) != classes:
-        source = "`class_frequencies` has" if settings.class_frequencies else f"the data set {settings.data.name} has"
-        raise InputError(f"For empirical classes {source} {len(shares)} values, but the teacher has {classes} classes.")
+        check_shares(shares, f"the data set {settings.data.name} has", classes)
     cumulative = torch.tensor(shares, dtype=torch.float64).cumsum(0)
     return (cumulative / cumulative[-1]).float()

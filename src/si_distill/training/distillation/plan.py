@@ -12,7 +12,7 @@ from ...objectives import DistillationObjective
 from ...pipelines import InterpolantPipeline
 from ..times import TimeSampler
 from .config import DistillConfig
-from .images import needs_labels_of_stream
+from .images import check_shares, needs_labels_of_stream
 from .references import References, reference_roles
 from .start import StartingStudent, starting_critic, starting_student
 
@@ -55,6 +55,7 @@ def plan_distillation(settings: DistillConfig, teacher: InterpolantPipeline, loa
         InputError: for what cannot work.
     """
     _check_guidance(settings, teacher)
+    _check_classes(settings, teacher.network.num_classes)
     interpolant, timestep_type = teacher.scheduler.interpolant, teacher.scheduler.config.timestep_type
     settings.check_times(interpolant)
     objective, adversarial = _fitting_objective(settings, teacher), settings.adversarial.build()
@@ -94,6 +95,16 @@ def _check_guidance(settings: DistillConfig, teacher: InterpolantPipeline) -> No
             f"{' and '.join(wrong)} need a null class, but the teacher was trained without label dropout, or without "
             "labels, and has no null class. Leave scales of guidance at 1 and label dropout at 0."
         )
+
+
+def _check_classes(settings: DistillConfig, classes: int) -> None:
+    """Refuses a choice of classes that the teacher does not have."""
+    if settings.label_sampling is not None and not classes:
+        raise InputError(
+            f"`label_sampling` is {settings.label_sampling!r}, but the teacher has no classes: leave it out."
+        )
+    if settings.class_frequencies:
+        check_shares(settings.class_frequencies, "`class_frequencies` has", classes)
 
 
 def _fitting_objective(settings: DistillConfig, teacher: InterpolantPipeline) -> DistillationObjective:

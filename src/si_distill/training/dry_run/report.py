@@ -94,8 +94,7 @@ def _planned(settings: TeacherConfig) -> TeacherPlan:
             "A dry run does not open the data set, which says how many channels and classes there are: set "
             f"{' and '.join(f'`model.{name}`' for name in missing)}."
         )
-    with torch.device("meta"):
-        return plan_teacher(settings, **shape)
+    return plan_teacher(settings, "meta", **shape)
 
 
 def _distillation(settings: DistillConfig) -> Lines:
