@@ -1,8 +1,6 @@
 """Reading of foreign PyTorch checkpoints, without executing anything that they hold, and comparison of their tensors."""
 
-import argparse
 import re
-import zipfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,7 +10,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from ..errors import InputError
-from .pickles import check_archive
+from .pickles import read_torch_file, reason_of
 
 StateDict = dict[str, torch.Tensor]
 
@@ -25,7 +23,7 @@ SEVERAL = ("ema_models", "ema_gens")
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """What a checkpoint file holds: tensors in plain containers, and the `argparse.Namespace` that scripts save along.
+    """What a checkpoint file holds: tensors in plain containers, and a record of the `argparse.Namespace` that scripts save.
 
     Raises:
         InputError: when it is missing, cut short, no checkpoint, or holds objects whose loading would run code.
@@ -33,26 +31,18 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise InputError(f"There is no checkpoint file {path}.")
     try:
-        if path.suffix == ".safetensors":
-            content = load_file(path)
-        else:
-            with path.open("rb") as file:
-                check_archive(file)
-            with torch.serialization.safe_globals([argparse.Namespace]):
-                # Optimizer states stay on disk, where the format allows it.
-                content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        content = load_file(path) if path.suffix == ".safetensors" else read_torch_file(path)
     except (MemoryError, SafetensorError) as error:
         raise InputError(f"Cannot read {path}: {error}.") from error
     except Exception as error:  # a file that is no checkpoint fails in any of the ways a parser can
-        foreign = re.search(r"GLOBAL (\S+)", str(error))
+        foreign = re.search(r"would use (\S+)\. ", str(error))
         if foreign:
             raise InputError(
                 f"{path} holds more than tensors: loading it would call {foreign[1]}. That is refused, because it can run "
                 "any code. Save the state dictionary alone, where the file comes from."
             ) from error
-        reason = str(error).strip().splitlines()[:1] or [type(error).__name__]
         raise InputError(
-            f"{path} cannot be read as a PyTorch checkpoint ({reason[0]}). It was cut short, or is something else: "
+            f"{path} cannot be read as a PyTorch checkpoint ({reason_of(error)}). It was cut short, or is something else: "
             f"it has {path.stat().st_size} bytes; compare that with the original."
         ) from error
     if not isinstance(content, dict):

@@ -6,6 +6,7 @@ ours with the same tensors.
 """
 
 from collections.abc import Callable, Mapping
+from reprlib import repr as shown  # bounded, whatever a file holds
 from typing import Any
 
 import torch
@@ -172,7 +173,9 @@ def _network(preconditioning: PickledObject, path: str) -> tuple[ModelMixin, lis
     except InputError:
         raise
     except (TypeError, ValueError, ArithmeticError, RuntimeError) as error:
-        raise InputError(f"The {module.class_name} in {path} cannot be built from {arguments}: {error}") from error
+        raise InputError(
+            f"The {module.class_name} in {path} cannot be built from {shown(arguments)}: {error}"
+        ) from error
     # EDM2's log-variance is a weight of its training loss; no prediction needs it (see `_log_variance`).
     ignored = [name for name in tensors if name.startswith("logvar_")]
     state = {_our_name(name, prefix): value for name, value in tensors.items() if name not in ignored}
@@ -216,7 +219,7 @@ class _Arguments:
             if name not in fixed or value != fixed[name]:
                 known = f" instead of {fixed[name]!r}" if name in fixed else ""
                 raise InputError(
-                    f"{self.what} has {name} = {value!r}{known}, which this library's network does not have."
+                    f"{self.what} has {name} = {shown(value)}{known}, which this library's network does not have."
                 )
 
 
@@ -234,7 +237,7 @@ def _song_config(arguments: _Arguments) -> dict[str, Any]:
     }
     if kind not in kinds:
         raise InputError(
-            f"{arguments.what} has the embedding, encoder, decoder, width of time features and filter {kind}: it is neither "
+            f"{arguments.what} has the embedding, encoder, decoder, width of time features and filter {shown(kind)}: it is neither "
             f"DDPM++ nor NCSN++, which have {' or '.join(map(str, kinds))}."
         )
     return {"architecture": kinds[kind], **_edm_config(arguments, 128, [1, 2, 2, 2], 4, [16])}

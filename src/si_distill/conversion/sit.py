@@ -1,6 +1,5 @@
 """SiT checkpoints (Ma et al. 2024) and those of REPA (Yu et al. 2025), which trains the same network."""
 
-import argparse
 import math
 import re
 from typing import Any
@@ -15,6 +14,7 @@ from .checkpoints import StateDict, check_tensors, choose_weights, find_tensor
 from .config import ConvertConfig
 from .converted import Converted
 from .folding import reverse_time
+from .pickles import PickledObject
 
 #: Our names of what the training scripts call `path_type` and `prediction`.
 PATHS = {"Linear": "linear", "GVP": "trigonometric", "VP": "vp", "linear": "linear", "cosine": "trigonometric"}
@@ -56,8 +56,7 @@ def convert_sit(content: dict[str, Any], settings: ConvertConfig) -> Converted:
         InputError: when the tensors are not those of the network, or contradict the settings.
     """
     place, weights = choose_weights(content, settings.which, None)
-    arguments = content.get("args")
-    saved = vars(arguments) if isinstance(arguments, argparse.Namespace) else {}
+    saved = _saved_arguments(content)
     weights, projectors = _without_projectors(_renumbered(weights))
     positions = weights.pop("pos_embed", None)
     network = _build(weights, positions, settings, saved)
@@ -90,6 +89,20 @@ def convert_sit(content: dict[str, Any], settings: ConvertConfig) -> Converted:
         ignored=projectors,
         changes=changes,
     )
+
+
+def _saved_arguments(content: dict[str, Any]) -> dict[str, Any]:
+    """The settings that the training script saved: its parsed arguments, or a dictionary of them."""
+    arguments = content.get("args")
+    arguments = arguments.state if isinstance(arguments, PickledObject) else arguments
+    if arguments is None:
+        return {}
+    if not isinstance(arguments, dict):
+        raise InputError(
+            f"The checkpoint's `args` are a {type(arguments).__name__}, from which the path and the prediction cannot be "
+            "read. Save them as a dictionary, or leave them out and give --interpolant and --prediction_type."
+        )
+    return arguments
 
 
 def _renumbered(weights: StateDict) -> StateDict:
