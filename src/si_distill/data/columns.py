@@ -85,6 +85,19 @@ def _advice(config: DataConfig, error: Exception) -> str:
     return ""
 
 
+def check_label(label: Any, name: str, classes: int) -> None:
+    """Refuses what is none of the classes 0 … K − 1: a missing label, or a number outside.
+
+    Raises:
+        InputError: says it.
+    """
+    if label is None or not 0 <= label < max(1, classes):
+        raise InputError(
+            f"An image of {name!r} has {'no label' if label is None else f'the label {label}'}, but there are {classes} "
+            f"classes, 0 to {classes - 1}. (Splits for testing often have −1 in place of labels.)"
+        )
+
+
 class RowReader:
     """Decodes the images of a row.
 
