@@ -22,6 +22,7 @@ from tqdm.auto import tqdm
 
 from ...autoencoders import describe_vae, load_vae
 from ...errors import InputError
+from ...files import delete
 from ...launching import join_processes
 from ...pipelines import LatentScaling
 from ...units import binary_size
@@ -227,7 +228,7 @@ class _Cache:
                 self.folder.mkdir(parents=True, exist_ok=True)
                 (self.folder / MANIFEST).unlink(missing_ok=True)
                 for partial in self.folder.glob("*.tmp"):  # what a kill left
-                    shutil.rmtree(partial) if partial.is_dir() else partial.unlink()
+                    delete(partial)
             self.state.wait_for_everyone()
             shards = [shard for found in gather_object([self._encode_share()]) for shard in found]
             if self.state.is_main_process:
@@ -323,7 +324,7 @@ class _Cache:
             )
         partial = self.folder / f"{VAE_FOLDER}.tmp"
         self.vae.save_pretrained(partial)
-        shutil.rmtree(self.folder / VAE_FOLDER, ignore_errors=True)
+        delete(self.folder / VAE_FOLDER)
         partial.rename(self.folder / VAE_FOLDER)
         manifest = Manifest(self.recipe, self.images.data.class_names, shards)
         manifest.write(self.folder)
