@@ -11,6 +11,9 @@ from ..errors import InputError
 from .config import DataConfig
 from .decoding import UnreadableImage, decode, is_grey, stored_size, to_pixels
 
+#: Formats of `datasets` whose reading runs what is in a file (pickles) or in the settings (SQL, connections).
+PICKLED = ("pandas", "sql", "spark", "generator", "cache")
+
 
 @dataclass(frozen=True)
 class Columns:
@@ -42,6 +45,11 @@ def open_dataset(config: DataConfig) -> Any:
     """
     import datasets
 
+    if config.name in PICKLED:
+        raise InputError(
+            f"`data.name` is {config.name!r}, a format of pickles or queries, which run what is in them: convert the data "
+            "to Parquet."
+        )
     with explained(config):
         return datasets.load_dataset(
             config.name,
