@@ -18,9 +18,9 @@ SCRIPTS = [path for folder in ("training", "pipelines") for path in sorted((ROOT
 FLOORS = (
     ("errors", "units", "choices", "fingerprints", "lazy", "sample_noise", "visualization"),
     ("reading", "files"),
-    ("schedulers", "models", "settings", "launching", "sampling", "adversarial"),
+    ("schedulers", "models", "settings", "launching", "adversarial"),
     ("interpolants", "pipelines"),
-    ("objectives", "log_variance", "autoencoders"),
+    ("objectives", "log_variance", "autoencoders", "sampling"),
     ("critic", "data", "conversion"),
     ("loading",),
     ("evaluation",),

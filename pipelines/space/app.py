@@ -6,8 +6,10 @@ As a Space it shows the students of space.json, which `pipelines/publish.py --sp
 """
 
 import argparse
+import html
 import os
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -35,6 +37,8 @@ from students import (
 from si_distill.visualization import image_grid
 
 HERE = Path(__file__).parent
+#: Pictures to take home, until Gradio has copied them; the folder goes with the process.
+DOWNLOADS, KEPT_SECONDS = tempfile.TemporaryDirectory(prefix="one-step-"), 600
 STUDENTS = Students()
 
 CSS = """
@@ -89,6 +93,11 @@ def facts(result: Result) -> str:
     return '<div class="facts">' + "".join(f"<div><b>{n}</b><span>{w}</span></div>" for n, w in numbers) + "</div>"
 
 
+def shown(error: VisitorError) -> gr.Error:
+    """The message of an error; names in it, of somebody else's repository, are no HTML."""
+    return gr.Error(html.escape(str(error)), duration=8, print_exception=False)
+
+
 def build(choices: list[Choice]) -> gr.Blocks:
     """The app for some students; the first is shown at the start."""
     classes = STUDENTS.classes(choices[0])
@@ -97,7 +106,7 @@ def build(choices: list[Choice]) -> gr.Blocks:
         try:
             found = STUDENTS.classes(checked_choice(name, choices))
         except VisitorError as error:
-            raise gr.Error(str(error), duration=8, print_exception=False) from error
+            raise shown(error) from error
         return gr.update(choices=found, value=found[:4], visible=bool(found))
 
     def generate(name, names, count, seed, compare, steps):
@@ -115,7 +124,7 @@ def build(choices: list[Choice]) -> gr.Blocks:
                 return
             slow = next(results)
         except VisitorError as error:
-            raise gr.Error(str(error), duration=8, print_exception=False) from error
+            raise shown(error) from error
         ratio = slow.seconds / student.seconds
         verdict = (
             f"The teacher took **{ratio:,.1f} times** as long, for **{slow.evaluations:g} times** the evaluations. "
@@ -192,7 +201,10 @@ def _download(*results: Result):
         f"{name}, {result.evaluations:g} evaluation{'s' if result.evaluations != 1 else ''}"
         for name, result in zip(names, results, strict=True)
     ]
-    with tempfile.NamedTemporaryFile(prefix="one-step-", suffix=".png", delete=False) as file:
+    for old in Path(DOWNLOADS.name).glob("*.png"):
+        if old.stat().st_mtime < time.time() - KEPT_SECONDS:
+            old.unlink(missing_ok=True)
+    with tempfile.NamedTemporaryFile(dir=DOWNLOADS.name, suffix=".png", delete=False) as file:
         image_grid([[result.picture for result in results]], column_titles=titles).save(file, "PNG")
     return gr.update(value=file.name, interactive=True)
 

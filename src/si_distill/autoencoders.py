@@ -9,6 +9,7 @@ from diffusers.models.modeling_utils import ModelMixin
 
 from .errors import InputError
 from .pipelines.interpolant_pipeline_folder import check_weights
+from .reading import check_shape
 
 
 def load_vae(name: str) -> tuple[ModelMixin, float]:
@@ -24,7 +25,7 @@ def load_vae(name: str) -> tuple[ModelMixin, float]:
     try:
         vae = AutoModel.from_pretrained(name, subfolder=subfolder)
         check_weights(vae, name, {})
-    except (OSError, ValueError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, LookupError, AttributeError, TypeError, RuntimeError) as error:
         raise InputError(f"Cannot load the autoencoder {name!r}: {error}") from error
     return vae, pixel_min
 
@@ -40,7 +41,7 @@ def describe_vae(name: str) -> tuple[ModelMixin, float]:
         config = diffusers.AutoencoderKL.load_config(name, subfolder=subfolder)  # of any model
         with torch.device("meta"):
             return getattr(diffusers, config["_class_name"]).from_config(config), pixel_min
-    except (OSError, ValueError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, LookupError, AttributeError, TypeError, RuntimeError) as error:
         raise InputError(f"Cannot read the config of the autoencoder {name!r}: {error}") from error
 
 
@@ -50,6 +51,10 @@ def _vae_place(name: str) -> tuple[str | None, float]:
         index = DiffusionPipeline.load_config(name)
     except (OSError, ValueError):  # no pipeline: the autoencoder itself, or nothing, which its own loading says
         return ("vae" if (Path(name) / "vae").is_dir() else None), -1.0
-    if (index.get("vae") or [None])[0] is None:
+    try:
+        check_shape(index, {"vae?": ([(str, None)], None), "vae_pixel_min?": float}, "the model_index.json")
+    except ValueError as error:
+        raise InputError(f"Cannot use the pipeline {name!r}: {error}.") from error
+    if not (index.get("vae") or [None])[0]:
         raise InputError(f"The pipeline {name!r} has no autoencoder: its images are pixels, which need no encoding.")
     return "vae", index.get("vae_pixel_min", -1.0)

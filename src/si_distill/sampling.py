@@ -7,6 +7,7 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 
 from .errors import InputError
+from .pipelines.interpolant_pipeline_images import to_eight_bits
 
 
 def class_names(pipeline: DiffusionPipeline, labels: list[int]) -> list[str]:
@@ -31,7 +32,7 @@ def open_images(files: list[str], channels: int) -> list[Image.Image]:
     for file in files:
         try:
             with Image.open(file) as image:
-                images.append(image.convert("L" if channels == 1 else "RGB"))
+                images.append(to_eight_bits(image, channels))
         except (OSError, ValueError, Image.DecompressionBombError) as error:
             raise InputError(f"The image {file} cannot be read: {error}") from error
     return images

@@ -92,7 +92,7 @@ class TestReading:
         [
             ({"conv.weight": torch.ones(2)}, "of no known kind: its tensors are named conv.weight"),
             ({"ema": {"step": 3}}, "'ema' is no state dictionary.*begins with step"),
-            ({"state_dict": {"a": torch.ones(1)}, "epoch": 3}, "is no state dictionary.*begins with state_dict, epoch"),
+            ({"state_dict": {"a": torch.ones(1)}, "epoch": 3}, "of no known kind: its tensors are named a"),
             ({}, "is no state dictionary"),
         ],
     )
@@ -170,7 +170,7 @@ class TestWriting:
     def test_damaged_weights_are_not_written(self, tmp_path):
         weights = sit_weights()
         weights["blocks.1.mlp.fc1.bias"][3] = float("nan")
-        with pytest.raises(InputError, match="output is not finite"):
+        with pytest.raises(InputError, match=r"1 tensors are not finite: blocks\.1\.mlp\.fc1\.bias"):
             convert(tmp_path, weights, *SIT)
         assert [path.name for path in tmp_path.iterdir()] == ["checkpoint.pt"]
 

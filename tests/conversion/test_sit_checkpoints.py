@@ -131,6 +131,81 @@ def test_a_network_without_a_null_class(tmp_path):
     assert (network.config.num_classes, network.null_class) == (6, None)
 
 
+WRAPPED = {
+    "torch.compile": lambda w: {"ema": {f"_orig_mod.{name}": value for name, value in w.items()}},
+    "torch.compile of a distributed network": lambda w: {
+        f"module._orig_mod.{name}": value for name, value in w.items()
+    },
+    "AveragedModel": lambda w: {
+        "n_averaged": torch.tensor(7),
+        **{f"module.{name}": value for name, value in w.items()},
+    },
+    "Lightning": lambda w: {"state_dict": {f"model.{name}": value for name, value in w.items()}, "epoch": 3},
+    "Lightning with an average": lambda w: {
+        "state_dict": {
+            **{f"ema_model._orig_mod.{name}": value for name, value in w.items()},
+            **{f"model.{name}": torch.zeros_like(value) for name, value in w.items()},
+            "loss.scale": torch.ones(1),
+        },
+        "hyper_parameters": {"lr": 1e-4},
+    },
+}
+
+
+class TestWrappers:
+    @pytest.mark.parametrize("wrapper", WRAPPED)
+    def test_are_taken_off(self, tmp_path, images, wrapper):
+        weights = sit_weights()
+        network = InterpolantPipeline.from_pretrained(convert(tmp_path, WRAPPED[wrapper](weights), *TINY)).transformer
+        with torch.no_grad():
+            output = network(images.float(), TIMES, LABELS).sample
+        assert distance(output, -sit_output(weights, images, 1 - TIMES.double(), LABELS)) < 1e-5
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+    def test_of_other_precision(self, tmp_path, images, dtype):
+        weights = {name: value.to(dtype) for name, value in sit_weights().items()}
+        network = InterpolantPipeline.from_pretrained(convert(tmp_path, weights, *TINY)).transformer
+        with torch.no_grad():
+            output = network(images.float(), TIMES, LABELS).sample
+        weights["pos_embed"] = sit_weights()["pos_embed"]
+        assert distance(output, -sit_output(weights, images, 1 - TIMES.double(), LABELS)) < 1e-5
+
+
+class TestArguments:
+    """What a training script was told, in the forms that people save it in."""
+
+    @pytest.mark.parametrize(
+        "saved",
+        [
+            {"args": {"path_type": "GVP", "prediction": "score"}},
+            {"args": {"transport": {"path_type": "GVP", "prediction": "score"}, "lr": 1e-4}},
+            {"hyper_parameters": {"path_type": "GVP", "prediction": "score"}},
+        ],
+    )
+    def test_are_read(self, tmp_path, saved):
+        config = InterpolantPipeline.from_pretrained(
+            convert(tmp_path, {"ema": sit_weights(), **saved}, *TINY)
+        ).scheduler.config
+        assert (config.interpolant, config.prediction_type) == ("trigonometric", "score")
+
+    def test_that_do_not_say_the_direction(self, tmp_path):
+        content = {"ema": sit_weights(learn_sigma=False), "config": {"lr": 1e-4}}
+        with pytest.raises(InputError, match="run time in opposite directions"):
+            convert(tmp_path, content, *TINY)
+
+    @pytest.mark.parametrize(
+        ("saved", "message"),
+        [
+            ({"args": ["--path-type", "GVP"]}, "arguments saved in the checkpoint are a list"),
+            ({"args": {"num_classes": "many"}}, "says that it has 'many' classes: give --num_classes"),
+            ({"args": {"path_type": ["GVP"]}}, "trained with .'GVP'., which is not known here"),
+        ],
+    )
+    def test_that_are_something_else(self, tmp_path, saved, message):
+        with pytest.raises(InputError, match=message):
+            convert(tmp_path, {"ema": sit_weights(), **saved}, *TINY)
+
+
 class TestRefusals:
     """Nothing is written, and the text names tensors and shapes."""
 
@@ -163,6 +238,15 @@ class TestRefusals:
             ({"pos_embed": torch.zeros(1, 16, 24)}, r"pos_embed \(1, 16, 24\) is not the fixed sine-cosine embedding"),
             ({"pos_embed": torch.full((1, 16, 24), float("nan"))}, r"differs by up to nan"),
             ({"pos_embed": torch.zeros(1, 15, 24)}, r"15 patches of 2×2 make no square image"),
+            (
+                {"blocks__0__mlp__fc1__bias": torch.zeros(96).to(torch.float8_e5m2)},
+                r"1 of a type that is not read: blocks\.0\.mlp\.fc1\.bias is float8_e5m2",
+            ),
+            ({"blocks__0__mlp__fc1__bias": torch.zeros(96, dtype=torch.complex64)}, "fc1.bias is complex64"),
+            (
+                {"y_embedder__embedding_table__weight": torch.full((6, 24), float("inf"))},
+                "1 tensors are not finite: y_emb",
+            ),
             ({"pos_embed": None}, r"no pos_embed .* give --sample_size"),
         ],
     )

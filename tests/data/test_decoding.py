@@ -1,6 +1,7 @@
 """Decoding and ADM's crop: sizes, modes, and files that are no images."""
 
 import io
+import resource
 
 import numpy as np
 import pytest
@@ -52,6 +53,20 @@ def test_any_shape_becomes_the_square_in_the_middle(width, height, size):
     step = 250 / max(width, height) * max(1, min(width, height) / size)
     assert abs(along.mean().item() - 125) <= 2 + step
     assert (along.diff() >= -1).all()
+
+
+@pytest.mark.parametrize("shape", [(1, 5000), (5000, 1), (3, 2000), (600, 40_000)])
+def test_a_strip_is_cropped_before_it_grows(shape):
+    """A ramp along the strip: what comes out is its middle, and no picture on the way is much larger than what goes in."""
+    height, width = shape
+    ramp = np.linspace(0, 255, max(shape)).astype(np.uint8)
+    strip = np.tile(ramp, (height, 1)) if width > height else np.tile(ramp[:, None], (1, width))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    found = to_pixels(Image.fromarray(strip), 3, 256)
+    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    assert found.shape == (3, 256, 256)
+    assert abs(found.float().mean() - 127) <= 2
+    assert grown < 300_000  # KiB; it was 1.3 GiB
 
 
 def test_every_mode_becomes_rgb_or_grey():

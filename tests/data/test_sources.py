@@ -100,6 +100,7 @@ def test_data_that_cannot_be_loaded_are_named(tmp_path):
     for change, words in (
         (dict(image_column="image"), "no column 'image'; its columns are .*'photo', 'kind'"),
         (dict(split="test"), "split='test'"),
+        (dict(name="pandas"), "a format of pickles or queries, which run what is in them"),
         (dict(data_files=str(tmp_path / "none-*.parquet")), "Cannot load the data set 'parquet'"),
         (dict(name="digits"), r"8×8 images; `data.image_size` is 4"),
     ):

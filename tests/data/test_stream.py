@@ -9,11 +9,13 @@ import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+import datasets
 import pytest
 import torch
 from image_files import CLASSES, SIZE, numbers, png, write_folder, write_parquet, write_tars
 
 from si_distill.data import DataConfig, ImageDataset, ImageStream, load_images, load_training_data
+from si_distill.data.decoding import UnreadableImage
 from si_distill.errors import InputError, TrainingStopped
 
 COUNT = 53
@@ -229,6 +231,60 @@ def test_data_without_a_readable_image_are_refused_at_once(tmp_path):
             load_training_data(config(files=files, streaming=streaming))
 
 
+def write_rows(folder, images, labels=None) -> str:
+    """A parquet file of rows whose images are bytes or missing."""
+    kind = datasets.ClassLabel(names=CLASSES) if labels is None else datasets.Value("int64")
+    features = datasets.Features({"image": datasets.Image(), "label": kind})
+    rows = [None if image is None else {"bytes": image, "path": None} for image in images]
+    labels = [n % len(CLASSES) for n in range(len(rows))] if labels is None else labels
+    table = datasets.Dataset.from_dict({"image": rows, "label": labels}, features=features)
+    table.to_parquet(str(folder / "rows.parquet"))
+    return str(folder / "rows.parquet")
+
+
+@pytest.mark.parametrize("unreadable", [None, b"", b"no image"])
+@pytest.mark.parametrize("workers", [0, 1])
+def test_images_that_are_missing_or_alike_count_one_by_one(tmp_path, unreadable, workers):
+    files = write_rows(tmp_path, [png(n) if n % 2 == 0 else unreadable for n in range(20)])
+    batches = load_training_data(config(files=files, max_corrupt_images=10)).batches(5, num_workers=workers)
+    found = flat(numbers(next(batches)) for _ in range(8))  # four epochs
+    assert set(found) == set(range(0, 20, 2))
+    assert batches.counts == {"corrupt_images": 10}
+    batches = load_training_data(config(files=files, max_corrupt_images=9)).batches(5, num_workers=workers)
+    with pytest.raises(TrainingStopped, match="10 images of parquet cannot be read"):
+        read(batches, 8)
+
+
+def test_a_place_counts_once_after_a_resume(tmp_path):
+    files = write_rows(tmp_path, [png(n) if n % 2 == 0 else None for n in range(40)])
+    data = load_training_data(config(files=files, shuffle_buffer_size=5))
+    batches = data.batches(4)
+    for _ in range(30):
+        resumed = data.batches(4)
+        resumed.load_state_dict(json.loads(json.dumps(batches.state_dict())))
+        assert numbers(next(resumed)) == numbers(next(batches))
+        batches = resumed
+    assert batches.counts == {"corrupt_images": 20}
+
+
+@pytest.mark.parametrize("streaming", [True, False])
+@pytest.mark.parametrize("workers", [0, 1])
+def test_data_without_any_image_after_the_first_ones_stop(tmp_path, streaming, workers):
+    """Fewer than the limit: reading on would never end."""
+    (tmp_path / "a").mkdir()
+    write_rows(tmp_path / "a", [png(n) for n in range(4)])
+    data = load_training_data(config(files=str(tmp_path / "a" / "*.parquet"), streaming=streaming))
+    write_rows(tmp_path / "a", [None] * 4)
+    if not streaming:
+        data.read = load_images_read_of_nothing
+    with pytest.raises(TrainingStopped, match=r"no image that can be read|No image of parquet can be read"):
+        read(data.batches(2, num_workers=workers), 20)
+
+
+def load_images_read_of_nothing(index):
+    raise UnreadableImage(f"Image number {index} of the data set cannot be read.")
+
+
 # What is refused.
 
 
@@ -266,8 +322,30 @@ def test_labels_outside_the_classes_stop_with_a_sentence(tmp_path, workers):
     batches = load_training_data(stream).batches(12, num_workers=workers)
     with pytest.raises(TrainingStopped, match=r"has the label 2, but there are 2 classes, 0 to 1.*resume"):
         next(batches)
-    with pytest.raises(InputError, match=r"labels .* lie in \[0, 2\], but there are 2 classes"):
+    with pytest.raises(InputError, match="has the label 2, but there are 2 classes, 0 to 1"):
         load_images(config(files=stream.data_files, label_column="label", num_classes=2, streaming=False))
+
+
+def test_labels_that_are_missing_are_a_sentence_by_index_and_as_a_stream(tmp_path):
+    files = write_rows(tmp_path, [png(n) for n in range(4)], [0, 1, None, 1])
+    said = "An image of 'parquet' has no label, but there are 2 classes, 0 to 1"
+    with pytest.raises(InputError, match=said):
+        load_images(config(files=files, label_column="label", streaming=False))
+    stream = load_training_data(config(files=files, label_column="label", num_classes=2))
+    with pytest.raises(TrainingStopped, match=said):
+        next(stream.batches(4))
+
+
+def test_classes_without_images_are_named_with_what_to_do(tmp_path, caplog):
+    files = write_rows(tmp_path, [png(n) for n in range(3)], [1, 2, 3])
+    with caplog.at_level(logging.WARNING):
+        data = load_images(config(files=files, label_column="label", streaming=False))
+    assert data.class_names == ["0", "1", "2", "3"]
+    assert "1 of the 4 classes of parquet have no images (0): the labels go from 1 to 3" in caplog.text
+    assert "Number the labels from 0" in caplog.text
+    files = write_rows(tmp_path, [png(n) for n in range(3)], [0, 1, 2**40])
+    with pytest.raises(InputError, match=r"reach 1,099,511,627,776: classes are numbered 0 … K − 1"):
+        load_images(config(files=files, label_column="label", streaming=False))
 
 
 @pytest.mark.parametrize("workers", [0, 1])

@@ -235,7 +235,7 @@ def test_what_is_no_pipeline_or_damaged_is_named(run, tmp_path):
     with pytest.raises(InputError, match=r"no model_index.json"):
         write_card(tmp_path)
     (run / "evaluation.json").write_text('{"rows": [{}], "student": "x"}')
-    with pytest.raises(InputError, match="written by another version"):
+    with pytest.raises(InputError, match=r"rows\[0\] has no `generator`"):
         write_card(run)
     (run / "evaluation.json").write_text('{"rows": ')
     with pytest.raises(InputError, match=r"evaluation\.json.*Restore it"):

@@ -1,18 +1,31 @@
 """What the Space does behind its page: limits, visitors' names, and several visitors on one network at once."""
 
+import json
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 from helpers import tiny_sit
-from PIL import ImageChops
+from latent_caches import tiny_autoencoder
+from PIL import ImageChops, ImageStat
 
 from si_distill import InterpolantPipeline, OneStepInterpolantPipeline, StochasticInterpolantScheduler
 
 sys.path.insert(0, str(Path(__file__).parent.parent.parent / "pipelines" / "space"))
 
-from students import MAX_CLASSES, MAX_IMAGES, Choice, Students, VisitorError, checked_choice, checked_request
+import students as space
+from students import (
+    MAX_CLASSES,
+    MAX_IMAGES,
+    Choice,
+    Students,
+    VisitorError,
+    check_declared,
+    checked_choice,
+    checked_request,
+)
 
 DIGITS = [str(n) for n in range(10)]
 
@@ -101,3 +114,87 @@ def test_a_student_that_turns_images_into_others_is_refused(tmp_path):
     OneStepInterpolantPipeline(tiny_sit(condition_channels=1), scheduler).save_pretrained(tmp_path / "bridge")
     with pytest.raises(VisitorError, match="bridge turns images into others, and this page has no place for images"):
         Students().classes(Choice(str(tmp_path / "bridge")))
+
+
+@pytest.mark.parametrize(
+    ("part", "values", "words"),
+    [
+        ("transformer", {"num_layers": 300_000}, "declares transformer.num_layers = 300000"),
+        ("transformer", {"sample_size": 1024}, "makes images of 1024 pixels"),
+        ("transformer", {"sample_size": 264}, "makes images of 264 pixels"),
+        ("transformer", {"sample_size": [8, 10**9]}, "too large"),
+        ("transformer", {"sample_size": "8"}, "makes images of '8' pixels"),
+        ("transformer", {"num_classes": 10**9}, "declares transformer.num_classes"),
+        ("transformer", {"num_attention_heads": 1000, "attention_head_dim": 64}, "declares networks of [0-9,]+ values"),
+        ("transformer", {"mlp_ratio": 1e300}, "declares transformer.mlp_ratio"),
+        ("transformer", {"mlp_ratio": float("nan")}, "declares transformer.mlp_ratio"),
+        ("transformer", {"_class_name": "Nothing"}, "of the class 'Nothing', which is not known here"),
+        (
+            "transformer",
+            {"_class_name": "DiffusionPipeline"},
+            "of the class 'DiffusionPipeline', which is not known here",
+        ),
+        ("transformer", {"_class_name": ["a"]}, "_class_name must be text"),
+        ("vae", {"block_out_channels": [4] * 1000}, "declares vae.block_out_channels"),
+        ("vae", {"layers_per_block": 10_000}, "declares vae.layers_per_block"),
+    ],
+)
+def test_networks_that_declare_too_much_are_refused_before_they_are_built(tmp_path, part, values, words):
+    network = tiny_sit(in_channels=4, num_classes=3, patch_size=2)
+    OneStepInterpolantPipeline(network, StochasticInterpolantScheduler(), tiny_autoencoder()).save_pretrained(tmp_path)
+    check_declared(tmp_path)
+    file = tmp_path / part / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **values}))
+    with pytest.raises(VisitorError, match=words):
+        Students().classes(Choice(str(tmp_path)))
+
+
+def test_the_settings_of_a_student_reach_its_images(tmp_path):
+    """The brightness of latents of EDM2: a pipeline for each request was built without `vae_pixel_min`."""
+    network = tiny_sit(in_channels=4, num_classes=3)
+    pipeline = OneStepInterpolantPipeline(
+        network, StochasticInterpolantScheduler(), tiny_autoencoder(), vae_pixel_min=0.0
+    )
+    pipeline.save_pretrained(tmp_path / "student")
+    students = Students()
+    (result,) = students.sample(*students.prepare(Choice(str(tmp_path / "student")), False), [0, 1], 1, 5, 1)
+    wanted = space.image_grid(space.sample_rows(pipeline, [0, 1], 1, 5), column_titles=["0", "1"], min_cell=72)
+    assert ImageStat.Stat(result.picture).mean == pytest.approx(ImageStat.Stat(wanted).mean, abs=0.5)
+
+
+def test_a_request_ends_in_the_middle_when_its_time_is_up(choice, monkeypatch):
+    monkeypatch.setattr(space, "MAX_SECONDS", -1.0)
+    students = Students()
+    with pytest.raises(VisitorError, match="took longer than"):
+        results_of(students, choice, 0, 3)
+    monkeypatch.setattr(space, "MAX_SECONDS", 60.0)
+    assert len(results_of(students, choice, 0, 3)) == 2  # the next visitor has the same network
+    assert threading.active_count() < 50
+
+
+def test_folders_of_earlier_visitors_are_deleted(choice, tmp_path, monkeypatch):
+    fetched = []
+
+    def fetch(name, revision, folder=None):
+        (folder / name.split("/")[1]).write_text("weights")
+        fetched.append(folder)
+        return folder
+
+    monkeypatch.setattr(space, "_fetch", fetch)  # the Hub
+    students = Students()
+    for n in range(10):
+        students.folder(Choice(f"user/{n}", visitor=True))
+    assert [folder.exists() for folder in fetched] == [False] * 4 + [True] * space.KEPT
+    for folder in fetched[4:]:
+        space.shutil.rmtree(folder)
+
+
+def test_a_guidance_that_is_no_number_is_a_sentence(choice):
+    path = Path(choice.student) / "config.yaml"
+    for text in ("guidance_scale: [1]\n", "guidance_scale: .nan\n", "a: b: c\n", "guidance_scale: yes\n"):
+        path.write_text(text)
+        try:
+            with pytest.raises(VisitorError):
+                results_of(Students(), choice, 0, 3)
+        finally:
+            path.unlink()

@@ -1,8 +1,6 @@
 """Reading of foreign PyTorch checkpoints, without executing anything that they hold, and comparison of their tensors."""
 
-import argparse
 import re
-import zipfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,12 +10,16 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from ..errors import InputError
-from .pickles import check_archive
+from .pickles import read_torch_file, reason_of
 
 StateDict = dict[str, torch.Tensor]
+#: Types of weights that become float32 and mean the same.
+DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 #: Where training scripts keep weights, in order of preference: averages first, teachers before students.
 WEIGHTS = ("ema", "ema_model", "ema_models", "model", "net_model", "ema_gens", "gen")
+#: What wrappers put before the names of a network's tensors: of distributed training, `torch.compile`, Lightning.
+WRAPPERS = ("module", "_orig_mod", "model", "net", "network")
 #: Those of them that are one-step students.
 STUDENTS = ("ema_gens", "gen")
 #: Those of them that hold one network for each decay of an average.
@@ -25,7 +27,7 @@ SEVERAL = ("ema_models", "ema_gens")
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """What a checkpoint file holds: tensors in plain containers, and the `argparse.Namespace` that scripts save along.
+    """What a checkpoint file holds: tensors in plain containers, and a record of the `argparse.Namespace` that scripts save.
 
     Raises:
         InputError: when it is missing, cut short, no checkpoint, or holds objects whose loading would run code.
@@ -33,26 +35,18 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise InputError(f"There is no checkpoint file {path}.")
     try:
-        if path.suffix == ".safetensors":
-            content = load_file(path)
-        else:
-            with path.open("rb") as file:
-                check_archive(file)
-            with torch.serialization.safe_globals([argparse.Namespace]):
-                # Optimizer states stay on disk, where the format allows it.
-                content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        content = load_file(path) if path.suffix == ".safetensors" else read_torch_file(path)
     except (MemoryError, SafetensorError) as error:
         raise InputError(f"Cannot read {path}: {error}.") from error
     except Exception as error:  # a file that is no checkpoint fails in any of the ways a parser can
-        foreign = re.search(r"GLOBAL (\S+)", str(error))
+        foreign = re.search(r"would use (\S+)\. ", str(error))
         if foreign:
             raise InputError(
                 f"{path} holds more than tensors: loading it would call {foreign[1]}. That is refused, because it can run "
                 "any code. Save the state dictionary alone, where the file comes from."
             ) from error
-        reason = str(error).strip().splitlines()[:1] or [type(error).__name__]
         raise InputError(
-            f"{path} cannot be read as a PyTorch checkpoint ({reason[0]}). It was cut short, or is something else: "
+            f"{path} cannot be read as a PyTorch checkpoint ({reason_of(error)}). It was cut short, or is something else: "
             f"it has {path.stat().st_size} bytes; compare that with the original."
         ) from error
     if not isinstance(content, dict):
@@ -76,11 +70,12 @@ def choose_weights(content: dict[str, Any], which: str | None, ema_decay: str | 
 
     Returns:
         Where it was (`""` for a file that is a state dictionary itself, otherwise e.g. `"ema_gens 0.9999"`), and its
-        tensors, without the prefix that distributed wrappers add.
+        tensors, without what wrappers put before their names.
 
     Raises:
         InputError: when there is no such entry, or several and none was chosen.
     """
+    content = _without_lightning(content)
     there = [name for name in WEIGHTS if isinstance(content.get(name), dict)]
     if which is not None and which not in there:
         raise InputError(f"The checkpoint has no {which!r}. {_what_is_there(content, there)}")
@@ -115,9 +110,24 @@ def _tensors(weights: Any, what: str) -> StateDict:
     if not isinstance(weights, dict) or not weights or not all(torch.is_tensor(value) for value in weights.values()):
         keys = f" It begins with {_some(weights)}." if isinstance(weights, dict) and weights else ""
         raise InputError(f"{what} is no state dictionary, a mapping of names to tensors.{keys}")
-    if all(str(name).startswith("module.") for name in weights):
-        return {name.removeprefix("module."): tensor for name, tensor in weights.items()}
-    return dict(weights)
+    found = {
+        str(name): tensor for name, tensor in weights.items() if name != "n_averaged"
+    }  # a count of `AveragedModel`
+    while found and len(firsts := {name.split(".")[0] for name in found}) == 1 and firsts <= set(WRAPPERS):
+        found = {name.partition(".")[2]: tensor for name, tensor in found.items()}
+    return found
+
+
+def _without_lightning(content: dict[str, Any]) -> dict[str, Any]:
+    """Lightning keeps all networks in one `state_dict`, each below the name that it has in its module."""
+    together = content.get("state_dict")
+    if not isinstance(together, dict):
+        return content
+    groups: dict[str, dict[str, Any]] = {}
+    for name, value in together.items():
+        first, _, rest = str(name).partition(".")
+        groups.setdefault(first, {})[rest] = value
+    return {name: group for name, group in groups.items() if name in WEIGHTS} or together
 
 
 def find_tensor(weights: StateDict, name: str, ndim: int, what: str) -> torch.Tensor:
@@ -166,13 +176,25 @@ def check_tensors(found: StateDict, layout: Layout, network: torch.nn.Module, wh
         for name, shape in expected.items()
         if name in shapes and shapes[name] != shape
     ]
+    types = [f"{name} is {str(t.dtype).removeprefix('torch.')}" for name, t in found.items() if t.dtype not in DTYPES]
     problems = [
         f"{len(names)} {kind}: {_some(names)}"
-        for names, kind in ((missing, "missing"), (left_over, "not part of it"), (wrong, "of another shape"))
+        for names, kind in (
+            (missing, "missing"),
+            (left_over, "not part of it"),
+            (wrong, "of another shape"),
+            (types, "of a type that is not read"),
+        )
         if names
     ]
     if problems:
         raise InputError(f"The checkpoint was taken for {what}, but its tensors differ. {'; '.join(problems)}.")
+    # A sum, for a copy of the weights would be made to look at each; only damaged ones overflow it.
+    damaged = [name for name, tensor in found.items() if not tensor.sum(dtype=torch.float64).isfinite()]
+    if damaged:
+        raise InputError(
+            f"The checkpoint's weights are damaged: {len(damaged)} tensors are not finite: {_some(damaged)}."
+        )
 
 
 def _some(names: Iterable[Any], count: int = 4) -> str:

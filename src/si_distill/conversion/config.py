@@ -30,7 +30,9 @@ class ConvertConfig:
     vae: str | None = setting(None, "Folder or Hub id of the autoencoder of a latent network; it is copied into `out`.")
     id2label: str | None = setting(None, "Names of the classes: imagenet, or a JSON or YAML file of number: name.")
     which: str | None = setting(
-        None, "Which weights of a training checkpoint: ema, model, ema_model, net_model, ema_models, gen or ema_gens."
+        None,
+        "Which weights of a training checkpoint: ema, model, ema_model, net_model, ema_models, gen or ema_gens; of "
+        "Lightning's `state_dict`, the part below that name.",
     )
     ema_decay: str | None = setting(None, "Which of several averages in ema_models or ema_gens, e.g. 0.9999.")
     preset: str | None = setting(None, "SiT and REPA: the size that the tensors must have, e.g. SiT-XL/2.")

@@ -10,6 +10,7 @@ from .converted import Converted
 from .diffusers_teachers import convert_diffusers, saved_class
 from .edm import convert_edm
 from .output import check_output, fitting_vae, load_id2label, write_pipeline
+from .pickles import reason_of
 from .sit import convert_sit, is_sit
 from .torchcfm import convert_torchcfm, is_torchcfm
 
@@ -38,6 +39,18 @@ def convert_checkpoint(settings: ConvertConfig) -> None:
 def _convert(settings: ConvertConfig) -> Converted:
     if settings.kind == "diffusers" or (settings.kind == "auto" and not _is_file(settings.source)):
         return _convert_diffusers(settings)
+    try:
+        return _convert_file(settings)
+    except InputError:
+        raise
+    except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RuntimeError) as error:
+        raise InputError(
+            f"{settings.source} has the form of a checkpoint, but holds something else where its values should be: "
+            f"{reason_of(error)}."
+        ) from error
+
+
+def _convert_file(settings: ConvertConfig) -> Converted:
     if settings.kind in ("edm", "sid") or (settings.kind == "auto" and settings.source.endswith(".pkl")):
         return convert_edm(settings)
     content = read_checkpoint(Path(settings.source))

@@ -31,10 +31,11 @@ def saved_class(source: str) -> str | None:
     """The name of the class that a folder or repository was saved from, or None when it does not say."""
     for reader in (DiffusionPipeline, diffusers.UNet2DModel):  # model_index.json, config.json
         try:
-            name = reader.load_config(source).get("_class_name")
-        except (OSError, ValueError):
+            name = reader.load_config(source)["_class_name"]
+        except (OSError, ValueError, LookupError, TypeError, AttributeError):
             continue
-        return name[1] if isinstance(name, list) else name  # a list names the folder's own module first
+        name = name[-1] if isinstance(name, list) and name else name  # a list names the folder's own module first
+        return name if isinstance(name, str) else None
     return None
 
 
@@ -66,7 +67,7 @@ def convert_diffusers(source: str) -> InterpolantPipeline:
         _check_channels(pipeline)
     except torch.OutOfMemoryError:
         raise
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
+    except (OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError) as error:
         raise InputError(f"Cannot use the {name} {source!r} as a teacher: {error}") from error
     return pipeline
 

@@ -6,6 +6,7 @@ ours with the same tensors.
 """
 
 from collections.abc import Callable, Mapping
+from reprlib import repr as shown  # bounded, whatever a file holds
 from typing import Any
 
 import torch
@@ -30,6 +31,8 @@ INIT_SIGMA = 2.5
 #: deviation by channel, brought to mean 0 and standard deviation 0.5.
 LATENTS_MEAN, LATENTS_STD, LATENTS_SCALE = (5.81, 3.25, 0.12, -2.15), (4.17, 4.62, 3.71, 3.28), 0.5
 
+#: Height and width of the largest images: what a file declares is built before its tensors are looked at.
+MAX_SIZE = 2048
 #: Tensors of EDM2's log-variance: Fourier features and one linear layer.
 LOG_VARIANCE_TENSORS = {
     "freqs": "logvar_fourier.freqs",
@@ -167,12 +170,21 @@ def _network(preconditioning: PickledObject, path: str) -> tuple[ModelMixin, lis
         raise InputError(f"The {module.class_name} in {path} does not say with which arguments it was built.")
     cls, read_config = _CONFIGS[class_name]
     try:
+        config = read_config(_Arguments(arguments, f"The {module.class_name} in {path}"))
+        if config["num_blocks"] * len(config["channel_mult"]) > len(tensors) or config["sample_size"] > MAX_SIZE:
+            raise InputError(
+                f"The {module.class_name} in {path} says that it has {config['num_blocks']} blocks on each of "
+                f"{len(config['channel_mult'])} levels for images of {config['sample_size']} pixels, but the file has only "
+                f"{len(tensors)} tensors, and more than {MAX_SIZE} pixels are not supported."
+            )
         with torch.device("meta"):
-            network = cls(**read_config(_Arguments(arguments, f"The {module.class_name} in {path}")))
+            network = cls(**config)
     except InputError:
         raise
     except (TypeError, ValueError, ArithmeticError, RuntimeError) as error:
-        raise InputError(f"The {module.class_name} in {path} cannot be built from {arguments}: {error}") from error
+        raise InputError(
+            f"The {module.class_name} in {path} cannot be built from {shown(arguments)}: {error}"
+        ) from error
     # EDM2's log-variance is a weight of its training loss; no prediction needs it (see `_log_variance`).
     ignored = [name for name in tensors if name.startswith("logvar_")]
     state = {_our_name(name, prefix): value for name, value in tensors.items() if name not in ignored}
@@ -216,7 +228,7 @@ class _Arguments:
             if name not in fixed or value != fixed[name]:
                 known = f" instead of {fixed[name]!r}" if name in fixed else ""
                 raise InputError(
-                    f"{self.what} has {name} = {value!r}{known}, which this library's network does not have."
+                    f"{self.what} has {name} = {shown(value)}{known}, which this library's network does not have."
                 )
 
 
@@ -234,8 +246,8 @@ def _song_config(arguments: _Arguments) -> dict[str, Any]:
     }
     if kind not in kinds:
         raise InputError(
-            f"{arguments.what} has the embedding, encoder, decoder, width of time features and filter {kind}: it is neither "
-            f"DDPM++ nor NCSN++, which have {' or '.join(map(str, kinds))}."
+            f"{arguments.what} has the embedding, encoder, decoder, width of time features and filter {shown(kind)}: it "
+            f"is neither DDPM++ nor NCSN++, which have {' or '.join(map(str, kinds))}."
         )
     return {"architecture": kinds[kind], **_edm_config(arguments, 128, [1, 2, 2, 2], 4, [16])}
 

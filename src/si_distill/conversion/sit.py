@@ -1,8 +1,8 @@
 """SiT checkpoints (Ma et al. 2024) and those of REPA (Yu et al. 2025), which trains the same network."""
 
-import argparse
 import math
 import re
+from reprlib import repr as shown  # bounded, whatever a file holds
 from typing import Any
 
 import torch
@@ -14,9 +14,12 @@ from ..schedulers.scheduling_stochastic_interpolant import StochasticInterpolant
 from .checkpoints import StateDict, check_tensors, choose_weights, find_tensor
 from .config import ConvertConfig
 from .converted import Converted
+from .pickles import PickledObject
 
 #: Our names of what the training scripts call `path_type` and `prediction`.
 PATHS = {"Linear": "linear", "GVP": "trigonometric", "VP": "vp", "linear": "linear", "cosine": "trigonometric"}
+#: Where scripts keep what they were told.
+ARGUMENTS = ("args", "hyper_parameters", "config", "cfg", "hparams")
 PREDICTIONS = {"velocity": "velocity", "score": "score", "noise": "epsilon", "v": "velocity"}
 
 _OUTER = {
@@ -55,8 +58,7 @@ def convert_sit(content: dict[str, Any], settings: ConvertConfig) -> Converted:
         InputError: when the tensors are not those of the network, or contradict the settings.
     """
     place, weights = choose_weights(content, settings.which, None)
-    arguments = content.get("args")
-    saved = vars(arguments) if isinstance(arguments, argparse.Namespace) else {}
+    saved = _saved_arguments(content)
     weights, projectors = _without_projectors(_renumbered(weights))
     positions = weights.pop("pos_embed", None)
     network = _build(weights, positions, settings, saved)
@@ -84,6 +86,20 @@ def convert_sit(content: dict[str, Any], settings: ConvertConfig) -> Converted:
     )
 
 
+def _saved_arguments(content: dict[str, Any]) -> dict[str, Any]:
+    """The settings that the training script saved: its parsed arguments, or a dictionary of them."""
+    arguments = next((content[name] for name in ARGUMENTS if content.get(name) is not None), {})
+    arguments = arguments.state if isinstance(arguments, PickledObject) else arguments
+    if not isinstance(arguments, dict):
+        raise InputError(
+            f"The arguments saved in the checkpoint are a {type(arguments).__name__}, from which the path and the "
+            "prediction cannot be read. Save them as a dictionary, or leave them out and give --interpolant and "
+            "--prediction_type."
+        )
+    below = [value for value in arguments.values() if isinstance(value, dict)]  # grouped, as configs of YAML are
+    return {name: value for group in (*below, arguments) for name, value in group.items()}
+
+
 def _renumbered(weights: StateDict) -> StateDict:
     """REPA's first checkpoints count the blocks after the projectors anew, as `decoder_blocks`."""
     encoder = {name.split(".")[1] for name in weights if name.startswith("blocks.")}
@@ -109,7 +125,7 @@ def _is_repa(kind: str, projectors: bool, learn_sigma: bool, saved: dict[str, An
             "`kind` is sit, but the checkpoint has REPA's projectors or settings. The two run time in opposite directions: "
             "use --kind repa, or leave it out."
         )
-    if kind == "auto" and not (found or learn_sigma or saved):
+    if kind == "auto" and not (found or learn_sigma or "path_type" in saved):
         raise InputError(
             "The checkpoint may be SiT's or REPA's, which run time in opposite directions: its tensors are the same without "
             "learned sigma, and it has neither projectors nor settings. Say which with --kind sit or --kind repa."
@@ -127,6 +143,8 @@ def _build(
     dim, channels, patch = patches.shape[:3]
     depth = len({name.split(".")[1] for name in weights if name.startswith("blocks.")})
     num_classes = settings.num_classes or saved.get("num_classes") or table.shape[0] - 1
+    if not isinstance(num_classes, int):
+        raise InputError(f"The checkpoint says that it has {shown(num_classes)} classes: give --num_classes.")
     if table.shape[0] - num_classes not in (0, 1):
         raise InputError(
             f"y_embedder.embedding_table.weight is {tuple(table.shape)}: it has {table.shape[0]} rows, which are not "
@@ -214,7 +232,9 @@ def _set_positions(network: SiTTransformer2DModel, stored: torch.Tensor | None) 
     if stored is not None and stored.shape != computed.shape:
         raise InputError(f"pos_embed is {tuple(stored.shape)} instead of {tuple(computed.shape)}.")
     distance = 0.0 if stored is None else float((stored.float() - computed).abs().max())
-    if not distance < 1e-4:
+    # Averages that were saved in half precision have the sines rounded.
+    rounding = torch.finfo(stored.dtype).eps if stored is not None and stored.is_floating_point() else 0.0
+    if not distance < max(1e-4, rounding):
         raise InputError(
             f"pos_embed {tuple(stored.shape)} is not the fixed sine-cosine embedding of SiT: it differs by up to "
             f"{distance:.3g}. Its positions were learned or resized, which this network does not have."
@@ -249,7 +269,7 @@ def _choice(name: str, given: str | None, names: dict[str, str], saved: str | No
     known = names.get(str(saved))
     if saved is not None and given is None and known is None:
         raise InputError(
-            f"The checkpoint was trained with {saved!r}, which is not known here: say what it is with --{name}."
+            f"The checkpoint was trained with {shown(saved)}, which is not known here: say what it is with --{name}."
         )
     if given is not None and known is not None and given != known:
         raise InputError(

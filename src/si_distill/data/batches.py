@@ -158,6 +158,10 @@ class IndexedBatches:
             self._batches = iter(self._loader)
         batch, corrupt = next(self._batches)
         self._corrupt.add(corrupt)
+        if batch is None:
+            raise TrainingStopped(
+                f"No image of {self._corrupt.name} can be read. The last: {list(corrupt.values())[-1]}"
+            )
         return batch
 
     def state_dict(self) -> dict[str, Any]:
@@ -203,7 +207,7 @@ class _Substituting(Dataset):
 
     def __getitem__(self, index: int) -> tuple[dict[str, Any] | None, dict[str, str]]:
         corrupt: dict[str, str] = {}
-        while len(corrupt) <= self.max_corrupt:
+        while len(corrupt) <= min(self.max_corrupt, len(self.data) - 1):
             place = (index + len(corrupt)) % len(self.data)
             try:
                 return self.data[place], corrupt
@@ -214,7 +218,7 @@ class _Substituting(Dataset):
 
 def _collate(items: list[tuple[dict[str, Any] | None, dict[str, str]]]) -> tuple[Batch | None, dict[str, str]]:
     corrupt = {key: problem for _, found in items for key, problem in found.items()}
-    # An item is missing only where there are more corrupt ones than the limit: the batch will not be used.
+    # An item is missing only where there are more corrupt ones than the limit, or no others: the batch will not be used.
     whole = [item for item, _ in items]
     return (None if None in whole else default_collate(whole)), corrupt
 

@@ -11,6 +11,9 @@ from ..errors import InputError
 from .config import DataConfig
 from .decoding import UnreadableImage, decode, is_grey, stored_size, to_pixels
 
+#: Formats of `datasets` whose reading runs what is in a file (pickles) or in the settings (SQL, connections).
+PICKLED = ("pandas", "sql", "spark", "generator", "cache")
+
 
 @dataclass(frozen=True)
 class Columns:
@@ -42,6 +45,11 @@ def open_dataset(config: DataConfig) -> Any:
     """
     import datasets
 
+    if config.name in PICKLED:
+        raise InputError(
+            f"`data.name` is {config.name!r}, a format of pickles or queries, which run what is in them: convert the data "
+            "to Parquet."
+        )
     with explained(config):
         return datasets.load_dataset(
             config.name,
@@ -83,6 +91,19 @@ def _advice(config: DataConfig, error: Exception) -> str:
             f"`data.data_files`. If the data set is gated: {terms}"
         )
     return ""
+
+
+def check_label(label: Any, name: str, classes: int) -> None:
+    """Refuses what is none of the classes 0 … K − 1: a missing label, or a number outside.
+
+    Raises:
+        InputError: says it.
+    """
+    if label is None or not 0 <= label < max(1, classes):
+        raise InputError(
+            f"An image of {name!r} has {'no label' if label is None else f'the label {label}'}, but there are {classes} "
+            f"classes, 0 to {classes - 1}. (Splits for testing often have −1 in place of labels.)"
+        )
 
 
 class RowReader:

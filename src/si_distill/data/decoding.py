@@ -9,6 +9,9 @@ import torch
 from PIL import Image
 
 from ..errors import InputError
+from ..pipelines.interpolant_pipeline_images import is_grey, to_eight_bits
+
+__all__ = ["CROP", "UnreadableImage", "centre_crop", "decode", "is_grey", "stored_size", "to_pixels"]
 
 #: What `to_pixels` does, for what is made of its images and kept.
 CROP = "ADM: halved by averaging while at least twice the size, bicubic, centre square"
@@ -64,27 +67,14 @@ def _content(value: Any) -> bytes:
         return file.read()
 
 
-def is_grey(image: Image.Image) -> bool:
-    """Whether the image has one channel."""
-    return image.mode in ("1", "L", "LA", "F") or image.mode.startswith("I")
-
-
 def to_pixels(image: Image.Image, channels: int, size: int) -> torch.Tensor:
     """(channels, size, size), uint8: grey (1 channel) or RGB (3), cut square around the centre.
-
-    Palettes are resolved, CMYK is converted, transparency is dropped, 16-bit grey keeps its upper 8 bits.
 
     Raises:
         UnreadableImage: for colour spaces without a conversion.
     """
-    if image.mode == "F":
-        raise UnreadableImage("floating-point pixels have no known range")
-    mode = "L" if channels == 1 else "RGB"
-    if image.mode.startswith("I"):  # Pillow's own conversion cuts off everything above 255
-        levels = np.asarray(image).astype(np.int64).clip(0, 65535) >> 8
-        image = Image.fromarray(levels.astype(np.uint8))
     try:
-        image = image if image.mode == mode else image.convert(mode)
+        image = to_eight_bits(image, channels)
     except ValueError as error:
         raise UnreadableImage(str(error)) from error
     pixels = torch.from_numpy(np.array(centre_crop(image, size)))
@@ -98,9 +88,20 @@ def centre_crop(image: Image.Image, size: int) -> Image.Image:
     Halved by averaging while the shorter side is at least twice `size`, then bicubic to a shorter side of `size`, then the
     square in the middle. An image that has the size already is not touched.
     """
+    image = _without_far_ends(image)
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = size / min(image.size)
     image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
     left, top = (image.width - size) // 2, (image.height - size) // 2
     return image.crop((left, top, left + size, top + size))
+
+
+def _without_far_ends(image: Image.Image) -> Image.Image:
+    """A strip cut to the part around its centre: 1 × 5000 pixels would grow to 256 × 1,280,000 before they are cropped."""
+    short, long = sorted(image.size)
+    if long <= 16 * short:
+        return image
+    cut = (long - 16 * short) // 2
+    horizontal, vertical = (cut, 0) if image.width > image.height else (0, cut)
+    return image.crop((horizontal, vertical, image.width - horizontal, image.height - vertical))

@@ -113,7 +113,8 @@ def _listed(config: DataConfig, source: Any, columns: Columns) -> ImageDataset:
     with explained(config):
         for chunk in source.iter(batch_size=CHUNK):
             for row in rows_of(chunk):
-                paths.append([os.fsencode(row[c]["path"]) for c in (columns.image, columns.reference) if c is not None])
+                stored = [row[c] or {} for c in (columns.image, columns.reference) if c is not None]
+                paths.append([os.fsencode(image.get("path") or "") for image in stored])
                 labels.append(0 if columns.label is None else row[columns.label])
             if len(paths) >= (config.max_train_samples or math.inf):
                 break

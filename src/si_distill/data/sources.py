@@ -1,5 +1,6 @@
 """Images that are read by index: scikit-learn's digits, and whatever `datasets` can load."""
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -8,11 +9,15 @@ import torch
 
 from ..errors import InputError
 from .batches import IndexedData
-from .columns import Columns, RowReader, find_columns, open_dataset
+from .columns import Columns, RowReader, check_label, find_columns, open_dataset
 from .config import DataConfig
 from .decoding import UnreadableImage
 from .latents.format import images_of, is_latent_cache
 
+logger = logging.getLogger(__name__)
+
+#: Most classes of labels that are plain numbers.
+MAX_CLASSES = 1_000_000
 #: Images at the head of a data set that tell whether it is grey.
 PROBE = 16
 
@@ -130,6 +135,26 @@ def _from_table(config: DataConfig) -> ImageDataset:
     return indexed(config, columns, table.__getitem__, labels[: config.max_train_samples])
 
 
+def _numbered_classes(config: DataConfig, labels: list[int]) -> list[str]:
+    """Names of classes whose labels are plain numbers. Warns of classes without images, which a student would draw too."""
+    count = config.num_classes or max(labels, default=0) + 1
+    if count > MAX_CLASSES:
+        raise InputError(
+            f"The labels of {config.name!r} reach {count - 1:,}: classes are numbered 0 … K − 1, and no more than "
+            f"{MAX_CLASSES:,} are supported. Number them anew, or set `data.label_column` to another column or to none."
+        )
+    empty = sorted(set(range(count)) - set(labels))
+    if empty and labels:
+        some = ", ".join(map(str, empty[:5])) + (", …" if len(empty) > 5 else "")
+        logger.warning(
+            "%d of the %d classes of %s have no images (%s): the labels go from %d to %d, and classes count from 0. A "
+            "teacher would learn nothing of them, and distillation draws them like all others. Number the labels from 0 "
+            "without gaps, or store them as a ClassLabel with names.",
+            len(empty), count, config.name, some, min(labels), max(labels),
+        )  # fmt: skip
+    return [str(n) for n in range(count)]
+
+
 def indexed(
     config: DataConfig, columns: Columns, row: Callable[[int], dict[str, Any]], labels: list[int]
 ) -> ImageDataset:
@@ -148,12 +173,10 @@ def indexed(
         raise InputError(f"The data set {config.name!r} has no images in its split {config.split!r}.")
     names = columns.class_names
     if names is None:
-        names = [str(n) for n in range(config.num_classes or max(labels) + 1)]
-    if columns.label is not None and not (0 <= min(labels) and max(labels) < len(names)):
-        raise InputError(
-            f"The labels of {config.name!r} lie in [{min(labels)}, {max(labels)}], but there are {len(names)} classes, 0 to "
-            f"{len(names) - 1}. (Splits for testing often have −1 in place of labels.)"
-        )
+        names = _numbered_classes(config, [label for label in labels if label is not None])
+    if columns.label is not None:
+        for label in dict.fromkeys(labels):
+            check_label(label, config.name, len(names))
     reader = RowReader(columns, config.image_size, [row(index) for index in range(min(PROBE, len(labels)))])
 
     def reading(what: Callable[[dict[str, Any]], torch.Tensor]) -> Callable[[int], torch.Tensor]:

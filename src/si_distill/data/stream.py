@@ -1,12 +1,10 @@
 """Images that are read while training, from anything that `datasets` streams."""
 
-import hashlib
 from dataclasses import dataclass
 from typing import Any
 
-from ..errors import InputError
 from .batches import BatchIterator
-from .columns import RowReader
+from .columns import RowReader, check_label
 from .config import DataConfig
 from .stream_reading import StreamBatches
 
@@ -51,12 +49,10 @@ class ImageStream:
         """Endless batches of one rank (see `TrainingData.batches`); `images` are uint8."""
         return StreamBatches(self, batch_size, rank, world_size, seed, start, num_workers)
 
-    def identity(self, row: dict[str, Any]) -> tuple[str, str]:
-        """A key of the image in a row, the same in every epoch, and where it is from."""
+    def origin(self, row: dict[str, Any], place: str) -> str:
+        """Where the image in a row is from: its path, or its place in the stream."""
         value = row[self.reader.columns.image]
-        stored = value if isinstance(value, dict) else {"bytes": value, "path": None}
-        key = hashlib.blake2b(stored["bytes"] or repr(stored).encode(), digest_size=8).hexdigest()
-        return key, stored["path"] or key
+        return (value.get("path") if isinstance(value, dict) else None) or place
 
     def example(self, row: dict[str, Any]) -> dict[str, Any]:
         """The batch's entry: `images`, uint8 (C, size, size), `labels`, and of pairs `reference` like `images`.
@@ -67,11 +63,7 @@ class ImageStream:
         """
         columns = self.reader.columns
         label = 0 if columns.label is None else row[columns.label]
-        if label is None or not 0 <= label < max(1, len(self.class_names)):
-            raise InputError(
-                f"An image of {self.name!r} has the label {label}, but there are {len(self.class_names)} classes, 0 to "
-                f"{len(self.class_names) - 1}. (Splits for testing often have −1 in place of labels.)"
-            )
+        check_label(label, self.name, len(self.class_names))
         example = {"images": self.reader.image(row), "labels": label}
         if columns.reference is not None:
             example["reference"] = self.reader.reference(row)

@@ -35,6 +35,7 @@ class Place:
         position: images of the block that were given.
         shard: the reader's shards before the one in which the block starts.
         source: state of that shard where the block starts; None: at its beginning.
+        row: number of the row in that shard with which the block starts.
     """
 
     epoch: int = 0
@@ -42,6 +43,7 @@ class Place:
     position: int = 0
     shard: int = 0
     source: dict[str, Any] | None = None
+    row: int = 0
 
 
 @dataclass
@@ -92,8 +94,9 @@ class Reader:
     def _random(self, *counters: int) -> np.random.Generator:
         return np.random.default_rng([*self.seed, *counters])
 
-    def rows(self) -> Iterator[dict[str, Any]]:
-        """Encoded examples without end; `place` stands behind each when it is given.
+    def rows(self) -> Iterator[tuple[dict[str, Any], str]]:
+        """Encoded examples without end, each with its place in the stream (shard and row, the same in every epoch); the
+        reader's `place` stands behind each when it is given.
 
         Raises:
             InputError: when the reader's shards are empty.
@@ -115,21 +118,24 @@ class Reader:
                 )
             self.place = Place(epoch + 1)
 
-    def _blocks(self) -> Iterator[tuple[list[dict[str, Any]], tuple[int, dict[str, Any] | None]]]:
-        """The rest of this epoch's blocks, each with where it starts: the place among the shards, and in the shard."""
+    def _blocks(self) -> Iterator[tuple[list[tuple[dict[str, Any], str]], tuple[int, dict[str, Any] | None, int]]]:
+        """The rest of this epoch's blocks, each with where it starts: the place among the shards, in the shard, its row."""
         shards = self._random(self.place.epoch).permutation(self.stream.num_shards)[self.number :: self.readers]
-        first, source = start = (self.place.shard, self.place.source)
+        first, source, row = start = (self.place.shard, self.place.source, self.place.row)
         rows = []
         for n in range(first, len(shards)):
             shard = self.stream.shard(int(shards[n]))
             if n == first and source is not None:
                 shard.load_state_dict(source)
+            else:
+                row = 0
             # `iter` with a batch size, for plain iteration would split the shard among the loader's workers once more.
             for chunk in shard.iter(batch_size=CHUNK):
-                rows += rows_of(chunk)
+                rows += [(values, f"shard {shards[n]}, row {row + i}") for i, values in enumerate(rows_of(chunk))]
+                row += len(next(iter(chunk.values())))
                 if len(rows) >= self.stream.config.shuffle_buffer_size:
                     yield rows, start
-                    start, rows = (n, shard.state_dict()), []
+                    start, rows = (n, shard.state_dict(), row), []
         if rows:
             yield rows, start
 
@@ -164,12 +170,18 @@ class _ReadingWorker(IterableDataset):
 
     def _batches(self, reader: Reader) -> Iterator[Delivery]:
         examples, corrupt = [], {}
-        for row in reader.rows():
+        readable = reader.place.epoch  # the last epoch with an image that can be read
+        for row, place in reader.rows():
             try:
                 examples.append(self.stream.example(row))
+                readable = reader.place.epoch
             except UnreadableImage as error:
-                key, path = self.stream.identity(row)
-                corrupt[key] = f"{path}: {error}"
+                corrupt[place] = f"{self.stream.origin(row, place)}: {error}"
+                if reader.place.epoch > readable + 1:
+                    raise InputError(
+                        f"The shards of {self.stream.name!r} that one of {reader.readers} reading processes was given hold "
+                        f"no image that can be read. The last: {corrupt[place]}"
+                    ) from error
                 if len(corrupt) > self.stream.config.max_corrupt_images:
                     yield Delivery(reader.place, None, corrupt)
             if len(examples) == self.batch_size:

@@ -15,6 +15,7 @@ from .. import fingerprints
 from ..data import ImageDataset
 from ..errors import InputError
 from ..pipelines import InterpolantPipeline, OneStepInterpolantPipeline
+from ..pipelines.interpolant_pipeline_images import to_eight_bits
 from ..sample_noise import SampleNoise, sample_seed
 from ..visualization import to_uint8
 from .formulas import peak_signal_to_noise, spread
@@ -246,8 +247,8 @@ class FileSource:
         for i in indices:
             try:
                 with Image.open(self._files[i]) as image:
-                    array = np.array(image.convert("L" if self.channels == 1 else "RGB"))
-            except OSError as error:
+                    array = np.array(to_eight_bits(image, self.channels))
+            except (OSError, ValueError, Image.DecompressionBombError) as error:
                 raise InputError(f"The image {self._files[i]} cannot be read: {error}") from error
             images.append(torch.from_numpy(array.reshape(*array.shape[:2], -1)).permute(2, 0, 1))
         shapes = {tuple(image.shape): self._files[i] for image, i in zip(images, indices, strict=True)}

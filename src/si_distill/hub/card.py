@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import jinja2
@@ -11,13 +12,19 @@ from ..errors import InputError
 from ..evaluation.config import EVALUATION
 from ..evaluation.metrics import METRICS
 from ..evaluation.table import format_table
+from ..files import write_text
 from .card_tables import MISSING, model_rows, objective_rows, teacher_rows, training_command, training_rows
-from .facts import CONFIG, STUDENT, TEACHER, ModelFacts, read_facts, without_paths
+from .facts import CONFIG, FACTS, STUDENT, TEACHER, ModelFacts, read_facts
+from .facts import METRICS as LOG
+from .plain_text import escaped, is_repository, without_paths
 
 TEMPLATES = Path(__file__).parent / "model_cards"
 CARD, SAMPLES = "README.md", "samples.png"
 #: The line by which a card is known to be ours to replace; its owner takes it out to keep a text of their own.
 GENERATED = "<!-- Made by si_distill from the files of this folder. Remove this line to keep a text of your own. -->"
+
+#: What a card shows of a folder's files, whoever wrote them.
+_FOREIGN = ("id2label", "network", "scheduler", "vae", "guidance", "settings", "metrics", "recorded", "evaluation")
 
 
 def write_card(folder: str | Path) -> None:
@@ -31,13 +38,13 @@ def write_card(folder: str | Path) -> None:
     folder = Path(folder)
     if is_own_text(folder):
         return
-    (folder / CARD).write_text(str(render_card(read_facts(folder))), encoding="utf-8")
+    write_text(folder / CARD, str(render_card(read_facts(folder))))
 
 
 def is_own_text(folder: Path) -> bool:
-    """Whether the folder's README.md was written, or taken over, by its owner."""
+    """Whether the folder's README.md was written, or taken over, by its owner; a link is."""
     path = folder / CARD
-    return path.is_file() and GENERATED not in path.read_text(encoding="utf-8")
+    return path.is_symlink() or (path.is_file() and GENERATED not in path.read_text(encoding="utf-8", errors="replace"))
 
 
 def render_card(
@@ -56,7 +63,28 @@ def render_card(
         license: the Hub's identifier of a licence; without one the card says that none was given.
         teacher_repo_id: where the teacher is published, when the run loaded it from a folder.
         variants: of the weights, e.g. `("bf16",)`.
+
+    Raises:
+        InputError: when the folder's files hold something else than a run and its evaluation write.
     """
+    try:
+        return _render(facts, repo_id, license, teacher_repo_id, variants)
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(
+            f"{facts.folder} cannot be described: one of its {CONFIG}, {FACTS}, {LOG} and {EVALUATION} was written by "
+            f"another version, or changed ({type(error).__name__}: {error}). Restore it, or remove it."
+        ) from error
+
+
+def _render(
+    facts: ModelFacts,
+    repo_id: str | None,
+    license: str | None,
+    teacher_repo_id: str | None,
+    variants: tuple[str, ...],
+) -> ModelCard:
     teacher = teacher_repo_id or facts.teacher_repository
     name = (repo_id or facts.folder.resolve().name).split("/")[-1]
     source = repo_id or _local_source(facts)
@@ -70,11 +98,13 @@ def render_card(
     )
     template = environment.get_template("student.md" if facts.is_student else "teacher.md")
     data = card_data(facts, name, license, teacher)
+    # What others wrote is text in the card, and never a part of its Markdown; in blocks of code it stays as it is.
+    shown = replace(facts, **{name: escaped(getattr(facts, name)) for name in _FOREIGN})
     text = template.render(
         card_data=data.to_yaml(),
         generated=GENERATED,
         missing=MISSING,
-        name=name,
+        name=escaped(name),
         source=source,
         on_hub=repo_id is not None,
         picture=picture,
@@ -86,15 +116,15 @@ def render_card(
         guided=facts.num_classes and facts.network.get("class_dropout_prob", 1) > 0,
         teacher=teacher,
         evaluations="two evaluations" if facts.guidance else "one evaluation",
-        model=model_rows(facts),
-        teacher_table=teacher_rows(facts),
-        objective=objective_rows(facts),
-        training=training_rows(facts),
+        model=model_rows(shown),
+        teacher_table=teacher_rows(shown),
+        objective=objective_rows(shown),
+        training=training_rows(shown),
         command=training_command(facts),
         has_config=bool(facts.settings),
         config=CONFIG,
         script="train_distill.py" if facts.is_student else "train_teacher.py",
-        results=_results(facts),
+        results=_results(shown),
         license=license,
         references=_references(facts),
     )
@@ -118,7 +148,7 @@ def card_data(
         pipeline_tag="image-to-image" if facts.takes_image else "unconditional-image-generation",
         license=license,
         base_model=teacher_repo_id,
-        datasets=[data["name"]] if data.get("source") == "hub" else None,
+        datasets=[data["name"]] if data.get("source") == "hub" and is_repository(data["name"]) else None,
         tags=[tag for tag in tags if tag],
         model_name=name if results else None,
         eval_results=results or None,
@@ -144,13 +174,15 @@ def eval_results(facts: ModelFacts) -> list[EvalResult]:
                 EvalResult(
                     task_type="image-to-image" if facts.takes_image else "unconditional-image-generation",
                     task_name="image to image" if facts.takes_image else "image generation",
-                    dataset_type=data["name"] if data.get("source") == "hub" else str(reference.get("name")),
-                    dataset_name=str(reference.get("name")),
+                    dataset_type=data["name"]
+                    if data.get("source") == "hub"
+                    else without_paths(str(reference.get("name"))),
+                    dataset_name=without_paths(str(reference.get("name"))),
                     dataset_split=reference.get("split"),
                     metric_type="fid" if is_fid else metric.hub,
-                    metric_name=f"{figure} ({row['generator']})",
+                    metric_name=f"{figure} ({without_paths(row['generator'])})",
                     metric_value=row[figure],
-                    metric_args={name: value for name, value in arguments.items() if value is not None},
+                    metric_args={name: without_paths(value) for name, value in arguments.items() if value is not None},
                 )
             )
     return results
@@ -171,14 +203,15 @@ def _results(facts: ModelFacts) -> str | None:
 def _local_source(facts: ModelFacts) -> str:
     """How this machine's owner calls the folder: the setting, unless it is a path of this machine alone."""
     output = str(facts.settings.get("output_dir") or "")
-    return output if output and not output.startswith(("/", "~")) else facts.folder.resolve().name
+    known = re.fullmatch(r"\w[\w./ -]*", output)  # it goes into lines of code
+    return output if known else re.sub(r"[^\w./ -]", "_", facts.folder.resolve().name)
 
 
 def _picture(folder: Path) -> str | None:
     """The sample grid that was made for publication, or the newest of the training."""
     if (folder / SAMPLES).is_file():
         return SAMPLES
-    grids = sorted((folder / "samples").glob("step_*.png"))
+    grids = sorted(path for path in (folder / "samples").glob("step_*.png") if path.stem[5:].isdecimal())
     return f"samples/{grids[-1].name}" if grids else None
 
 

@@ -4,7 +4,8 @@ import shlex
 from typing import Any
 
 from ..objectives import get_objective
-from .facts import ModelFacts, without_paths
+from .facts import ModelFacts
+from .plain_text import is_repository, without_paths
 
 MISSING = "not recorded"
 Row = tuple[str, str]
@@ -54,7 +55,7 @@ def teacher_rows(facts: ModelFacts) -> list[Row]:
     """The teacher of a student."""
     recorded = facts.recorded.get("teacher") or {}
     name = recorded.get("name") or facts.settings.get("teacher")
-    if recorded.get("source") == "hub":
+    if recorded.get("source") == "hub" and is_repository(name):
         revision = recorded.get("revision")
         where = f"[{name}](https://huggingface.co/{name}), revision {_text(revision)}"
     else:
@@ -136,7 +137,8 @@ def training_command(facts: ModelFacts) -> str | None:
     command = sessions[0].get("command") if sessions else None
     if not command:
         return None
-    return f"accelerate launch --num_processes {sessions[0].get('processes', 1)} {shlex.join(without_paths(command))}"
+    text = shlex.join(without_paths(command)).replace("\n", " ").replace("\r", " ")  # one line of a block of code
+    return f"accelerate launch --num_processes {sessions[0].get('processes', 1)} {text}"
 
 
 def _space(facts: ModelFacts) -> str:

@@ -1,22 +1,72 @@
 """What is known of a model, read from the files of its folder. Nothing is guessed: what no file says is None."""
 
-import json
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
 from safetensors import SafetensorError, safe_open
 
 from ..errors import InputError
 from ..evaluation.config import EVALUATION
 from ..interpolants import INTERPOLANTS, Interpolant
 from ..pipelines.interpolant_pipeline_network import VIEWS, NetworkView
+from ..reading import read_json, read_json_lines, read_yaml
+from .plain_text import is_repository
 
 #: Files that a run leaves beside its pipeline and that are published with it.
 CONFIG, METRICS, FACTS = "config.yaml", "metrics.jsonl", "facts.json"
 STUDENT, TEACHER = "OneStepInterpolantPipeline", "InterpolantPipeline"
+
+# What these files must hold where they say something at all (see `read_json`).
+_NUMBER, _TEXT, _COUNT = (float, None), (str, None), (int, None)
+_INDEX = {
+    "_class_name?": (str, [str]),
+    "transformer?": [(str, None)],
+    "vae?": ([(str, None)], None),
+    "id2label?": ({str: str}, None),
+    "guidance?": ({"scale?": _NUMBER, "channels?": _COUNT}, None),
+}
+_NETWORK = {
+    "sample_size?": (int, [int], None),
+    "in_channels?": _COUNT,
+    "num_classes?": _COUNT,
+    "num_embeds_ada_norm?": _COUNT,
+    "num_class_embeds?": _COUNT,
+    "condition_channels?": _COUNT,
+    "class_dropout_prob?": _NUMBER,
+}
+_SCHEDULER = {
+    "interpolant?": _TEXT,
+    "interpolant_kwargs?": (dict, None),
+    "prediction_type?": _TEXT,
+    "timestep_type?": _TEXT,
+    "solver?": _TEXT,
+    "init_time?": _NUMBER,
+    "noise_channels?": _COUNT,
+}
+_VAE = {"_class_name?": _TEXT, "block_out_channels?": ([int], None)}
+_METRIC = {"step?": int, "images?": float, "images_per_second?": _NUMBER}
+_SESSION = {"command?": ([str], None), "processes?": int, "hardware?": _TEXT, "versions?": ({str: _TEXT}, None)}
+_RECORDED = {
+    "teacher?": (
+        {
+            "name?": _TEXT,
+            "source?": _TEXT,
+            "revision?": _TEXT,
+            "network?": ({"class": str, "parameters": int}, None),
+        },
+        None,
+    ),
+    "data?": ({"name": str, "source?": _TEXT, "split": _TEXT, "images": _COUNT}, None),
+    "sessions?": ([_SESSION], None),
+    "objective_space?": _TEXT,
+}
+_EVALUATION = {
+    "rows?": [{"generator": str, "made?": (dict, None), "intervals?": (dict, None), "per class?": ({str: dict}, None)}],
+    "reference?": (dict, None),
+    "features?": dict,
+}
 
 
 @dataclass
@@ -103,7 +153,8 @@ class ModelFacts:
     def teacher_repository(self) -> str | None:
         """The teacher's Hub id, if the run loaded it from the Hub. A name that looks like one may be a local folder."""
         teacher = self.recorded.get("teacher") or {}
-        return teacher.get("name") if teacher.get("source") == "hub" else None
+        known = teacher.get("source") == "hub" and is_repository(teacher.get("name"))
+        return teacher["name"] if known else None
 
 
 def read_facts(folder: str | Path, training: bool = True) -> ModelFacts:
@@ -118,70 +169,43 @@ def read_facts(folder: str | Path, training: bool = True) -> ModelFacts:
         InputError: when the folder is no pipeline of ours, or one of its files cannot be read.
     """
     folder = Path(folder)
-    index = _values(folder / "model_index.json")
-    if not isinstance(index, dict):
+    index = _json(folder / "model_index.json", _INDEX)
+    if index is None:
         raise InputError(f"{folder} is not a pipeline folder: it has no model_index.json.")
     name = class_name(index)
-    if "transformer" not in index or not isinstance(name, str):
+    network = (index.get("transformer") or [None])[-1]
+    if not all(isinstance(part, str) and part.isidentifier() for part in (name, network)):
         raise InputError(
             f"{folder} holds {name!r}, which has no `transformer`: only pipelines of si_distill are described."
         )
-    vae = _values(folder / "vae" / "config.json") if (index.get("vae") or [None])[0] else None
+    vae = _json(folder / "vae" / "config.json", _VAE) if (index.get("vae") or [None])[0] else None
     facts = ModelFacts(
         folder=folder,
         pipeline_class=name,
         id2label=index.get("id2label"),
-        network_class=index["transformer"][1],
-        network=_values(folder / "transformer" / "config.json") or {},
-        scheduler=_values(folder / "scheduler" / "scheduler_config.json") or {},
+        network_class=network,
+        network=_json(folder / "transformer" / "config.json", _NETWORK) or {},
+        scheduler=_json(folder / "scheduler" / "scheduler_config.json", _SCHEDULER) or {},
         vae=vae,
         parameters=_parameters(folder / "transformer"),
         guidance=index.get("guidance"),
     )
     if training:
-        facts.settings = _values(folder / CONFIG) or {}
-        facts.metrics = _lines(folder / METRICS)
-        facts.recorded = _values(folder / FACTS) or {}
-        facts.evaluation = _values(folder / EVALUATION)
+        facts.settings = read_yaml(folder / CONFIG) if (folder / CONFIG).is_file() else {}
+        facts.metrics = list(read_json_lines(folder / METRICS, _METRIC)) if (folder / METRICS).is_file() else []
+        facts.recorded = _json(folder / FACTS, _RECORDED) or {}
+        facts.evaluation = _json(folder / EVALUATION, _EVALUATION)
     return facts
 
 
 def class_name(index: dict[str, Any]) -> str | None:
     """The class that a model_index.json names; in a list, its module comes first."""
     name = index.get("_class_name")
-    return name[-1] if isinstance(name, list) else name
+    return (name or [None])[-1] if isinstance(name, list) else name
 
 
-def without_paths(value: Any) -> Any:
-    """The same nested value, in which a path of one machine is only its last part: publications tell no home folders."""
-    if isinstance(value, dict):
-        return {key: without_paths(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [without_paths(item) for item in value]
-    if isinstance(value, str) and value.startswith(("/", "~", "file://")):
-        return value.rstrip("/").rsplit("/", 1)[-1]
-    return value
-
-
-def _values(path: Path) -> Any:
-    """What a JSON or YAML file holds; None without one."""
-    if not path.is_file():
-        return None
-    try:
-        text = path.read_text(encoding="utf-8")
-        return json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise InputError(f"Cannot read {path}: {error}. Restore it, or remove it.") from error
-
-
-def _lines(path: Path) -> list[dict[str, Any]]:
-    lines = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
-        try:
-            lines.append(json.loads(line))
-        except ValueError:
-            break  # a line cut off by a kill is the last
-    return lines
+def _json(path: Path, shape: Any) -> Any:
+    return read_json(path, shape) if path.exists() else None
 
 
 def _parameters(folder: Path) -> int | None:
@@ -193,6 +217,6 @@ def _parameters(folder: Path) -> int | None:
         try:
             with safe_open(file, framework="pt") as tensors:
                 total += sum(math.prod(tensors.get_slice(key).get_shape()) for key in tensors.keys())  # noqa: SIM118
-        except SafetensorError as error:
+        except (OSError, SafetensorError) as error:
             raise InputError(f"Cannot read the weights {file}: {error}. Save or copy them again.") from error
     return total or None

@@ -2,6 +2,7 @@
 
 import filecmp
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -13,11 +14,14 @@ from PIL import Image
 
 from ..errors import InputError
 from ..evaluation.config import EVALUATION
+from ..files import delete
 from ..log_variance import LOG_VARIANCE
+from ..reading import dump_yaml
 from ..sampling import class_names, sample_rows, spread_labels
 from ..visualization import image_grid
 from .card import CARD, SAMPLES, is_own_text, pipeline_kind, render_card
-from .facts import CONFIG, FACTS, METRICS, read_facts, without_paths
+from .facts import CONFIG, FACTS, METRICS, read_facts
+from .plain_text import is_repository, without_paths
 
 VARIANTS = {"bf16": torch.bfloat16}
 TEACHER_STEPS = 20
@@ -46,11 +50,15 @@ def stage_model(
         teacher_repo_id: where the teacher is published.
 
     Raises:
-        InputError: for another variant, or a folder that is no pipeline of ours.
+        InputError: for another variant, a folder that is no pipeline of ours, or links that lead out of it or of `run`.
     """
     if variant is not None and variant not in VARIANTS:
         raise InputError(f"`variant` is {variant!r}; choose one of: {', '.join(VARIANTS)}.")
-    shutil.rmtree(folder, ignore_errors=True)
+    if teacher_repo_id is not None and not is_repository(teacher_repo_id):
+        raise InputError(f"`teacher_repo_id` is {teacher_repo_id!r}, which is not the name of a repository: user/name.")
+    if run is not None:
+        check_links(run)
+    _make_anew(folder)
     pipeline.save_pretrained(folder)
     if variant:
         for name, component in pipeline.components.items():
@@ -69,7 +77,7 @@ def stage_model(
     own_text = None
     if run is not None and _same_weights(folder / "transformer", run / "transformer"):
         _take_results(run, folder)
-        own_text = (run / CARD).read_text(encoding="utf-8") if is_own_text(run) else None
+        own_text = (run / CARD).read_text(encoding="utf-8", errors="replace") if is_own_text(run) else None
         facts = read_facts(folder)
     variants = (variant,) if variant else ()
     card = render_card(facts, repo_id, license, teacher_repo_id, variants)
@@ -100,7 +108,7 @@ def stage_space(
         teacher_id: the teacher to compare with.
         private: whether the model is private, so that the Space needs a token of its own.
     """
-    shutil.rmtree(folder, ignore_errors=True)
+    _make_anew(folder)
     shutil.copytree(template, folder, ignore=shutil.ignore_patterns("__pycache__"))
     package = Path(__file__).parents[1]
     for source in sorted(package.glob("*.py")):
@@ -135,22 +143,60 @@ def _sample_grid(pipeline: DiffusionPipeline, kind: str) -> Image.Image:
     return image_grid(rows, column_titles=labels and class_names(pipeline, labels))
 
 
-def _take_results(run: Path, folder: Path) -> None:
-    """Copies what describes the run, without the paths of this machine. The evaluation's pictures stay: they show images of
-    the data set, whose licence nobody here knows.
+def check_links(run: Path) -> None:
     """
-    for name in (METRICS, LOG_VARIANCE):
+    Refuses links in a folder that lead out of it: what they lead to would be published.
+
+    The Hub's own cache, whose files are links to a folder beside them, is one place.
+
+    Raises:
+        InputError: names the link.
+    """
+    root = run.resolve()
+    root = root.parents[1] if root.parent.name == "snapshots" else root
+    components = [path for path in run.iterdir() if (path / "config.json").exists() or path.name == "scheduler"]
+    for path in [*run.iterdir(), *(file for folder in components for file in folder.rglob("*"))]:
+        if path.is_symlink() and not path.resolve().is_relative_to(root):
+            raise InputError(
+                f"{path} is a link to {os.readlink(path)}, outside of {run}, and is not published: put a copy in its place, "
+                "or remove the link."
+            )
+
+
+def _make_anew(folder: Path) -> None:
+    """Deletes what an earlier publication left in a folder, which is `hub/model` or `hub/space` of a run.
+
+    Raises:
+        InputError: when it is reached by a link: what is there is not ours to delete.
+    """
+    for path in (folder, folder.parent):
+        if path.is_symlink():
+            raise InputError(
+                f"{path} is a link to {os.readlink(path)}: nothing is written or deleted behind a link. Remove the link."
+            )
+    delete(folder)
+    folder.mkdir(parents=True)
+
+
+def _take_results(run: Path, folder: Path) -> None:
+    """Writes anew what describes the run, without the paths of this machine. The evaluation's pictures stay: they show
+    images of the data set, whose licence nobody here knows.
+    """
+    facts = read_facts(run)
+    if (run / LOG_VARIANCE).is_file():
+        shutil.copyfile(run / LOG_VARIANCE, folder / LOG_VARIANCE)
+    if facts.metrics:
+        lines = [json.dumps(without_paths(line), ensure_ascii=False) for line in facts.metrics]
+        (folder / METRICS).write_text("\n".join(lines) + "\n", encoding="utf-8")
+    for name, values in ((FACTS, facts.recorded), (EVALUATION, facts.evaluation)):
         if (run / name).is_file():
-            shutil.copyfile(run / name, folder / name)
-    for name in (FACTS, EVALUATION):
-        if (run / name).is_file():
-            values = without_paths(json.loads((run / name).read_text(encoding="utf-8")))
-            (folder / name).write_text(json.dumps(values, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    if (run / CONFIG).is_file():
-        settings = without_paths(yaml.safe_load((run / CONFIG).read_text(encoding="utf-8")))
+            text = json.dumps(without_paths(values), indent=1, ensure_ascii=False)
+            (folder / name).write_text(text + "\n", encoding="utf-8")
+    if facts.settings:
+        settings = without_paths(facts.settings)
         for name in ("resume_from_checkpoint", "overwrite_output_dir", "push_to_hub", "hub_model_id"):
             settings.pop(name, None)  # of one launch, not of the training
-        (folder / CONFIG).write_text(yaml.safe_dump(settings, sort_keys=False, allow_unicode=True), encoding="utf-8")
+        (folder / CONFIG).write_text(dump_yaml(settings), encoding="utf-8")
 
 
 def _same_weights(staged: Path, original: Path) -> bool:

@@ -18,12 +18,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import DiffusionPipeline
 from diffusers.utils import DIFFUSERS_DYNAMIC_MODULE_NAME
 from diffusers.utils.dynamic_modules_utils import get_relative_imports
 from safetensors import safe_open
 
 #: Libraries whose classes every loader has: they are named in the index and their code is not copied.
 STOCK_LIBRARIES = ("diffusers", "transformers")
+#: Types of stored tensors, in safetensors' words, that keep their values in the type that a network is run in.
+STORED_TYPES = ("F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U8", "BOOL")
 
 # The installed package, or "" in the copy of a saved folder, which has no classes to offer but its own.
 _HERE = ".pipelines.interpolant_pipeline_folder"
@@ -65,12 +68,44 @@ class SelfContainedFolderMixin:
                     else "There is no such folder here either: check the path, or the name and the connection."
                 )
             ) from error
-        except (ValueError, RuntimeError, KeyError, TypeError) as error:
+        except (ValueError, RuntimeError, LookupError, TypeError, AttributeError) as error:
             raise ValueError(f"{cls.__name__} cannot be loaded from {source!r}: {error}") from error
         for name, component in pipeline.components.items():
             if isinstance(component, torch.nn.Module) and name not in kwargs:
                 check_weights(component, f"{source}/{name}", kwargs)
         return pipeline
+
+    @classmethod
+    def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs: Any):
+        """
+        A pipeline of this class with the components and settings of another one, which share their weights.
+
+        Args:
+            pipeline ([`DiffusionPipeline`]): the other one.
+            kwargs: components and settings to use instead; `dtype` (or `torch_dtype`) casts the modules, also those that the
+                other one uses.
+
+        Raises:
+            ValueError: for an argument that this class does not have, or a component that neither has.
+        """
+        dtype = kwargs.pop("dtype", None) or kwargs.pop("torch_dtype", None)
+        arguments = inspect.signature(cls.__init__).parameters
+        unknown = kwargs.keys() - arguments.keys()
+        if unknown:
+            raise ValueError(
+                f"{cls.__name__}.from_pipe does not take {', '.join(sorted(unknown))}; it takes "
+                f"{', '.join(name for name in arguments if name != 'self')} and dtype."
+            )
+        given = {**pipeline.config, **pipeline.components, **kwargs}
+        values = {name: given[name] for name in arguments if name in given}
+        missing = [
+            name for name, argument in arguments.items()
+            if name not in {*values, "self"} and argument.default is inspect.Parameter.empty
+        ]  # fmt: skip
+        if missing:
+            raise ValueError(f"A {type(pipeline).__name__} has no {' and no '.join(missing)}: pass it to from_pipe.")
+        new = cls(**values)
+        return new if dtype is None else new.to(dtype=dtype)
 
     @classmethod
     def _check_folder(cls, folder: Path, kwargs: dict[str, Any]) -> None:
@@ -80,7 +115,7 @@ class SelfContainedFolderMixin:
                 "a training run wrote, not one above or below it."
             )
         for name, value in cls.load_config(folder).items():
-            if name.startswith("_") or not isinstance(value, list) or value[0] is None or name in kwargs:
+            if name.startswith("_") or not isinstance(value, list) or value[:1] in ([], [None]) or name in kwargs:
                 continue
             if not (folder / name).is_dir():
                 raise OSError(f"its {cls.config_name} names the component {name!r}, but there is no folder {name}/.")
@@ -98,7 +133,7 @@ class SelfContainedFolderMixin:
         saved = index.get("_class_name") if isinstance(index, dict) else None
         if not saved:
             raise ValueError(f"{json_file} names no pipeline class, so it is not the index of a pipeline.")
-        name = saved if isinstance(saved, str) else saved[1]
+        name = saved[-1] if isinstance(saved, list) else saved
         if name not in {base.__name__ for base in cls.__mro__}:
             raise ValueError(
                 f"it was saved as {name}, which samples differently. Open it with {name}.from_pretrained or, when that is "
@@ -245,13 +280,25 @@ def _check_source(source: str) -> None:
 
 
 def check_weights(component: torch.nn.Module, name: str, kwargs: dict[str, Any]) -> None:
-    """diffusers only warns when tensors are missing, which it leaves without values, or left over."""
+    """diffusers only warns when tensors are missing, which it leaves without values, or left over; and it takes any values.
+
+    Raises:
+        ValueError: for weights that do not fit the config, are stored in a type that changes their meaning when it is cast,
+            or are not finite.
+    """
     if not {"device_map", "quantization_config"}.isdisjoint(kwargs):
         return  # placed on other devices, or stored under other names
     expected = component.state_dict()
     missing = {key for key, value in expected.items() if value.is_meta}
     left_over: set[str] = set()
-    stored = _stored_keys(Path(component.config.get("_name_or_path") or ""), kwargs.get("variant"))
+    types = _stored_types(Path(component.config.get("_name_or_path") or ""), kwargs.get("variant"))
+    stored = types.keys()
+    strange = sorted(key for key, kind in types.items() if kind not in STORED_TYPES)
+    if strange:
+        raise ValueError(
+            f"The weights in {name} hold {len(strange)} tensors of a type that networks are not run in: {strange[0]} is "
+            f"{types[strange[0]]}. Save them as float32, float16 or bfloat16."
+        )
     # Old checkpoints of diffusers' own classes are renamed while they load.
     if stored and not _is_stock(component):
         missing |= expected.keys() - stored
@@ -263,14 +310,24 @@ def check_weights(component: torch.nn.Module, name: str, kwargs: dict[str, Any])
                 f"The weights in {name} do not fit its config.json: {len(keys)} tensors {what} ({some}). Save the pipeline "
                 "again, or restore the config that belongs to these weights."
             )
+    # A sum, for comparing every value would make a copy of the weights.
+    damaged = [
+        key for key, value in expected.items()
+        if value.is_floating_point() and not value.is_meta and not value.sum(dtype=torch.float64).isfinite()
+    ]  # fmt: skip
+    if damaged:
+        raise ValueError(
+            f"The weights in {name} are damaged: {len(damaged)} tensors hold values that are not finite ({damaged[0]}, …). "
+            "Copy or save them again, from before the training that left them so."
+        )
 
 
-def _stored_keys(folder: Path, variant: str | None) -> set[str]:
-    """Names of the tensors in a component's safetensors files; empty when it has none."""
+def _stored_types(folder: Path, variant: str | None) -> dict[str, str]:
+    """Names of the tensors in a component's safetensors files and their types; empty when it has none."""
     files = sorted(folder.glob("*.safetensors"))
     of_variant = [file for file in files if variant and file.name.split(".")[1].startswith(variant)]
-    keys: set[str] = set()
+    types: dict[str, str] = {}
     for file in of_variant or [file for file in files if file.name.count(".") == 1]:
         with safe_open(file, framework="pt") as tensors:
-            keys |= set(tensors.keys())
-    return keys
+            types |= {key: tensors.get_slice(key).get_dtype() for key in tensors.keys()}  # noqa: SIM118 - not a mapping
+    return types

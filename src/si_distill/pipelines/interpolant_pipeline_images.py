@@ -1,4 +1,4 @@
-"""Image input of a pipeline: PIL images, arrays or tensors of people as the network's x1, checked.
+"""Images as they come: the one conversion of pictures, and the checked image input of a pipeline.
 
 A copy of this file travels beside `pipeline.py` into every saved pipeline: it imports only torch, numpy and PIL.
 """
@@ -16,6 +16,36 @@ UPSAMPLING_MODES = ("nearest", "bicubic")
 ImageInput = PIL.Image.Image | np.ndarray | torch.Tensor | list
 
 
+def is_grey(image: PIL.Image.Image) -> bool:
+    """Whether the image has one channel."""
+    return image.mode in ("1", "L", "LA", "La", "F") or image.mode.startswith("I")
+
+
+def to_eight_bits(image: PIL.Image.Image, channels: int) -> PIL.Image.Image:
+    """
+    The image with 8 bits, in grey (1 channel) or RGB (3): the same for training data, evaluations and pipelines.
+
+    Palettes are resolved, CMYK is converted, transparency is dropped, 16-bit grey keeps its upper 8 bits. It is not turned
+    by its EXIF orientation: ADM's preprocessing, on which published teachers and statistics rest, does not do so either.
+
+    Raises:
+        ValueError: for an image that cannot be read, or has no such conversion.
+    """
+    mode = "L" if channels == 1 else "RGB"
+    if image.mode == "F":
+        raise ValueError("floating-point pixels have no known range")
+    try:
+        image.load()
+        if image.mode.startswith("I"):  # Pillow's own conversion cuts off everything above 255
+            levels = np.asarray(image).astype(np.int64).clip(0, 65535) >> 8
+            image = PIL.Image.fromarray(levels.astype(np.uint8))
+        if image.mode not in ("1", "L", "LA", "RGB", "RGBA", mode):  # from a palette or CMYK to grey by way of colours
+            image = image.convert("RGB")
+        return image if image.mode == mode else image.convert(mode)
+    except Exception as error:  # Pillow's plugins raise nearly anything on malformed files
+        raise ValueError(f"{type(error).__name__}: {error}") from error
+
+
 def upsample(images: torch.Tensor, factor: int, mode: str) -> torch.Tensor:
     """Images (B, C, H, W) in [-1, 1] enlarged by a whole factor: each pixel as a square (`nearest`), or `bicubic`, cut off
     at -1 and 1.
@@ -31,7 +61,7 @@ def read_images(image: ImageInput, channels: int) -> torch.Tensor:
 
     Args:
         image: one of
-            * a PIL image, or a list of them;
+            * a PIL image, or a list of them, converted to these channels (see `to_eight_bits`);
             * an array (H, W), (H, W, C) or (B, H, W, C), or a list of the first two: uint8, or floating point in [0, 1];
             * a tensor (C, H, W) or (B, C, H, W), or a list of the first: uint8, or floating point in [-1, 1].
         channels: of the network's images, 1 or 3.
@@ -43,7 +73,7 @@ def read_images(image: ImageInput, channels: int) -> torch.Tensor:
     parts = list(image) if isinstance(image, (list, tuple)) else [image]
     if not parts:
         raise ValueError("`image` is empty: pass at least one image.")
-    tensors = [tensor for part in parts for tensor in _tensors(part)]
+    tensors = [tensor for part in parts for tensor in _tensors(part, channels)]
     for tensor in tensors:
         if tensor.shape[0] != channels:
             raise ValueError(
@@ -84,18 +114,21 @@ def fit_images(images: torch.Tensor, size: int, upsampling: dict[str, Any] | Non
     )
 
 
-def _tensors(part: Any) -> list[torch.Tensor]:
-    """Float32 tensors (C, H, W) in [-1, 1]."""
+def _tensors(part: Any, channels: int) -> list[torch.Tensor]:
+    """Float32 tensors (C, H, W) in [-1, 1]; PIL images have `channels` of them."""
     if isinstance(part, PIL.Image.Image):
-        # A palette or transparency says nothing of the colours that are meant; what is grey stays grey.
-        part = (
-            part if part.mode in ("L", "RGB") else part.convert("L" if part.mode in ("1", "I;16", "I", "F") else "RGB")
-        )
-        part = np.array(part)
+        try:
+            part = np.array(to_eight_bits(part, channels))
+        except ValueError as error:
+            raise ValueError(f"`image` cannot be used: {error}.") from error
     if isinstance(part, np.ndarray):
         if part.ndim not in (2, 3, 4):
             raise ValueError(f"`image` has the shape {part.shape}; arrays are (H, W), (H, W, C) or (B, H, W, C).")
-        array = torch.from_numpy(np.ascontiguousarray(part[..., None] if part.ndim == 2 else part))
+        try:
+            part = np.ascontiguousarray(part, part.dtype.newbyteorder("="))
+            array = torch.from_numpy(part[..., None] if part.ndim == 2 else part)
+        except TypeError:  # objects, text, wide floats
+            raise ValueError(f"`image` is of {part.dtype}; images are uint8 or floating point.") from None
         array = array[None] if array.ndim == 3 else array
         return list(_scaled(array.movedim(-1, 1), 0.0))
     if torch.is_tensor(part):
@@ -107,6 +140,8 @@ def _tensors(part: Any) -> list[torch.Tensor]:
 
 def _scaled(images: torch.Tensor, lowest: float) -> torch.Tensor:
     """Images in [-1, 1] of uint8 levels, or of numbers from `lowest` to 1."""
+    if not images.numel():
+        raise ValueError(f"`image` is empty: its shape is {tuple(images.shape)}.")
     if images.dtype == torch.uint8:
         return images.float() / 127.5 - 1
     if not images.is_floating_point():

@@ -317,7 +317,7 @@ class _Cache:
             )
         partial = self.folder / f"{VAE_FOLDER}.tmp"
         self.vae.save_pretrained(partial)
-        shutil.rmtree(self.folder / VAE_FOLDER, ignore_errors=True)
+        delete(self.folder / VAE_FOLDER)
         partial.rename(self.folder / VAE_FOLDER)
         manifest = Manifest(self.recipe, self.images.data.class_names, shards)
         manifest.write(self.folder)

@@ -23,7 +23,7 @@ from safetensors.torch import save
 from ... import fingerprints
 from ...errors import InputError
 from ...files import whole_file, write_text
-from ...reading import parse_json, read_json
+from ...reading import check_shape, parse_json, read_json
 from ..config import DataConfig
 
 MANIFEST = "latents.json"
@@ -32,8 +32,19 @@ VAE_FOLDER = "vae"
 HEADER = "latents"
 #: Raised when the meaning of the files changes.
 FORMAT = 1
-_SHARD = {"file": str, "images": int, "skipped": int, "bytes": int, "hash": str}
-_MANIFEST = {"hash": str, "format": int, "recipe?": dict, "class_names?": [str], "shards?": [_SHARD]}
+# What a manifest must hold (see `read_json`).
+_SHAPE = {
+    "recipe": {
+        "vae": {"name": str, "encoder": str},
+        "scaling": dict,
+        "data": {"name": str, "image_size": int},
+        "parts": dict,
+        "latent_shape": [int],
+        "dtype": str,
+    },
+    "class_names": [str],
+    "shards": [{"file": str, "images": int, "skipped": int, "bytes": int, "hash": str}],
+}
 #: Parts of a VAE that have no say in what its encoder makes of an image.
 _DECODER = ("decoder.", "post_quant_conv.")
 
@@ -155,13 +166,19 @@ def read_manifest(folder: str | Path) -> Manifest:
             "(training/precompute_latents.py) again; what is there is kept."
         )
     try:
-        values = read_json(file, _MANIFEST)
+        values = read_json(file, {"format": int, "hash": str}, "Restore it, or make the cache again.")
         written, version = values.pop("hash"), values["format"]
         intact = written == fingerprints.of_values(values)
         if version == FORMAT:
+            check_shape(values, _SHAPE)
+            strange = [shard["file"] for shard in values["shards"] if Path(shard["file"]).name != shard["file"]]
+            if strange or len(values["recipe"]["latent_shape"]) != 3:
+                raise ValueError(f"it names files elsewhere: {strange[0]}" if strange else "latents have three axes")
             manifest = Manifest(
                 Recipe(**values["recipe"]), list(values["class_names"]), [Shard(**shard) for shard in values["shards"]]
             )
+    except InputError:
+        raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{file} is not the manifest of a latent cache: {type(error).__name__}: {error}.") from error
     if version != FORMAT:

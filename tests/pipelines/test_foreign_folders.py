@@ -1,0 +1,82 @@
+"""Pipeline folders that somebody else filled: damaged weights, strange types, garbage in configs."""
+
+import json
+
+import pytest
+import torch
+from helpers import tiny_sit
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+
+from si_distill import OneStepInterpolantPipeline, StochasticInterpolantScheduler
+from si_distill.autoencoders import describe_vae, load_vae
+from si_distill.conversion.diffusers_teachers import saved_class
+from si_distill.errors import InputError
+from si_distill.loading import load_pipeline
+
+WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("foreign") / "student"
+    OneStepInterpolantPipeline(tiny_sit(), StochasticInterpolantScheduler()).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda value: value * torch.nan, "are damaged: 1 tensors hold values that are not finite"),
+        (lambda value: value + torch.inf, "are damaged: 1 tensors"),
+        (
+            lambda value: value.to(torch.float8_e4m3fn),
+            "hold 1 tensors of a type that networks are not run in: .* is F8_E4M3",
+        ),
+        (lambda value: value.to(torch.complex64), "hold 1 tensors of a type that networks are not run in"),
+    ],
+    ids=["nan", "infinite", "float8", "complex"],
+)
+def test_weights_that_no_network_can_have_are_refused(folder, change, words):
+    tensors = load_file(folder / WEIGHTS)
+    name = next(name for name in tensors if name.endswith("proj_out.weight"))
+    save_file({**tensors, name: change(tensors[name])}, folder / WEIGHTS)
+    try:
+        with pytest.raises(InputError, match=words):
+            load_pipeline(OneStepInterpolantPipeline, "student", str(folder))
+    finally:
+        save_file(tensors, folder / WEIGHTS)
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers(-3, 3) | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+    max_leaves=5,
+)
+
+
+@given(st.data())
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_garbage_in_a_config_is_a_sentence_or_a_pipeline(folder, data):
+    file = folder / data.draw(
+        st.sampled_from(["model_index.json", "transformer/config.json", "scheduler/scheduler_config.json"])
+    )
+    whole = file.read_text()
+    content = json.loads(whole)
+    key = data.draw(st.sampled_from([None, *content]))
+    value = data.draw(JSON)
+    file.write_text(json.dumps(value if key is None else {**content, key: value}))
+    try:
+        assert isinstance(saved_class(str(folder)), (str, type(None)))
+        for read in (
+            lambda: load_pipeline(OneStepInterpolantPipeline, "student", str(folder)),
+            lambda: load_vae(str(folder)),
+            lambda: describe_vae(str(folder)),
+        ):
+            try:
+                read()
+            except InputError as error:
+                assert str(folder) in str(error)  # noqa: PT017
+    finally:
+        file.write_text(whole)
