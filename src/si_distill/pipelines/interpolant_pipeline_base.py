@@ -118,7 +118,7 @@ class InterpolantPipelineBase(LabelsMixin, DiffusionPipeline):
                 channels, values out of range, or a number of images below 1.
             TypeError: for something else than images.
         """
-        if not isinstance(num_images_per_input, int) or num_images_per_input < 1:
+        if type(num_images_per_input) is not int or num_images_per_input < 1:
             raise ValueError(f"`num_images_per_input` must be at least 1, got {num_images_per_input!r}.")
         channels, size = self.image_channels, self.network.sample_shape[-1]
         if not channels:
@@ -154,24 +154,41 @@ class InterpolantPipelineBase(LabelsMixin, DiffusionPipeline):
         Refuses what would fail, or silently mean something else, deep inside.
 
         Raises:
-            ValueError: for an unknown output type or callback tensor, a list of generators or `latents` that do not fit
-                the number of images.
+            ValueError: for an unknown output type or callback tensor, pictures of latents without a VAE, a list of
+                generators or `latents` that do not fit the number of images, or `latents` that are no finite numbers.
+            TypeError: for `latents` that are no tensor, or a `generator` that is none.
         """
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"Unknown `output_type` {output_type!r}. Choose one of: {', '.join(OUTPUT_TYPES)}.")
+        channels = self.network.sample_shape[0]
+        if output_type != "latent" and self.vae is None and channels not in (1, 3):
+            raise ValueError(
+                f"This network works on latents of {channels} channels, and there is no VAE to decode them: add one, or "
+                "pass `output_type='latent'`."
+            )
         unknown = set(callback_on_step_end_tensor_inputs or ()) - set(self._callback_tensor_inputs)
         if unknown:
             raise ValueError(
                 f"`callback_on_step_end_tensor_inputs` has {sorted(unknown)}; this pipeline offers "
                 f"{self._callback_tensor_inputs}."
             )
-        if isinstance(generator, (list, tuple)) and len(generator) != batch_size:
+        several = isinstance(generator, (list, tuple))
+        for each in generator if several else [] if generator is None else [generator]:
+            if not isinstance(each, torch.Generator):
+                holds = "holds" if several else "is"
+                raise TypeError(
+                    f"`generator` {holds} a {type(each).__name__}; pass a `torch.Generator`, or a list of them, one for "
+                    "each image."
+                )
+        if several and len(generator) != batch_size:
             raise ValueError(
                 f"There are {len(generator)} generators for {batch_size} images; pass one for each image, or a single "
                 "generator for the batch."
             )
         if latents is None:
             return
+        if not torch.is_tensor(latents):
+            raise TypeError(f"`latents` is a {type(latents).__name__}; it is a tensor of standard normal noise.")
         if self.noise_shape is None:
             raise ValueError(
                 "`latents` were given, but sampling starts at `image` and draws noise on the way, if any: leave them out, "
@@ -182,6 +199,10 @@ class InterpolantPipelineBase(LabelsMixin, DiffusionPipeline):
             raise ValueError(
                 f"`latents` has shape {tuple(latents.shape)}, but {batch_size} images of this network need {shape}."
             )
+        if not latents.is_floating_point():
+            raise ValueError(f"`latents` is of {latents.dtype}; it is standard normal noise, of floating point numbers.")
+        if not latents.isfinite().all():
+            raise ValueError("`latents` holds values that are not finite.")
 
     def prepare_noise(
         self,

@@ -134,14 +134,14 @@ class OneStepInterpolantPipeline(SelfContainedFolderMixin, InterpolantPipelineBa
             TypeError: for a label that is neither an integer nor a string.
         """
         # 1. Check inputs
-        if num_inference_steps != 1:
+        if not isinstance(num_inference_steps, int) or num_inference_steps != 1:
             raise ValueError(
-                f"`num_inference_steps` is {num_inference_steps}, but a one-step student has one step: it was not trained "
+                f"`num_inference_steps` is {num_inference_steps!r}, but a one-step student has one step: it was not trained "
                 "at other times. Leave the argument out, or sample the teacher with `InterpolantPipeline`."
             )
-        if guidance_scale != 1:
+        if not isinstance(guidance_scale, (int, float)) or guidance_scale != 1:
             raise ValueError(
-                f"`guidance_scale` is {guidance_scale}, but a student is evaluated once: the guidance it was distilled "
+                f"`guidance_scale` is {guidance_scale!r}, but a student is evaluated once: the guidance it was distilled "
                 "with is already inside. Leave the argument out, or distill again with another teacher guidance."
             )
         device = self._execution_device
