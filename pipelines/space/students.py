@@ -191,6 +191,7 @@ class Students:
         pipeline = type(shared).from_pipe(shared, scheduler=scheduler)
         pipeline.set_progress_bar_config(disable=True)
         if shared not in self._warm:  # what a first call sets up is not the first visitor's time
+            self._until.seconds = time.monotonic() + MAX_SECONDS
             few_steps = {"num_inference_steps": 1} if "num_inference_steps" in kwargs else {}
             sample_rows(pipeline, [0] if labels else None, 1, 0, **few_steps)
             self._warm.add(shared)

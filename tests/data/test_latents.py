@@ -13,12 +13,13 @@ from latent_caches import CACHE, precompute, tiny_autoencoder
 from safetensors import safe_open
 from script_runs import ROOT, command, run
 
-from si_distill import InterpolantPipeline, StochasticInterpolantScheduler
+from si_distill import InterpolantPipeline, StochasticInterpolantScheduler, fingerprints
 from si_distill.autoencoders import load_vae
 from si_distill.data import DataConfig, load_images
 from si_distill.data.latents.config import LatentsConfig
 from si_distill.data.latents.dataset import LatentDataset, sampled
 from si_distill.data.latents.encoding import print_dry_run
+from si_distill.data.latents.format import read_manifest
 from si_distill.errors import InputError
 from si_distill.pipelines import LatentScaling
 from si_distill.settings import parse_settings
@@ -259,3 +260,28 @@ def test_the_manifest_says_what_the_latents_are(cache, vae_folder):
     assert recipe["data"]["image_size"] == 8
     assert recipe["scaling"]["scaling_factor"] == 0.3
     assert sum(p.stat().st_size for p in cache.glob("*.safetensors")) == sum(s["bytes"] for s in values["shards"])
+
+
+GARBAGE = {
+    "a list": lambda values: [],
+    "no shards": lambda values: {**values, "shards": None},
+    "a file elsewhere": lambda values: {**values, "shards": [{**values["shards"][0], "file": "../../secret"}]},
+    "images of no number": lambda values: {**values, "shards": [{**values["shards"][0], "images": "20"}]},
+    "two axes": lambda values: {**values, "recipe": {**values["recipe"], "latent_shape": [4, 4]}},
+    "no size": lambda values: {**values, "recipe": {**values["recipe"], "data": {"name": "digits"}}},
+    "names of numbers": lambda values: {**values, "class_names": [1, 2]},
+    "a format in words": lambda values: {**values, "format": "one"},
+}
+
+
+@pytest.mark.parametrize("case", GARBAGE)
+def test_garbage_in_a_manifest_is_a_sentence(case, cache, tmp_path):
+    """With the hash that belongs to it, which anybody can compute."""
+    values = json.loads((cache / "latents.json").read_text())
+    del values["hash"]
+    values = GARBAGE[case](values)
+    if isinstance(values, dict):
+        values["hash"] = fingerprints.of_values(values)
+    (tmp_path / "latents.json").write_text(json.dumps(values))
+    with pytest.raises(InputError, match=r"latents\.json"):
+        read_manifest(tmp_path)

@@ -40,7 +40,9 @@ def test_noise_and_generators_of_another_type(cls, arguments, error, words):
 def test_latents_without_a_vae_are_no_picture(cls):
     made = pipeline(cls, in_channels=4)
     for output_type in ("pil", "np", "pt"):
-        with pytest.raises(ValueError, match=r"works on latents of 4 channels, and there is no VAE.*output_type=.latent."):
+        with pytest.raises(
+            ValueError, match=r"works on latents of 4 channels, and there is no VAE.*output_type=.latent."
+        ):
             made([0], output_type=output_type)
     assert made([0], output_type="latent").images.shape == (1, 4, 8, 8)
     assert pipeline(cls, tiny_autoencoder(), in_channels=4)([0], output_type="pt").images.shape == (1, 3, 16, 16)
@@ -59,7 +61,9 @@ NAMES = ("class_labels", "generator", "latents", "batch_size", "num_inference_st
 @settings(max_examples=150, deadline=None)
 def test_whatever_is_given_is_images_or_a_sentence(arguments, cls):
     try:
-        images = pipeline(cls)(**{"class_labels": [0, 1], "num_inference_steps": 1, "output_type": "pt", **arguments}).images
+        images = pipeline(cls)(
+            **{"class_labels": [0, 1], "num_inference_steps": 1, "output_type": "pt", **arguments}
+        ).images
     except (ValueError, TypeError) as error:
         assert any(word in str(error) for word in ("`", "label", "class", "generators"))  # noqa: PT017
     else:

@@ -166,7 +166,8 @@ def read_manifest(folder: str | Path) -> Manifest:
             "(training/precompute_latents.py) again; what is there is kept."
         )
     try:
-        values = read_json(file, {"format": int, "hash": str}, "Restore it, or make the cache again.")
+        values = read_json(file, dict, "Restore it, or make the cache again.")
+        check_shape(values, {"format": int, "hash": str})
         written, version = values.pop("hash"), values["format"]
         intact = written == fingerprints.of_values(values)
         if version == FORMAT:
