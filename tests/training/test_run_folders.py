@@ -1,14 +1,14 @@
 """Folders of runs that others touched: shared, linked, damaged, overwritten, killed at the wrong moment, not writable."""
 
 import json
+import multiprocessing
 import os
 import resource
 import shutil
-import signal
 import subprocess
 import sys
+import threading
 import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -306,22 +306,18 @@ def test_a_tracker_that_cannot_work_is_refused_before_anything_is_written(
 
 
 def test_a_killed_process_that_reads_data_stops_the_run_with_a_sentence(teacher_folder, tmp_path):
-    folder = tmp_path / "run"
-    arguments = ["--teacher", teacher_folder, "--output_dir", folder, "--max_steps", 100_000]
-    process = subprocess.Popen(
-        list(map(str, [*SCRIPT, *arguments, "--dataloader_num_workers", 1])),
-        env=environment(), cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-    )  # fmt: skip
-    while not (folder / "metrics.jsonl").exists():
-        assert process.poll() is None, process.stdout.read()
-        time.sleep(0.1)
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    reader = next(child for child in children if "train_distill.py" in Path(f"/proc/{child}/cmdline").read_text())
-    os.kill(int(reader), signal.SIGKILL)
-    printed = process.communicate(timeout=120)[0]
-    assert process.returncode == 3, printed
-    assert "A process that reads data has died" in printed
-    assert "Traceback" not in printed
+    def kill_reader() -> None:
+        while not (readers := multiprocessing.active_children()):
+            time.sleep(0.05)
+        readers[0].kill()
+
+    arguments = ("--objective", "realuid", "--dataloader_num_workers", 1, "--max_steps", 100_000)
+    trainer = distillation(teacher_folder, tmp_path / "run", *arguments)
+    threading.Thread(target=kill_reader, daemon=True).start()
+    with pytest.raises(
+        TrainingStopped, match=r"A process that reads data has died at step \d+: .* fewer dataloader_num_w"
+    ):
+        trainer.train()
 
 
 # Training that goes on without learning.
