@@ -156,17 +156,17 @@ class TestWrappers:
     @pytest.mark.parametrize("wrapper", WRAPPED)
     def test_are_taken_off(self, tmp_path, images, wrapper):
         weights = sit_weights()
-        network = InterpolantPipeline.from_pretrained(convert(tmp_path, WRAPPED[wrapper](weights), *TINY)).transformer
+        pipeline = InterpolantPipeline.from_pretrained(convert(tmp_path, WRAPPED[wrapper](weights), *TINY))
         with torch.no_grad():
-            output = network(images.float(), TIMES, LABELS).sample
+            output = pipeline.field().predict(images.float(), TIMES, TOLD)
         assert distance(output, -sit_output(weights, images, 1 - TIMES.double(), LABELS)) < 1e-5
 
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
     def test_of_other_precision(self, tmp_path, images, dtype):
         weights = {name: value.to(dtype) for name, value in sit_weights().items()}
-        network = InterpolantPipeline.from_pretrained(convert(tmp_path, weights, *TINY)).transformer
+        pipeline = InterpolantPipeline.from_pretrained(convert(tmp_path, weights, *TINY))
         with torch.no_grad():
-            output = network(images.float(), TIMES, LABELS).sample
+            output = pipeline.field().predict(images.float(), TIMES, TOLD)
         weights["pos_embed"] = sit_weights()["pos_embed"]
         assert distance(output, -sit_output(weights, images, 1 - TIMES.double(), LABELS)) < 1e-5
 

@@ -163,7 +163,7 @@ def edit(folder):
             "the file holds other latents",
         ),
         (edit, "was changed after it was written"),
-        (lambda f: (f / "latents.json").write_text("{}"), "is not the manifest of a latent cache"),
+        (lambda f: (f / "latents.json").write_text("{}"), "it has no `format`"),
     ],
 )
 def test_a_damaged_cache_is_refused_and_mended_by_the_command_that_made_it(damage, words, damaged, cache, vae_folder):

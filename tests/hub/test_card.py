@@ -14,7 +14,8 @@ from si_distill import InterpolantPipeline, OneStepInterpolantPipeline, Stochast
 from si_distill.errors import InputError
 from si_distill.hub.card import GENERATED, TEMPLATES, render_card, write_card
 from si_distill.hub.card_tables import MISSING
-from si_distill.hub.facts import read_facts, without_paths
+from si_distill.hub.facts import read_facts
+from si_distill.hub.plain_text import without_paths
 from si_distill.hub.staging import stage_model
 from si_distill.settings import settings_to_dict
 from si_distill.training.distillation.config import DistillConfig

@@ -15,7 +15,7 @@ from ..autoencoders import load_vae
 from ..errors import InputError
 from ..log_variance import LOG_VARIANCE
 from ..pipelines import Condition
-from ..settings import read_yaml
+from ..reading import read_yaml
 from .converted import Converted
 
 
@@ -66,7 +66,7 @@ def load_id2label(name: str, num_classes: int) -> dict[int, str]:
 
         names = ResNet50_Weights.DEFAULT.meta["categories"]
     else:
-        content = read_yaml(name)  # JSON is YAML
+        content = read_yaml(name, plain=True)  # JSON is YAML; names stay text
         names = content.get("id2label", content)
     if isinstance(names, list):
         names = dict(enumerate(names))

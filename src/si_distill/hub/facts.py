@@ -20,7 +20,7 @@ STUDENT, TEACHER = "OneStepInterpolantPipeline", "InterpolantPipeline"
 
 # What these files must hold where they say something at all (see `read_json`).
 _NUMBER, _TEXT, _COUNT = (float, None), (str, None), (int, None)
-_INDEX = {
+INDEX = {
     "_class_name?": (str, [str]),
     "transformer?": [(str, None)],
     "vae?": ([(str, None)], None),
@@ -169,7 +169,7 @@ def read_facts(folder: str | Path, training: bool = True) -> ModelFacts:
         InputError: when the folder is no pipeline of ours, or one of its files cannot be read.
     """
     folder = Path(folder)
-    index = _json(folder / "model_index.json", _INDEX)
+    index = _json(folder / "model_index.json", INDEX)
     if index is None:
         raise InputError(f"{folder} is not a pipeline folder: it has no model_index.json.")
     name = class_name(index)

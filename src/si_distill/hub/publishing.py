@@ -1,6 +1,5 @@
 """Publication on the Hugging Face Hub: one commit for all files, or none; every failure a sentence."""
 
-import json
 import shutil
 import tempfile
 from contextlib import contextmanager
@@ -15,8 +14,9 @@ from huggingface_hub.utils import validate_repo_id
 
 from ..errors import InputError, PublishError
 from ..evaluation.config import EVALUATION
+from ..reading import read_json
 from .card import CARD, SAMPLES
-from .facts import CONFIG, FACTS, METRICS, class_name
+from .facts import CONFIG, FACTS, INDEX, METRICS, class_name
 from .staging import listing, stage_model
 
 #: Files outside the folders of components that a publication writes, and removes when it no longer has them.
@@ -173,11 +173,11 @@ def _check_same_kind(api: HfApi, folder: Path, repo_id: str, revision: str, pres
     """A name is taken when its repository holds something that this publication would bury."""
     if not present - {".gitattributes", CARD, "LICENSE"}:
         return
-    here = class_name(json.loads((folder / "model_index.json").read_text(encoding="utf-8")))
+    here = class_name(read_json(folder / "model_index.json", INDEX))
     there = None
     if "model_index.json" in present:
         index = Path(api.hf_hub_download(repo_id, "model_index.json", revision=revision))
-        there = class_name(json.loads(index.read_text(encoding="utf-8")))
+        there = class_name(read_json(index, INDEX))
     if there != here:
         what = f"a {there}" if there else "other files, and no pipeline"
         raise InputError(

@@ -109,7 +109,7 @@ def stage_space(
         private: whether the model is private, so that the Space needs a token of its own.
     """
     _make_anew(folder)
-    shutil.copytree(template, folder, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(template, folder, ignore=shutil.ignore_patterns("__pycache__"), dirs_exist_ok=True)
     package = Path(__file__).parents[1]
     for source in sorted(package.glob("*.py")):
         (folder / package.name).mkdir(exist_ok=True)

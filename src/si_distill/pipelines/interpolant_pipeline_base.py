@@ -161,7 +161,7 @@ class InterpolantPipelineBase(LabelsMixin, DiffusionPipeline):
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"Unknown `output_type` {output_type!r}. Choose one of: {', '.join(OUTPUT_TYPES)}.")
         channels = self.network.sample_shape[0]
-        if output_type != "latent" and self.vae is None and channels not in (1, 3):
+        if output_type != "latent" and self.vae is None and channels > 3:
             raise ValueError(
                 f"This network works on latents of {channels} channels, and there is no VAE to decode them: add one, or "
                 "pass `output_type='latent'`."
@@ -200,7 +200,9 @@ class InterpolantPipelineBase(LabelsMixin, DiffusionPipeline):
                 f"`latents` has shape {tuple(latents.shape)}, but {batch_size} images of this network need {shape}."
             )
         if not latents.is_floating_point():
-            raise ValueError(f"`latents` is of {latents.dtype}; it is standard normal noise, of floating point numbers.")
+            raise ValueError(
+                f"`latents` is of {latents.dtype}; it is standard normal noise, of floating point numbers."
+            )
         if not latents.isfinite().all():
             raise ValueError("`latents` holds values that are not finite.")
 
