@@ -1,4 +1,4 @@
-"""How fast images are streamed, beside how fast the same cores can decode and crop them at all.
+"""How fast images are streamed, next to how fast the same cores can decode and crop them at all.
 
     python benchmarks/data_rate.py --data_files 'PATH/*.parquet'
 

@@ -4,8 +4,8 @@
     python benchmarks/fashion_mnist_judge.py --data path/to/fashion-mnist --output runs/judge
 
 The folder of the data holds `train-*.parquet` and `test-*.parquet` with columns `image` and `label`. The classifier sees the
-60,000 training images; its accuracy on the 10,000 test images is written beside the weights and belongs to every figure that
-it gives. The evaluation takes it as any other extractor of features:
+60,000 training images; its accuracy on the 10,000 test images is written next to the weights and belongs to every figure
+that it gives. The evaluation takes it as any other extractor of features:
 
     cd benchmarks
     accelerate launch ../training/evaluate.py --features fashion_mnist_judge:Judge \

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""What the one-step pipeline costs beside the network's forward: labels, noise, the scheduler's step, the output.
+"""What the one-step pipeline costs next to the network's forward: labels, noise, the scheduler's step, the output.
 
     python benchmarks/generation_overhead.py
     python benchmarks/generation_overhead.py --device cuda --preset SiT-XL/2 --dtype bfloat16

@@ -152,7 +152,7 @@ class Setup:
 
 
 def train_teacher(config: MixtureConfig, target: str, seed: int) -> dict:
-    """A teacher by matching; returns its averaged weights, samples, and their distance beside that of fresh data."""
+    """A teacher by matching; returns its averaged weights, samples, and their distance next to that of fresh data."""
     setup = Setup(config, target, seed, stream=0)
     torch.manual_seed(seed)
     network = VelocityMLP(config.width)

@@ -308,7 +308,7 @@ def dmd2() -> DistillationObjective:
     return DistillationObjective("dmd2", (1, 1, 1), (0, 1, 0), True, space="sample", weight="sid", source=source)
 
 
-#: What any preset takes beside its coefficients.
+#: What any preset takes next to its coefficients.
 OVERRIDES = ("space", "weight", "critic_weight")
 
 

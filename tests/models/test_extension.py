@@ -33,30 +33,30 @@ def test_a_network_becomes_conditional_without_changing(inputs):
 def test_a_conditional_network_gets_noise_beside_its_reference(inputs):
     teacher, (reference, noise) = tiny_sit(condition_channels=1), numbers(1, 2, 3, 1, 8, 8)
     student = extend_network(teacher, condition_channels=2)
-    both = view_network(student).beside(reference, noise)
+    both = view_network(student).condition_image(reference, noise)
     assert torch.equal(both, torch.cat([reference, noise], 1))
     said = student(*inputs, condition=both).sample
-    assert torch.equal(said, teacher(*inputs, condition=view_network(teacher).beside(reference)).sample)
+    assert torch.equal(said, teacher(*inputs, condition=view_network(teacher).condition_image(reference)).sample)
     random = extend_network(teacher, zero=False, condition_channels=2)
     assert not torch.equal(random(*inputs, condition=both).sample, said)
-    silent = view_network(random).beside(reference, torch.zeros_like(noise))
+    silent = view_network(random).condition_image(reference, torch.zeros_like(noise))
     torch.testing.assert_close(random(*inputs, condition=silent).sample, said)
 
 
 def test_an_unpaired_bridge_does_not_see_its_reference():
     reference, noise = numbers(1, 2, 3, 1, 8, 8)
-    assert view_network(tiny_sit()).beside(reference) is None
-    assert view_network(tiny_sit(condition_channels=1)).beside(reference, noise) is noise
+    assert view_network(tiny_sit()).condition_image(reference) is None
+    assert view_network(tiny_sit(condition_channels=1)).condition_image(reference, noise) is noise
 
 
 def test_conditions_of_other_channels_are_refused():
     network, reference = tiny_sit(condition_channels=3), numbers(0, 2, 1, 8, 8)
     with pytest.raises(ValueError, match=r"reference image of 3 channels.*none was given"):
-        view_network(network).beside(None)
+        view_network(network).condition_image(None)
     with pytest.raises(ValueError, match=r"reference image of 3 channels.*the one given has 1"):
-        view_network(network).beside(reference)
+        view_network(network).condition_image(reference)
     with pytest.raises(ValueError, match=r"reference image of 2 channels.*the one given has 1"):
-        view_network(network).beside(reference, reference)
+        view_network(network).condition_image(reference, reference)
 
 
 def test_dtype_mode_and_other_inputs_are_kept():

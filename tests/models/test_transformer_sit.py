@@ -131,9 +131,9 @@ class TestStructure:
     def test_condition_that_does_not_fit_is_refused(self, inputs):
         for channels, given in ((3, None), (3, (4, 2, 8, 8)), (3, (4, 3, 4, 4)), (3, (1, 3, 8, 8))):
             condition = None if given is None else torch.zeros(given)
-            with pytest.raises(ValueError, match=r"takes a `condition` .*of shape \(4, 3, 8, 8\) beside x_t"):
+            with pytest.raises(ValueError, match=r"takes a `condition` .*of shape \(4, 3, 8, 8\) next to x_t"):
                 tiny_sit(condition_channels=channels)(*inputs, condition=condition)
-        with pytest.raises(ValueError, match=r"takes no `condition` beside x_t"):
+        with pytest.raises(ValueError, match=r"takes no `condition` next to x_t"):
             tiny_sit()(*inputs, condition=torch.zeros(4, 1, 8, 8))
 
     def test_learned_variances_are_dropped(self, inputs):

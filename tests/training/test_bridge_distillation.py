@@ -154,7 +154,7 @@ def test_the_student_starts_as_the_teacher_beside_its_noise_and_is_saved_with_it
     said = teacher.field().sample(reference, torch.ones(3), Condition(labels, image=reference))
 
     def made(network, noise):
-        told = Condition(labels, image=view_network(network).beside(reference, noise))
+        told = Condition(labels, image=view_network(network).condition_image(reference, noise))
         return trainer._student_field(network).one_step(reference, 1.0, told)
 
     student = trainer.generator.unwrapped

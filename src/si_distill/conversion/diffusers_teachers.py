@@ -20,7 +20,7 @@ from ..schedulers.scheduling_stochastic_interpolant import StochasticInterpolant
 
 #: Diffusers' pipelines that can be teachers, and the component that is the network.
 PIPELINES = {"DiTPipeline": "transformer", "DDPMPipeline": "unet", "DDIMPipeline": "unet"}
-#: Diffusers' networks that can be teachers, each in a folder of its own beside that of a scheduler. The last is how
+#: Diffusers' networks that can be teachers, each in a folder of its own next to that of a scheduler. The last is how
 #: old folders name a DiT; diffusers opens it as one.
 NETWORKS = (*(cls.__name__ for cls in VIEWS), "Transformer2DModel")
 #: What these networks predict, in diffusers' words and in ours.
@@ -44,7 +44,7 @@ def convert_diffusers(source: str) -> InterpolantPipeline:
 
     Args:
         source: a saved `DiTPipeline`, `DDPMPipeline` or `DDIMPipeline`, or the folder of a `DiTTransformer2DModel` or
-            `UNet2DModel` that has a `scheduler` folder beside it.
+            `UNet2DModel` that has a `scheduler` folder next to it.
 
     Returns:
         A pipeline with the same network as `transformer`, on `ddpm` with discrete timesteps, and its VAE and class names.
@@ -57,7 +57,7 @@ def convert_diffusers(source: str) -> InterpolantPipeline:
         raise InputError(
             f"{source!r} was saved as {name or 'nothing that diffusers knows'}, which cannot be a teacher. Teachers are "
             f"InterpolantPipeline folders, diffusers' {', '.join(PIPELINES)}, or folders of {' or '.join(NETWORKS)} with a "
-            "scheduler folder beside them."
+            "scheduler folder next to them."
         )
     try:
         network, scheduler, further = _load_pipeline(source) if name in PIPELINES else _load_network(source, name)
@@ -84,8 +84,8 @@ def _load_network(source: str, name: str) -> tuple[torch.nn.Module, SchedulerMix
     folder = Path(source).resolve().parent / "scheduler"
     if not (folder / SchedulerMixin.config_name).is_file():
         raise ValueError(
-            f"it says nothing of its noise levels, and there is no {folder}/{SchedulerMixin.config_name} beside it. Put the "
-            "folder of its diffusers scheduler there, or pass the folder of the whole pipeline."
+            f"it says nothing of its noise levels, and there is no {folder}/{SchedulerMixin.config_name} next to it. Put "
+            "the folder of its diffusers scheduler there, or pass the folder of the whole pipeline."
         )
     config = diffusers.DDPMScheduler.load_config(folder)
     scheduler = getattr(diffusers, config["_class_name"]).from_config(config)

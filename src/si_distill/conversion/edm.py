@@ -103,7 +103,7 @@ def convert_edm(settings: ConvertConfig) -> Converted:
 
 
 def _is_student(content: Any, preconditioning: PickledObject, settings: ConvertConfig) -> bool:
-    """EDM and EDM2 write their training loss beside the weights; SiD writes nothing, and SiDA's classes are its own."""
+    """EDM and EDM2 write their training loss next to the weights; SiD writes nothing, and SiDA's classes are its own."""
     if preconditioning.class_name in _STUDENTS:
         if settings.kind == "edm":
             raise InputError(

@@ -86,7 +86,7 @@ def load_id2label(name: str, num_classes: int) -> dict[int, str]:
 
 def write_pipeline(converted: Converted, folder: Path) -> float:
     """
-    Saves the pipeline beside `folder`, opens it again, samples, compares, and only then gives it its name.
+    Saves the pipeline next to `folder`, opens it again, samples, compares, and only then gives it its name.
 
     Returns:
         The root mean square of x̂0 from pure noise: near the data's own (0.3 to 1.2) for a trained network; a network
@@ -125,7 +125,7 @@ def _first_sample(pipeline: Any, converted: Converted) -> torch.Tensor:
 
 @contextlib.contextmanager
 def _temporary_folder(folder: Path) -> Iterator[Path]:
-    """An empty folder beside `folder`, removed unless it was renamed."""
+    """An empty folder next to `folder`, removed unless it was renamed."""
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as private:
         temporary = Path(private) / folder.name
         temporary.mkdir()

@@ -22,7 +22,7 @@ from .stream_reading import CHUNK, rows_of
 def load_training_data(
     config: DataConfig, readers: int = 1, num_classes: int | None = None, further_references: bool = False
 ) -> TrainingData:
-    """What a trainer reads: images, beside those of a second data set if references are unpaired, or a cache of latents.
+    """What a trainer reads: images, next to those of a second data set if references are unpaired, or a cache of latents.
 
     Args:
         config: of the data.

@@ -59,7 +59,7 @@ class UnpairedData:
         images: the data set of the images, which has labels.
         references: the other; its labels are not read.
         further: whether each batch has a second, independent set of references, `other_reference`: what students start
-            from, beside those that x_t is built with.
+            from, next to those that x_t is built with.
 
     Raises:
         InputError: when the two have images of different sizes or channels.

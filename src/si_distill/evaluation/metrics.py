@@ -32,7 +32,7 @@ class Comparison:
         logits: (N, K) of the images, or None.
         labels: (N,) their classes, or None.
         predicted: (N,) the classes that they show, or None.
-        compared: figures of each image beside its input's truth (see `PipelineSource`).
+        compared: figures of each image next to its input's truth (see `PipelineSource`).
         neighbours: the nearest real images of each, or None.
     """
 
@@ -175,7 +175,7 @@ def _psnr(c):
 
 @register_metric(
     "diversity",
-    note="PSNR is that of each image beside its input's truth, in decibels; diversity the standard deviation of a pixel in "
+    note="PSNR is that of each image next to its input's truth, in decibels; diversity the standard deviation of a pixel in "
     "[0, 1] over images of one input.",
 )
 def _diversity(c):

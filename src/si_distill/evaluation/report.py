@@ -42,7 +42,7 @@ def evaluate(settings: EvaluationConfig) -> dict[str, Any] | None:
     evaluation = _Evaluation(settings, join_processes())
     shards = evaluation.make_features()
     if not evaluation.state.is_main_process:
-        return None  # what follows is quick beside the sampling, and needs no other process
+        return None  # what follows is quick next to the sampling, and needs no other process
     judge = Judge(settings, evaluation.reference, evaluation.class_names, evaluation.state.device)
     rows = [judge.row(*row) for row in zip(evaluation.generators, (made.collect() for made in shards), strict=True)]
     if evaluation.reference.features is not None:

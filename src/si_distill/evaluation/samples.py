@@ -35,7 +35,7 @@ class Batch:
         labels: the class of each, or None.
         rows: rows that went through the network for them; a guided evaluation counts twice.
         seconds: that it took to make them, decoding included.
-        compared: figures of each image beside its input's truth and its like (see `PipelineSource`), each (B,).
+        compared: figures of each image next to its input's truth and its like (see `PipelineSource`), each (B,).
     """
 
     images: torch.Tensor

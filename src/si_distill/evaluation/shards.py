@@ -28,7 +28,7 @@ from .samples import Source
 #: Images in a shard; a batch never crosses its border.
 SHARD = 512
 MANIFEST = "manifest.json"
-#: Figures of single images beside their inputs' truth.
+#: Figures of single images next to their inputs' truth.
 COMPARED = ("psnr", "spread")
 
 

@@ -14,7 +14,7 @@ from ..pipelines.interpolant_pipeline_network import VIEWS, NetworkView
 from ..reading import read_json, read_json_lines, read_yaml
 from .plain_text import is_repository
 
-#: Files that a run leaves beside its pipeline and that are published with it.
+#: Files that a run leaves next to its pipeline and that are published with it.
 CONFIG, METRICS, FACTS = "config.yaml", "metrics.jsonl", "facts.json"
 STUDENT, TEACHER = "OneStepInterpolantPipeline", "InterpolantPipeline"
 

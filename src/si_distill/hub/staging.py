@@ -98,7 +98,7 @@ def stage_space(
     """
     Writes what a Gradio Space holds: the app, its settings, and the part of this package that samples.
 
-    With the package beside the app, models load through its classes, and no code of a repository runs.
+    With the package next to the app, models load through its classes, and no code of a repository runs.
 
     Args:
         template: the folder of the app, `pipelines/space`.
@@ -147,7 +147,7 @@ def check_links(run: Path) -> None:
     """
     Refuses links in a folder that lead out of it: what they lead to would be published.
 
-    The Hub's own cache, whose files are links to a folder beside them, is one place.
+    The Hub's own cache, whose files are links to a folder next to them, is one place.
 
     Raises:
         InputError: names the link.

@@ -45,7 +45,7 @@ def extend_pipeline(pipeline: Pipeline, condition_channels: int) -> Pipeline:
         ValueError: as `extend_network`.
     """
     network = extend_network(pipeline.transformer, condition_channels=condition_channels)
-    _, settings = pipeline._get_signature_keys(pipeline)  # what the constructor takes beside the components
+    _, settings = pipeline._get_signature_keys(pipeline)  # what the constructor takes next to the components
     config = {name: pipeline.config[name] for name in settings if name in pipeline.config}
     return type(pipeline)(**{**config, **pipeline.components, "transformer": network})
 

@@ -172,9 +172,9 @@ class SiTTransformer2DModel(
         timestep_scale (`float`): the time embedding is cos and sin of t · timestep_scale · f with f ≤ 1. SiT uses 1;
             a tiny network on t in [0, 1] learns faster with 100.
         dropout (`float`): after attention and MLP, in training. SiT uses none.
-        augment_dim (`int`): number of augmentation labels that the network can be told (EDM's 9), by a linear map beside
+        augment_dim (`int`): number of augmentation labels that the network can be told (EDM's 9), by a linear map next to
             the class, zero at first. 0 is none.
-        condition_channels (`int`): channels of an image that the network sees beside x_t (a reference, the student's
+        condition_channels (`int`): channels of an image that the network sees next to x_t (a reference, the student's
             noise), by a patch embedding of its own that is zero at first. 0 is none.
         learned_positions (`bool`): whether the position embedding, sines at first, is a parameter. SiT's is fixed; the
             public code of si-adistill trains it.
@@ -221,7 +221,7 @@ class SiTTransformer2DModel(
             sines = self.pos_embed.pos_embed
             del self.pos_embed.pos_embed
             self.pos_embed.pos_embed = nn.Parameter(sines)
-        # Beside `pos_embed.proj`, not more channels of it: with zeros the sum is x_t's own embedding to the last bit.
+        # Next to `pos_embed.proj`, not more channels of it: with zeros the sum is x_t's own embedding to the last bit.
         self.condition_embed = (
             nn.Conv2d(condition_channels, dim, patch_size, stride=patch_size, bias=False)
             if condition_channels
@@ -312,7 +312,7 @@ class SiTTransformer2DModel(
                 adversarial term looks at.
             augment_labels (`torch.Tensor` of shape (B, augment_dim), *optional*): what augmentation did to the images;
                 None and zeros mean nothing.
-            condition (`torch.Tensor` of shape (B, condition_channels, H, W), *optional*): the image beside x_t.
+            condition (`torch.Tensor` of shape (B, condition_channels, H, W), *optional*): the image next to x_t.
 
         Returns:
             `SiTTransformer2DModelOutput` whose `sample` has the shape of `hidden_states`, or a tuple of its fields.
@@ -380,6 +380,6 @@ class SiTTransformer2DModel(
         if found != wanted:
             raise ValueError(
                 f"This SiT takes {f'a `condition` (the reference image) of shape {wanted}' if wanted else 'no `condition`'} "
-                f"beside x_t of shape {tuple(x_t.shape)}, got {found or 'none'}."
+                f"next to x_t of shape {tuple(x_t.shape)}, got {found or 'none'}."
             )
         return None if condition is None else condition.to(x_t.dtype)

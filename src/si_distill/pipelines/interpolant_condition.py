@@ -1,6 +1,6 @@
 """All that a network is told besides the state and the time.
 
-A copy of this file travels beside `pipeline.py` into every saved pipeline: it imports only torch.
+A copy of this file travels next to `pipeline.py` into every saved pipeline: it imports only torch.
 """
 
 from collections.abc import Callable
@@ -17,8 +17,8 @@ class Condition:
     Args:
         labels (`torch.LongTensor` of shape (B,), *optional*): classes; unconditional networks ignore them.
         text (`dict[str, torch.Tensor]` of (B, …)): embeddings of a prompt, by the names of the network's arguments.
-        image (`torch.Tensor` of shape (B, C', H, W), *optional*): seen beside x_t: a bridge's x1, another picture, and the
-            noise of a bridge's student (see `NetworkView.beside`).
+        image (`torch.Tensor` of shape (B, C', H, W), *optional*): seen next to x_t: a bridge's x1, another picture, and the
+            noise of a bridge's student (see `NetworkView.condition_image`).
         augment (`torch.Tensor` of shape (B, A), *optional*): what augmentation did to the images behind x_t.
         guidance (`torch.Tensor` of shape (B,), *optional*): the scale that a guidance-distilled network is told.
     """

@@ -1,6 +1,6 @@
 """The one way to a prediction: a network of any parameterisation at (x_t, t, condition), with guidance.
 
-A copy of this file travels beside `pipeline.py` into every saved pipeline: it imports only torch and siblings.
+A copy of this file travels next to `pipeline.py` into every saved pipeline: it imports only torch and siblings.
 """
 
 import math

@@ -1,6 +1,6 @@
 """What lies between a VAE's own pixels and latents and those of a network: the one definition, in both directions.
 
-A copy of this file travels beside `pipeline.py` into every saved pipeline: it imports only torch.
+A copy of this file travels next to `pipeline.py` into every saved pipeline: it imports only torch.
 """
 
 from dataclasses import dataclass

@@ -1,6 +1,6 @@
 """What the one-step and the multi-step pipeline share: images, noise, decoding; labels are in a sibling.
 
-A copy of this file travels beside `pipeline.py` into every saved pipeline: it imports only torch, diffusers and siblings.
+A copy of this file travels next to `pipeline.py` into every saved pipeline: it imports only torch, diffusers and siblings.
 """
 
 from collections.abc import Callable
@@ -241,9 +241,9 @@ class InterpolantPipelineBase(LabelsMixin, DiffusionPipeline):
     def prepare_condition(
         self, labels: torch.Tensor | None, image: torch.Tensor | None, noise: torch.Tensor | None
     ) -> Condition:
-        """What the network is told: the classes, and beside x_t, in its dtype, the image and a bridge student's noise."""
-        beside = self.network.beside(image, noise if self.is_bridge else None)
-        return Condition(labels, image=None if beside is None else beside.to(self.transformer.dtype))
+        """What the network is told: the classes, and next to x_t, in its dtype, the image and a bridge student's noise."""
+        seen = self.network.condition_image(image, noise if self.is_bridge else None)
+        return Condition(labels, image=None if seen is None else seen.to(self.transformer.dtype))
 
     def field(self, scheduler: SchedulerMixin | None = None, guidance: Guidance | None = None) -> Field:
         """The network as a field on the path of the pipeline's scheduler, or of another one."""

@@ -1,10 +1,10 @@
 """Pipeline folders that carry their own code, and clear errors when one cannot be opened.
 
-A saved folder holds, beside weights and configs, `pipeline.py` with its helpers and the source of each component that is
+A saved folder holds, next to weights and configs, `pipeline.py` with its helpers and the source of each component that is
 not diffusers' own. So it loads in three ways: `DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)` without
 this package, the same with it, and the pipeline's class with the package and without trust.
 
-A copy of this file travels beside `pipeline.py`: it imports only torch, diffusers and what diffusers requires.
+A copy of this file travels next to `pipeline.py`: it imports only torch, diffusers and what diffusers requires.
 """
 
 import importlib
@@ -155,7 +155,7 @@ class SelfContainedFolderMixin:
 
     def save_config(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:
         """
-        Writes the index and the code beside it; `save_pretrained` and `push_to_hub` end here.
+        Writes the index and the code next to it; `save_pretrained` and `push_to_hub` end here.
 
         Raises:
             ValueError: for a component or pipeline whose source cannot travel (not in a file of its own, or importing
@@ -254,7 +254,7 @@ def _copy_code(source: Path, folder: Path, name: str) -> None:
         if not sibling.is_file() or not set(names).issuperset(get_relative_imports(sibling)):
             raise ValueError(
                 f"{source.name} imports {sibling.stem!r} relatively, which cannot travel with the pipeline: it must be a "
-                f"file beside it that imports relatively nothing which {source.name} does not import itself."
+                f"file next to it that imports relatively nothing which {source.name} does not import itself."
             )
     folder.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(folder / "__pycache__", ignore_errors=True)  # would break `variant=`

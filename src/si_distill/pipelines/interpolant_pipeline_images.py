@@ -1,6 +1,6 @@
 """Images as they come: the one conversion of pictures, and the checked image input of a pipeline.
 
-A copy of this file travels beside `pipeline.py` into every saved pipeline: it imports only torch, numpy and PIL.
+A copy of this file travels next to `pipeline.py` into every saved pipeline: it imports only torch, numpy and PIL.
 """
 
 from typing import Any

@@ -1,6 +1,6 @@
 """Class labels of a pipeline's call: numbers or names, checked.
 
-A copy of this file travels beside `pipeline.py` into every saved pipeline: it imports only torch.
+A copy of this file travels next to `pipeline.py` into every saved pipeline: it imports only torch.
 """
 
 import difflib

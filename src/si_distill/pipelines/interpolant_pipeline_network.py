@@ -1,6 +1,6 @@
 """Networks of any class behind one contract: what they take and what they give.
 
-A copy of this file travels beside `pipeline.py` into every saved pipeline: it imports only torch, diffusers and siblings.
+A copy of this file travels next to `pipeline.py` into every saved pipeline: it imports only torch, diffusers and siblings.
 
 The contract is that of this package's own models: a config with `in_channels`, `sample_size` and `num_classes` (0: labels
 are ignored), the properties `null_class` and `feature_width`, and a forward that takes `return_features`. Diffusers' classes
@@ -91,7 +91,7 @@ class NetworkView:
 
     @property
     def condition_channels(self) -> int:
-        """Channels of the image that the network sees beside x_t; 0 for none."""
+        """Channels of the image that the network sees next to x_t; 0 for none."""
         return getattr(getattr(self.bare, "config", None), "condition_channels", None) or 0
 
     def __call__(
@@ -118,9 +118,9 @@ class NetworkView:
         told = {name: value for name, value in told.items() if value is not None} | condition.text
         return self.network(network_input, timesteps, condition.labels, return_dict=False, **told)
 
-    def beside(self, reference: torch.Tensor | None, noise: torch.Tensor | None = None) -> torch.Tensor | None:
+    def condition_image(self, reference: torch.Tensor | None, noise: torch.Tensor | None = None) -> torch.Tensor | None:
         """
-        The image that the network sees beside x_t, (B, condition_channels, H, W), or None: the channels of the reference,
+        The image that the network sees next to x_t, (B, condition_channels, H, W), or None: the channels of the reference,
         then those of a bridge student's noise. An unpaired bridge's network does not take the reference.
 
         Args:

@@ -1,6 +1,6 @@
 """The probability-flow ODE in a form without singular ends, and its adaptive solution.
 
-A copy of this file travels beside `pipeline.py` into every saved pipeline of a teacher: it imports only torch, NumPy and,
+A copy of this file travels next to `pipeline.py` into every saved pipeline of a teacher: it imports only torch, NumPy and,
 when it is used, SciPy.
 """
 

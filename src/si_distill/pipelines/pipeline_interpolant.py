@@ -86,7 +86,7 @@ class InterpolantPipeline(SelfContainedFolderMixin, InterpolantPipelineBase):
                 a bridge, which starts at `image`.
             batch_size (`int`, *optional*): number of images B of an unconditional network; 1 when not given.
             image (PIL image, `np.ndarray`, `torch.Tensor`, or a list of these, *optional*): what a bridge starts from, or a
-                network sees beside x_t: B images of the network's size and channels; of a network that enlarges also small
+                network sees next to x_t: B images of the network's size and channels; of a network that enlarges also small
                 ones (see `image_upsampling`). Arrays are (H, W, C) in [0, 1], tensors (C, H, W) in [-1, 1], both with or
                 without a batch axis, or uint8.
             num_images_per_input (`int`): images for each given one, from different noise; they follow each other.
@@ -140,7 +140,7 @@ class InterpolantPipeline(SelfContainedFolderMixin, InterpolantPipelineBase):
             steps = None if timesteps is not None else num_inference_steps
             scheduler.set_timesteps(steps, device=device, timesteps=timesteps)
 
-        # 3. Prepare the noise, and what the network sees beside x_t
+        # 3. Prepare the noise, and what the network sees next to x_t
         noise = self.prepare_noise(batch_size, device, generator, latents)
         latents = self.prepare_latents(noise, image, scheduler.init_noise_sigma)
         condition = self.prepare_condition(labels, image, noise)

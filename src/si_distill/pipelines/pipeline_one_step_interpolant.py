@@ -25,7 +25,7 @@ from .interpolant_pipeline_network import NetworkView  # noqa: F401 - likewise
 class OneStepInterpolantPipeline(SelfContainedFolderMixin, InterpolantPipelineBase):
     """
     Images from a one-step student G(x1, y) = x̂0(β(t) x1, t, y) at t = the scheduler's `init_time`. Of a bridge x1 is an
-    image, and noise, if the student takes any, is seen beside it.
+    image, and noise, if the student takes any, is seen next to it.
 
     Args:
         transformer ([`ModelMixin`]): the student, called as `(hidden_states, timestep, class_labels)`, with a `condition` if
@@ -99,10 +99,10 @@ class OneStepInterpolantPipeline(SelfContainedFolderMixin, InterpolantPipelineBa
             generator (`torch.Generator` or a list of B of them, *optional*): makes the images reproducible; with a list,
                 each image depends on its own generator only.
             latents (`torch.Tensor` of shape (B, *noise_shape), *optional*): standard normal noise: x1, or what a bridge's
-                student sees beside x1.
+                student sees next to x1.
             batch_size (`int`, *optional*): number of images B of an unconditional network; 1 when not given.
             image (PIL image, `np.ndarray`, `torch.Tensor`, or a list of these, *optional*): what a bridge starts from, or a
-                network sees beside x_t: B images of the network's size and channels; of a network that enlarges also small
+                network sees next to x_t: B images of the network's size and channels; of a network that enlarges also small
                 ones (see `image_upsampling`). Arrays are (H, W, C) in [0, 1], tensors (C, H, W) in [-1, 1], both with or
                 without a batch axis, or uint8.
             num_images_per_input (`int`): images for each given one, from different noise; they follow each other.

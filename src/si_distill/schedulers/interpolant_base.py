@@ -1,6 +1,6 @@
 """What all stochastic interpolants share: x_t, conversions between predictions and of times.
 
-It imports only torch and its siblings: a copy travels beside the scheduler into every saved pipeline (here:
+It imports only torch and its siblings: a copy travels next to the scheduler into every saved pipeline (here:
 `si_distill.interpolants`).
 
 Conventions (Albergo, Boffi & Vanden-Eijnden 2023, "Stochastic Interpolants", eq. 2.1):
@@ -38,7 +38,7 @@ class Coefficients:
 
     @property
     def kappa(self) -> torch.Tensor:
-        """The factor κ in v − İ = κ (x̂0 − x0), with x_t and what the network sees beside it held fixed.
+        """The factor κ in v − İ = κ (x̂0 − x0), with x_t and what the network sees next to it held fixed.
 
         κ = α' − β' α / β = −D / β where γ = 0 (x1 follows x0), infinite where β = 0. On a bridge whose network sees x1 it
         is z that follows: κ = α' − γ' α / γ.

@@ -1,8 +1,8 @@
 """Bridges: paths with noise in the middle, γ(t) ≠ 0, between data and any reference (conventions: `interpolant_base`).
 
-It imports only torch: a copy travels beside the scheduler into every saved pipeline (here: `si_distill.interpolants`).
+It imports only torch: a copy travels next to the scheduler into every saved pipeline (here: `si_distill.interpolants`).
 
-A pair (x0, x1) and noise z give x_t; a network that sees x_t (and, if the bridge is PAIRED, x1 beside it) cannot tell three
+A pair (x0, x1) and noise z give x_t; a network that sees x_t (and, if the bridge is PAIRED, x1 next to it) cannot tell three
 unknowns from two equations. So conversions of its predictions need one of them: x1 (pinned, z is eliminated), or E[z | x_t]
 (x1 is eliminated). A network of an UNPAIRED bridge that predicts the velocity has neither and is used as it is.
 """

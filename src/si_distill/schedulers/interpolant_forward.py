@@ -1,6 +1,6 @@
 """The forward half of the scheduler: x_t of given data, and the conventions of the network that is given it.
 
-It imports only torch: a copy travels beside the scheduler into every saved pipeline.
+It imports only torch: a copy travels next to the scheduler into every saved pipeline.
 """
 
 import torch

@@ -1,6 +1,6 @@
 """Names of predictions and of network times, and how an object is built from its name.
 
-It imports nothing but Python: a copy travels beside the scheduler into every saved pipeline.
+It imports nothing but Python: a copy travels next to the scheduler into every saved pipeline.
 """
 
 import inspect

@@ -1,7 +1,7 @@
 """The families of stochastic interpolants: α, β, γ and their derivatives (conventions: `interpolant_base`).
 
 A family is a class that `register_interpolant` knows, here or outside the package; nothing else lists it.
-It imports only torch: a copy travels beside the scheduler into every saved pipeline (here: `si_distill.interpolants`).
+It imports only torch: a copy travels next to the scheduler into every saved pipeline (here: `si_distill.interpolants`).
 """
 
 import functools

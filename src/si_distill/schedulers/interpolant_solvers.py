@@ -1,6 +1,6 @@
 """The samplers' names: which there are, on which paths, and which of a scheduler's settings go together.
 
-It imports nothing but Python: a copy travels beside the scheduler into every saved pipeline.
+It imports nothing but Python: a copy travels next to the scheduler into every saved pipeline.
 """
 
 import math

@@ -1,6 +1,6 @@
 """Step rules of the samplers: from the network's predictions at x_t to x at the next, smaller time.
 
-It imports only torch: a copy travels beside the scheduler into every saved pipeline.
+It imports only torch: a copy travels next to the scheduler into every saved pipeline.
 
 Every rule is a first-order step and, for the solvers of order 2, a trapezoidal correction of it: with f the slope of the
 rule at the start of the step and f' at its predicted end,

@@ -75,7 +75,7 @@ def plan_teacher(settings: TeacherConfig, device: str = "cpu", **shape: int) -> 
 class TeacherTrainer(Trainer):
     """Minimises E‖network(x_t, t, y) − target‖² on an interpolant (Ma et al. 2024, SiT, eq. 5), with label dropout.
 
-    Of paired data the network sees each image's own reference beside x_t; on a bridge the reference is x1.
+    Of paired data the network sees each image's own reference next to x_t; on a bridge the reference is x1.
     """
 
     settings: TeacherConfig
@@ -115,7 +115,7 @@ class TeacherTrainer(Trainer):
         for micro_batch in range(settings.gradient_accumulation_steps):
             batch = self.next_batch(self.data, micro_batch)
             x0, network, indices = batch["images"], view_network(trained.module), self.indices(micro_batch)
-            condition = Condition(batch["labels"], image=network.beside(batch.get("reference")))
+            condition = Condition(batch["labels"], image=network.condition_image(batch.get("reference")))
             if network.null is not None:
                 dropped = self.noise.uniform("labels", self.step, indices=indices) < self.class_dropout_prob
                 condition = condition.nulled(network.null, dropped)

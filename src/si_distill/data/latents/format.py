@@ -56,7 +56,7 @@ class Shard:
     Args:
         file: its name.
         images: N.
-        skipped: images beside them that could not be read.
+        skipped: images next to them that could not be read.
         bytes: size of the file.
         hash: of its tensors.
     """

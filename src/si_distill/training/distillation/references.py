@@ -17,7 +17,7 @@ class References:
 
     Args:
         bridge: whether they are x1, where the path and the student start.
-        seen: whether the networks see them beside x_t: pairs on a bridge, or the condition of a teacher on noise.
+        seen: whether the networks see them next to x_t: pairs on a bridge, or the condition of a teacher on noise.
         paired: whether each image has its own.
         transported: whether unpaired ones are assigned to the images by minibatch optimal transport.
     """

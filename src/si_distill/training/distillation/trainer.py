@@ -276,12 +276,10 @@ class DistillationTrainer(Trainer):
 
     def _generate(self, network: nn.Module, batch: MicroBatch) -> torch.Tensor:
         reference, bridge = self.references.start(batch.data), self.references.bridge
-        beside = view_network(network).beside(reference, batch.noise if bridge else None)
+        image = view_network(network).condition_image(reference, batch.noise if bridge else None)
         x1 = reference if bridge else batch.noise
         with self.accelerator.autocast():
-            return self._student_field(network).one_step(
-                x1, self.start.init_time, Condition(batch.labels, image=beside)
-            )
+            return self._student_field(network).one_step(x1, self.start.init_time, Condition(batch.labels, image=image))
 
     def _draw(self, batch: MicroBatch, stream: str, update: int) -> Draw:
         """Times and noise of one update's loss: for `critic` or `generator`."""

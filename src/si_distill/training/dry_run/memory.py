@@ -30,7 +30,7 @@ from ..distillation.config import DistillConfig
 from ..parallel.blocks import blocks, checkpoint_blocks, half_precision_weights, has_dropout
 
 FLOAT32, BFLOAT16 = 4, 2
-#: Parts of the memory, beside the averages, that are in a checkpoint.
+#: Parts of the memory, next to the averages, that are in a checkpoint.
 CHECKPOINTED = ("trained parameters", "Adam's moments")
 
 

@@ -27,7 +27,7 @@ def build_accelerator(settings: TrainingConfig) -> Accelerator:
             mixed_precision=settings.mixed_precision,
             log_with=None if settings.report_to == "none" else settings.report_to,
             project_dir=settings.output_dir,
-            # Buffers never differ between ranks, and gradients need no copy beside the buckets that are reduced.
+            # Buffers never differ between ranks, and gradients need no copy next to the buckets that are reduced.
             kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
         )
     except ValueError as error:

@@ -1,4 +1,4 @@
-"""How fast a run is and what it waits for: the figures of each line of the log beside the losses."""
+"""How fast a run is and what it waits for: the figures of each line of the log next to the losses."""
 
 import contextlib
 import resource
