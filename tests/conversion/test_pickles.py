@@ -279,6 +279,14 @@ ATTACKS = {
     "a number in a million digits": b"I" + b"9" * 10**6 + b"\n.",
     "an array type of 2^30 letters": P2 + b"cnumpy\ndtype\nX\x0b\x00\x00\x00U1073741824K\x00K\x01\x87R.",
     "tuples 200,000 deep as a key": P2 + b"})" + b"\x85" * 200_000 + b"Ns.",
+    "tuples 200,000 deep as a name": b"\x80\x04)" + b"\x85" * 200_000 + b"\x8c\x01a\x93.",
+    "lists that share one another, as a device": P2 + b"ctorch\ndevice\n]q\x00"
+    + b"".join(b"]q" + bytes([n]) + b"h" + bytes([n - 1]) + b"ah" + bytes([n - 1]) + b"a" for n in range(1, 60))
+    + b"\x85R.",
+    "bytes repeated as arrays": P2 + b"cnumpy\ndtype\nX\x02\x00\x00\x00u1K\x00K\x01\x87Rq\x00"
+    + b"B" + struct.pack("<I", 2**20) + b"a" * 2**20 + b"q\x010"
+    + (b"cnumpy._core.multiarray\n_reconstruct\ncnumpy\nndarray\nK\x00\x85X\x01\x00\x00\x00b\x87R"
+       + b"(K\x01J" + struct.pack("<i", 2**20) + b"\x85h\x00\x89h\x01tb") * 3000 + b".",
     "lists 100,000 deep": P2 + b"]" * 100_000 + b"a" * 99_999 + b".",
     "a list in itself": P2 + b"]q\x00h\x00a.",
     "a dict in itself": P2 + b"}q\x00K\x01h\x00s.",

@@ -207,6 +207,11 @@ def _size(size: Any) -> tuple:
     return tuple(size)
 
 
+def _device(*name: Any) -> str:
+    _need(all(type(part) in (str, int) for part in name), "a device without a name")
+    return ":".join(map(str, name))
+
+
 def _persistent_object(meta: Any) -> PickledObject:
     """An object of EDM's `torch_utils.persistence`; the source code in `meta` is not looked at."""
     name, state = (meta.get("class_name"), meta.get("state")) if isinstance(meta, dict) else (None, None)
@@ -232,7 +237,7 @@ _TENSOR_CALLS: dict[tuple[str, str], Callable[..., Any]] = {
     ("torch._utils", "_rebuild_parameter"): _parameter,
     ("torch._utils", "_rebuild_parameter_with_state"): _parameter,
     ("torch", "Size"): _size,
-    ("torch", "device"): lambda *name: ":".join(map(str, name)),
+    ("torch", "device"): _device,
     ("collections", "OrderedDict"): _dict,
 }
 _CALLS = {
@@ -320,14 +325,20 @@ def read_pickle(
         return items
 
     def name(module: Any, name: Any) -> Any:
+        _need(type(module) is str and type(name) is str, "a name that is no text")  # before it is hashed or shown
         if (module, name) in calls:
             return _Name(module, name)
         if (module, name) in _ARGUMENTS:
             return _ARGUMENTS[module, name]
         raise _Error(
-            f"it holds more than tensors, arrays and plain containers: loading it would use {module}.{name}. That is "
+            f"it holds more than tensors, arrays and plain containers: loading it would use {shown(module)[1:-1]}.{shown(name)[1:-1]}. That is "
             "refused, because it can run any code"
         )
+
+    def allow(value: Any) -> None:
+        nonlocal made
+        made += _bytes_of(value)
+        _need(made <= limit, f"it stands for more than {limit:,} bytes, {MAX_GROWTH} times its own size")
 
     for count, (instruction, argument, _) in enumerate(pickletools.genops(file)):
         _need(count < MAX_INSTRUCTIONS, f"it has more than {MAX_INSTRUCTIONS:,} instructions")
@@ -376,13 +387,13 @@ def read_pickle(
             _need(isinstance(function, _Name) and function in calls, f"it calls a {type(function).__name__}")
             _need(type(arguments) is tuple, f"{function} with a {type(arguments).__name__} of arguments")
             stack[-2:] = [calls[function](*arguments)]
-            made += _bytes_of(stack[-1])
-            _need(made <= limit, f"it stands for more than {limit:,} bytes, {MAX_GROWTH} times its own size")
+            allow(stack[-1])
         elif op == "BUILD":
             state, old = stack.pop(), stack[-1]
             new = stack[-1] = _with_state(old, state)
             if isinstance(old, _Unfilled):
                 memo.update(dict.fromkeys(old.places, new))
+                allow(new)
         elif op == "BINPERSID":
             _need(storage is not None, "it refers to something outside itself")
             stack.append(storage(stack.pop()))
