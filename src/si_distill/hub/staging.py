@@ -139,7 +139,10 @@ def _sample_grid(pipeline: DiffusionPipeline, kind: str) -> Image.Image:
     """A picture of some classes: four rows of a student, one of a teacher, which is slower."""
     labels = spread_labels(pipeline.network.num_classes) or None
     kwargs = {"columns": 10, "batch_size": 16} | ({} if kind == "student" else {"num_inference_steps": TEACHER_STEPS})
-    rows = sample_rows(pipeline, labels, 4 if kind == "student" else 1, 0, **kwargs)
+    try:
+        rows = sample_rows(pipeline, labels, 4 if kind == "student" else 1, 0, **kwargs)
+    except ValueError as error:  # of the pipeline's own checks, e.g. of latents without an autoencoder
+        raise InputError(f"The pipeline's images for the card cannot be made: {error}") from error
     return image_grid(rows, column_titles=labels and class_names(pipeline, labels))
 
 
