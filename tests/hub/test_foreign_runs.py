@@ -254,5 +254,5 @@ def test_what_is_too_large_or_not_even_text_is_a_sentence(one_run, name):
 
 def test_latents_without_an_autoencoder_are_not_published_as_pictures(tmp_path):
     student = OneStepInterpolantPipeline(tiny_sit(in_channels=4), StochasticInterpolantScheduler())
-    with pytest.raises(InputError, match="images for the card cannot be made: .*there is no VAE to decode them"):
+    with pytest.raises(InputError, match=r"images for the card cannot be made: .*there is no VAE to decode them"):
         stage_model(student, tmp_path / "hub", "user/name")
