@@ -21,7 +21,6 @@ from ..data.references import reference_source
 from ..errors import InputError, TrainingInterrupted, TrainingStopped
 from ..hub.publishing import check_ready
 from ..sample_noise import SampleNoise, sample_seed
-from ..settings import settings_to_dict
 from .averaging.ema import Averages
 from .config import TrainingConfig
 from .parallel.accelerator import agree, build_accelerator
@@ -31,12 +30,12 @@ from .run.folder import CHECKPOINTS, RunFolder
 from .run.outputs import Outputs
 from .run.profiling import IterationProfiler
 from .run.throughput import Throughput
+from .run.trackers import start_trackers
+from .run.vitals import Vitals
 from .trained_network import TrainedNetwork
 
 #: Iterations in a row with an update that was thrown away (not finite) before training stops.
 MAX_FAILURES = 10
-#: Updates in a row with a gradient of exactly 0, and the largest mean or spread of samples, before training stops.
-MAX_STILL, MAX_SAMPLE = 100, 1e4
 
 
 class Trainer:
@@ -74,7 +73,7 @@ class Trainer:
         self._totals: dict[str, torch.Tensor | float] = {}
         self._counts: dict[str, int] = {}
         self._saved_means: dict[str, float] = {}
-        self._still: dict[str, int] = {}
+        self.vitals = Vitals()
         self._signal: int | None = None
         self._batches: BatchIterator | None = None
         self._resumed = False
@@ -303,7 +302,7 @@ class Trainer:
         self._on_main(self.run.claim)
         self.checkpoints.run_id = settings.run_id
         found = self.checkpoints.find(settings.resume_from_checkpoint) if settings.resume_from_checkpoint else None
-        self._start_trackers()
+        start_trackers(accelerator, settings, self.run.path.name)
         if found:
             try:
                 self.load_state_dict(self.checkpoints.load(found))
@@ -347,24 +346,6 @@ class Trainer:
         if error:
             raise InputError(error)
 
-    def _start_trackers(self) -> None:
-        settings = self.settings
-        if settings.report_to == "none":
-            return
-
-        def start() -> None:
-            self.accelerator.init_trackers(
-                "si_distill",
-                config=_flat(settings_to_dict(settings)),
-                init_kwargs={"wandb": {"dir": settings.output_dir, "name": self.run.path.name}},
-            )
-
-        error = agree(self.accelerator, start, (Exception,))  # each of these libraries has errors of its own
-        if error:
-            raise InputError(
-                f"The tracker {settings.report_to} could not be started: {error}. `report_to` can be none."
-            )
-
     def _record(self, metrics: dict[str, torch.Tensor], finite: bool) -> None:
         self.failures = 0 if finite else self.failures + 1
         if self.failures >= MAX_FAILURES:
@@ -378,27 +359,6 @@ class Trainer:
         for name, value in metrics.items():
             self._totals[name] = self._totals.get(name, 0.0) + value.detach()
             self._counts[name] = self._counts.get(name, 0) + 1
-
-    def _check_alive(self, means: dict[str, float]) -> None:
-        """Stops a training that goes on without learning, on all ranks alike: the means are those of all.
-
-        Raises:
-            TrainingStopped: says what is wrong, and what to try.
-        """
-        advice = "The last checkpoint is whole. Try a smaller learning_rate or a larger t_min."
-        for name in ("sample_mean", "sample_std"):
-            if not abs(means.get(name, 0.0)) <= MAX_SAMPLE:
-                raise TrainingStopped(
-                    f"The {name} of the generated images is {means[name]:.3g} at step {self.step}, and that of data is "
-                    f"around 1: the student has exploded. {advice}"
-                )
-        for name in [name for name in means if name.endswith("grad_norm")]:
-            self._still[name] = self._still.get(name, 0) + self._counts[name] if means[name] == 0 else 0
-            if self._still[name] >= MAX_STILL:
-                raise TrainingStopped(
-                    f"The {name} was exactly 0 in the last {self._still[name]} iterations (now at step {self.step}): "
-                    f"nothing is learned. Its loss may underflow (`loss_scale`), or not depend on the network. {advice}"
-                )
 
     def _means(self) -> dict[str, float]:
         """Means over the iterations since the last line of the log, over all ranks; collective."""
@@ -420,7 +380,7 @@ class Trainer:
 
     def _log(self) -> dict[str, float]:
         means = self._means()
-        self._check_alive(means)
+        self.vitals.check(means, self._counts, self.step)
         self._totals, self._counts = {}, {}
         values = {
             **means,
@@ -452,14 +412,3 @@ class Trainer:
         if self._signal is not None:
             self.accelerator.set_trigger()
         return self.accelerator.check_trigger()
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings as the flat scalars that trackers take."""
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, dict):
-            flat.update(_flat(value, f"{prefix}{key}."))
-        else:
-            flat[prefix + key] = value if isinstance(value, (int, float, str, bool)) else str(value)
-    return flat
