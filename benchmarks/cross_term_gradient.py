@@ -92,7 +92,9 @@ def compare(objective: str, config: GradientConfig) -> list[dict]:
         return copy.deepcopy(trainer.critic.unwrapped).requires_grad_(False)
 
     live = critic_after(config.updates)
-    trainer.settings = dataclasses.replace(trainer.settings, generator_start_images=10**15)  # the student stands still
+    trainer.settings = dataclasses.replace(
+        trainer.settings, generator_start_images=2**31 - 1
+    )  # the student stands still
     settled = critic_after(config.settling)
     by_critic = {
         "live": gradients(trainer, live, config.batches),

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from helpers import tiny_sit
 
+from si_distill import Condition
 from si_distill.adversarial import AdversarialTerm
 from si_distill.critic import CriticNetwork
 from si_distill.objectives import get_objective, sid_weight
@@ -91,7 +92,7 @@ def test_one_forward_of_the_critic_yields_prediction_and_logits(kind):
     network.register_forward_hook(lambda *_: calls.append(1))
     x, t, labels = torch.randn(3, 1, 8, 8), torch.rand(3), torch.tensor([0, 1, 2])
     with torch.no_grad():
-        prediction, logits, _ = critic(x, t, labels)
+        prediction, logits, _ = critic(x, t, Condition(labels))
         assert len(calls) == 1
         assert torch.equal(prediction, network(x, t, labels).sample)
         features = network(x, t, labels, return_features=True).features

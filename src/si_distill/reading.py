@@ -176,6 +176,8 @@ def read_json_lines(path: str | Path, shape: Any = dict, remedy: str = "Restore 
     Raises:
         InputError: names the line that is wrong.
     """
+    if not Path(path).is_file():
+        raise InputError(f"Cannot read {path}: it is no file. {remedy}")
     with open(path, "rb") as file:
         for number, line in enumerate(iter(lambda: file.readline(LINE_BYTES + 1), b""), start=1):
             try:

@@ -59,6 +59,7 @@ def tensor_to_pil(images: torch.Tensor) -> list[Image.Image]:
 
 
 def _shortened(title: str, width: int, font: ImageFont.FreeTypeFont, measure: ImageDraw.ImageDraw) -> str:
+    title = " ".join(title.split())  # of one line, whoever wrote it
     if measure.textlength(title, font=font) <= width:
         return title
     while len(title) > 1 and measure.textlength(title + "…", font=font) > width:

@@ -158,5 +158,5 @@ class _Handler(BaseHTTPRequestHandler):
                         for name, data in files.items()
                     ]
                 )
-        siblings = [{"rfilename": name} for name in files]
+        siblings = [{"rfilename": name, "size": len(data)} for name, data in files.items()]
         return self.reply({"id": repo_id, "sha": sha, "private": known["private"], "siblings": siblings})

@@ -245,7 +245,7 @@ def test_each_network_has_the_optimizer_that_its_settings_ask_for(teacher_folder
         (["--critic_weight_decay", -1], "`critic_weight_decay` must be finite and not negative"),
         (["--critic_adam_epsilon", 0], "`critic_adam_epsilon` must be a positive number"),
         (["--dropout", 1], r"`dropout` must lie in \[0, 1\)"),
-        (["--loss_scale", "nan"], "`loss_scale` must be a positive number"),
+        (["--loss_scale", "nan"], "`loss_scale` must be a number"),
         (["--student_guidance_channels", 3], "`student_guidance_channels` is 3, but the student is not guided"),
         (["--time_steps", 10, "--time_sampler", "logit_normal"], "Times from 10 steps are uniform ones"),
         (["--time_steps", 3, "--t_min", 0.6, "--t_max", 0.9], r"None of the 3 steps lies in \[0.6, 0.9\]"),

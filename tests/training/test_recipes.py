@@ -6,7 +6,7 @@ from helpers import tiny_sit
 from script_runs import ROOT
 from test_trainers import distillation, lines, save_teacher
 
-from si_distill import OneStepInterpolantPipeline, StochasticInterpolantScheduler
+from si_distill import Condition, OneStepInterpolantPipeline, StochasticInterpolantScheduler
 from si_distill.errors import InputError
 
 RECIPES = sorted(path.stem for path in (ROOT / "configs/recipes").glob("*.yaml"))
@@ -184,7 +184,7 @@ def test_guidance_outside_its_interval_is_none(tmp_path):
         t = torch.tensor([0.1, 0.5, 0.9])
         x_t = torch.randn(3, 1, 8, 8, generator=torch.Generator().manual_seed(0))
         with torch.no_grad():
-            return trainer.teacher_field(x_t, t, torch.tensor([1, 2, 3]), "velocity")
+            return trainer.teacher_field(x_t, t, Condition(torch.tensor([1, 2, 3])), "velocity")
 
     plain, everywhere = field_at(), field_at("--guidance_scale", 3)
     middle = field_at("--guidance_scale", 3, "--guidance_t_min", 0.3, "--guidance_t_max", 0.7)

@@ -9,6 +9,7 @@ from diffusers_models import tiny_dit, tiny_unet
 from helpers import tiny_edm, tiny_edm2, tiny_sit
 from interpolant_families import TIMES, every_family, noise, truth
 
+from si_distill import Condition
 from si_distill.choices import LOSS_WEIGHTS
 from si_distill.data import GlobalBatchSampler
 from si_distill.errors import InputError
@@ -228,12 +229,12 @@ def test_a_teacher_kept_in_bfloat16_says_what_autocast_says(kind):
     network = networks[kind]()
     view = view_network(network)
     generator = torch.Generator().manual_seed(0)
-    inputs = torch.randn(2, *view.sample_shape, generator=generator), torch.tensor([0.3, 0.9]), torch.tensor([0, 1])
+    inputs = torch.randn(2, *view.sample_shape, generator=generator), torch.tensor([0.3, 0.9])
 
     @torch.no_grad()
     def prediction():
         with torch.autocast("cpu", torch.bfloat16):
-            return view(*inputs)[0]
+            return view(*inputs, Condition(torch.tensor([0, 1])))[0]
 
     expected, before = prediction(), sum(p.numel() * p.element_size() for p in network.parameters())
     keep_in_bfloat16(network)

@@ -18,6 +18,8 @@ from .pickles import PickledObject
 
 #: Our names of what the training scripts call `path_type` and `prediction`.
 PATHS = {"Linear": "linear", "GVP": "trigonometric", "VP": "vp", "linear": "linear", "cosine": "trigonometric"}
+#: What they were told that matters here.
+TOLD = ("path_type", "prediction", "num_classes", "proj_coeff")
 #: Where scripts keep what they were told.
 ARGUMENTS = ("args", "hyper_parameters", "config", "cfg", "hparams")
 PREDICTIONS = {"velocity": "velocity", "score": "score", "noise": "epsilon", "v": "velocity"}
@@ -88,16 +90,29 @@ def convert_sit(content: dict[str, Any], settings: ConvertConfig) -> Converted:
 
 def _saved_arguments(content: dict[str, Any]) -> dict[str, Any]:
     """The settings that the training script saved: its parsed arguments, or a dictionary of them."""
-    arguments = next((content[name] for name in ARGUMENTS if content.get(name) is not None), {})
-    arguments = arguments.state if isinstance(arguments, PickledObject) else arguments
-    if not isinstance(arguments, dict):
-        raise InputError(
-            f"The arguments saved in the checkpoint are a {type(arguments).__name__}, from which the path and the "
-            "prediction cannot be read. Save them as a dictionary, or leave them out and give --interpolant and "
-            "--prediction_type."
-        )
-    below = [value for value in arguments.values() if isinstance(value, dict)]  # grouped, as configs of YAML are
-    return {name: value for group in (*below, arguments) for name, value in group.items()}
+    found: dict[str, Any] = {}
+
+    def collect(value: Any, depth: int) -> None:
+        value = value.state if isinstance(value, PickledObject) else value
+        if not isinstance(value, dict) or depth > 6:  # groups in groups, as configs of YAML are
+            return
+        for name, item in value.items():
+            if name in TOLD and shown(found.setdefault(name, item)) != shown(item):
+                raise InputError(
+                    f"The checkpoint says of its `{name}` both {shown(found[name])} and {shown(item)}: leave one out."
+                )
+            collect(item, depth + 1)
+
+    for name in ARGUMENTS:
+        arguments = content.get(name)
+        if not isinstance(arguments, (dict, PickledObject, type(None))):
+            raise InputError(
+                f"The arguments saved in the checkpoint are a {type(arguments).__name__}, from which the path and the "
+                "prediction cannot be read. Save them as a dictionary, or leave them out and give --interpolant and "
+                "--prediction_type."
+            )
+    collect(content, 0)
+    return found
 
 
 def _renumbered(weights: StateDict) -> StateDict:

@@ -197,10 +197,14 @@ class DistillConfig(TrainingConfig):
         self._check_updates()
         self._check_guidance()
         self._check_times()
-        if Path(self.output_dir).resolve() == Path(self.teacher).resolve():
-            raise InputError(
-                f"`output_dir` and `teacher` are the same folder {self.teacher}: the student needs its own."
-            )
+        output = Path(self.output_dir).resolve()
+        for name in ("teacher", "student"):
+            given = Path(getattr(self, name) or self.teacher).resolve()
+            if output in (given, *given.parents):
+                raise InputError(
+                    f"`output_dir` and `{name}` are the same folder {self.output_dir}, or one is in the other: the student "
+                    "needs its own, which a new run may delete."
+                )
         self.build_objective()
 
     def _check_updates(self) -> None:

@@ -81,13 +81,14 @@ def _teacher_training(settings: TeacherConfig) -> Lines:
 
 def _planned(settings: TeacherConfig) -> TeacherPlan:
     """The plan of a teacher's training, on the meta device; the data set is not opened."""
-    shape = {"sample_size": settings.data.image_size}
+    # Images that have yet to be encoded are not what the network sees.
+    shape = {"sample_size": settings.model.get("sample_size", settings.data.image_size)}
     if is_latent_cache(settings.data.name):
         manifest = read_manifest(settings.data.name)
         channels, size, _ = manifest.recipe.latent_shape
         shape = {"sample_size": size, "in_channels": channels, "num_classes": len(manifest.class_names)}
     elif settings.data.name == "digits":
-        shape |= {"in_channels": 1, "num_classes": 10}
+        shape = {"sample_size": settings.data.image_size, "in_channels": 1, "num_classes": 10}
     missing = [name for name in ("in_channels", "num_classes") if name not in {**shape, **settings.model}]
     if missing:
         raise InputError(

@@ -72,9 +72,9 @@ class RunFolder:
         self.lock.check()
         config = self.path / CONFIG
         if not config.exists():
-            # A folder with a lock is one that a run was about to start in.
+            # What a run leaves that was cut off while it started, before it deletes anything.
             names = {path.name for path in self.path.iterdir()} if self.path.is_dir() else set()
-            if LOCK not in names and names - {f"{CONFIG}.tmp"}:
+            if names - {LOCK, f"{CONFIG}.tmp", "wandb"}:
                 raise InputError(f"`output_dir` {self.path} holds files but no run: give an empty or a new folder.")
             return
         if self.settings.resume_from_checkpoint is None:
