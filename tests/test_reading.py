@@ -127,3 +127,5 @@ def test_only_a_last_line_may_be_cut_off(tmp_path):
         file = written(tmp_path / "m.jsonl", f'{{"step": 1}}\n{line}\n')
         with pytest.raises(InputError, match=r"m\.jsonl, line 2"):
             list(read_json_lines(file, {"step": int}))
+    with pytest.raises(InputError, match="it is no file"):
+        list(read_json_lines(tmp_path))

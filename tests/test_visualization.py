@@ -30,6 +30,12 @@ def test_images_stand_in_their_rows_and_columns_enlarged_by_whole_pixels():
             assert sheet.crop((x, y, x + 16, y + 16)).getextrema() == ((10 * row + column,) * 2,) * 3
 
 
+def test_a_title_of_several_lines_is_written_on_one():
+    pictures = [[Image.new("L", (8, 8))]]
+    grids = [image_grid(pictures, column_titles=[title]) for title in ("a\n# b", "a # b")]
+    assert grids[0].tobytes() == grids[1].tobytes()
+
+
 def test_titles_take_room_and_long_ones_are_cut():
     tiles = [[Image.new("L", (48, 48))] * 2]
     plain = image_grid(tiles)

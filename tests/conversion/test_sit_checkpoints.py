@@ -180,6 +180,10 @@ class TestArguments:
             {"args": {"path_type": "GVP", "prediction": "score"}},
             {"args": {"transport": {"path_type": "GVP", "prediction": "score"}, "lr": 1e-4}},
             {"hyper_parameters": {"path_type": "GVP", "prediction": "score"}},
+            {"args": {"transport": {"params": {"path_type": "GVP", "prediction": "score"}}}},
+            {"args": {}, "config": {"path_type": "GVP", "prediction": "score"}},
+            {"hyper_parameters": {"args": argparse.Namespace(path_type="GVP", prediction="score")}},
+            {"training_args": {"path_type": "GVP", "prediction": "score"}},
         ],
     )
     def test_are_read(self, tmp_path, saved):
@@ -198,6 +202,10 @@ class TestArguments:
         [
             ({"args": ["--path-type", "GVP"]}, "arguments saved in the checkpoint are a list"),
             ({"args": {"num_classes": "many"}}, "says that it has 'many' classes: give --num_classes"),
+            (
+                {"args": {"path_type": "GVP"}, "cfg": {"path_type": "Linear"}},
+                "says of its `path_type` both 'GVP' and 'Linear'",
+            ),
             ({"args": {"path_type": ["GVP"]}}, "trained with .'GVP'., which is not known here"),
         ],
     )

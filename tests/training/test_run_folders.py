@@ -152,6 +152,24 @@ def test_a_start_that_was_cut_off_is_no_other_run(teacher_folder, tmp_path, name
     assert [line["step"] for line in lines(folder)] == [1]
 
 
+def test_a_lock_next_to_files_of_somebody_else_is_no_leave_to_delete_them(teacher_folder, tmp_path):
+    own = tmp_path / "own/checkpoints/mine.pt"
+    own.parent.mkdir(parents=True)
+    own.write_text("mine")
+    (tmp_path / "own/.lock").write_text("")
+    with pytest.raises(InputError, match="holds files but no run"):
+        distillation(teacher_folder, tmp_path / "own", "--max_steps", 1)
+    assert own.read_text() == "mine"
+
+
+@pytest.mark.parametrize("option", ["--teacher", "--student"])
+def test_a_network_that_lies_in_the_output_is_not_deleted_with_it(teacher_folder, tmp_path, option):
+    inside = shutil.copytree(teacher_folder, tmp_path / "run/checkpoints/t")
+    with pytest.raises(InputError, match="or one is in the other"):
+        distillation(teacher_folder, tmp_path / "run", option, inside, "--overwrite_output_dir")
+    assert (inside / "model_index.json").is_file()
+
+
 class Killed(BaseException):
     """Stands for a kill: nothing catches it."""
 
