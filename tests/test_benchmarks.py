@@ -298,7 +298,8 @@ def test_the_pipelines_overhead_is_what_is_outside_the_network(tmp_path, capsys)
     from generation_overhead import main
 
     threads = torch.get_num_threads()
-    main(["--model", TINY, "--batch", "3", "--rounds", "2", "--threads", str(threads), "--output", str(tmp_path)])
+    pixels = TINY.replace("}", ", in_channels: 3}")
+    main(["--model", pixels, "--batch", "3", "--rounds", "2", "--threads", str(threads), "--output", str(tmp_path)])
     rows = table_rows(tmp_path / "generation_overhead_cpu.md")
     assert list(rows) == ["bare forward", 'pipeline, output_type="latent"', 'pipeline, output_type="pt"']
     found = json.loads((tmp_path / "generation_overhead_cpu.json").read_text(encoding="utf-8"))["seconds"]

@@ -215,7 +215,7 @@ def scheduler_of(scheduler):
 BROKEN = {
     "no scheduler": (
         lambda f: (f / "scheduler" / "scheduler_config.json").unlink(),
-        "no .*scheduler_config.json beside it",
+        "no .*scheduler_config.json next to it",
     ),
     "weights cut short": (cut_short, "Unable to load weights"),
     "no betas": (
