@@ -222,11 +222,7 @@ def rezipped(content, **changes: bytes) -> bytes:
     with zipfile.ZipFile(file) as archive:
         records = {name: archive.read(name) for name in archive.namelist()}
     records |= {f"archive/{name}": data for name, data in changes.items()}
-    changed = io.BytesIO()
-    with zipfile.ZipFile(changed, "w") as archive:
-        for name, data in records.items():
-            archive.writestr(name, data)
-    return changed.getvalue()
+    return _zip(records)
 
 
 def data_of(content) -> bytes:

@@ -63,12 +63,8 @@ class DistillationTrainer(Trainer):
         settings = self.settings
         self.teacher_pipeline = teacher = load_pipeline(InterpolantPipeline, "teacher", settings.teacher)
         self.plan = plan = plan_distillation(settings, teacher)
-        self.interpolant, self.objective, self.adversarial = (
-            teacher.scheduler.interpolant,
-            plan.objective,
-            plan.adversarial,
-        )
-        self.references, self.start = plan.references, plan.student
+        self.interpolant, self.references, self.start = teacher.scheduler.interpolant, plan.references, plan.student
+        self.objective, self.adversarial = plan.objective, plan.adversarial
         view = teacher.network
         self.null, self.num_classes, self.sample_shape = view.null, view.num_classes, view.sample_shape
         self.data = load_fitting_images(settings, teacher, self.readers) if plan.needs_images else None
