@@ -60,7 +60,7 @@ def main(argv: list[str]) -> None:
         raise InputError(f"`out` {out} is a file: give a folder, or a name without the / at its end.")
     device = settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        torch.empty(1, device=device)
+        torch.zeros(1, device=device).item()  # which `meta` has not
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"`device` {device!r} cannot be used: {str(error).splitlines()[0]}") from None
 

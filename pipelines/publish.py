@@ -9,6 +9,7 @@
 Everything is first written to hub/ in the pipeline's folder, where it stays; the upload is one commit. docs/publishing.md
 """
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,13 +36,19 @@ def main(argv: list[str]) -> None:
     from si_distill import InterpolantPipeline, OneStepInterpolantPipeline
     from si_distill.errors import InputError, PublishError
     from si_distill.hub.facts import read_facts
-    from si_distill.hub.publishing import check_ready, upload
+    from si_distill.hub.publishing import check_name, check_ready, upload
     from si_distill.hub.staging import listing, stage_model, stage_space
     from si_distill.loading import load_pipeline
 
     run = Path(settings.pipeline)
     if not settings.pipeline or not settings.repo_id:
         raise InputError("Give --pipeline FOLDER and --repo-id user/name.")
+    for name in filter(None, (settings.repo_id, settings.teacher_repo_id)):
+        check_name(name)
+    if settings.license and not re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", settings.license):
+        raise InputError(
+            f"`license` {settings.license!r} is no identifier of the Hub's list, such as `mit` or `apache-2.0`."
+        )
     if not run.is_dir():
         raise InputError(f"There is no folder {run}: `pipeline` is the folder of a run or a pipeline.")
     facts = read_facts(run)

@@ -20,7 +20,7 @@ from script_runs import DISTILL, ROOT, environment, metrics
 KILLS = int(os.environ.get("FAULT_KILLS", "15"))
 SEED = int(os.environ.get("FAULT_SEED", str(random.randrange(10**6))))
 #: What two runs may differ in: clocks, identities, places.
-UNLIKE = ("seconds", "date", "run", "command", "output", "pipeline")
+UNLIKE = ("seconds", "images per second", "date", "run", "command", "output", "pipeline")
 
 
 def files(folder, pattern="**/[!.]*"):

@@ -9,6 +9,7 @@ from helpers import UNTOLD, field_on
 from interpolant_families import FAMILIES, PRESERVING, TIMES, double, every_family, exact_predictions, noise
 
 from si_distill.interpolants import GAUSSIAN_INTERPOLANTS, PREDICTIONS, Interpolant, get_interpolant
+from si_distill.schedulers.interpolant_solvers import check_determinant
 
 
 @pytest.fixture
@@ -26,6 +27,51 @@ class Cubic(Interpolant):
 
     def _path(self, t):
         return 1 - t**self.power, t, -self.power * t ** (self.power - 1), torch.ones_like(t)
+
+
+class Still(Cubic):
+    """β/α does not grow for a while: α β' − α' β = 0 at t = 1/2."""
+
+    name = "still"
+
+    def _path(self, t):
+        s, ds = 4 * (t - 0.5) ** 3 + 0.5, 12 * (t - 0.5) ** 2
+        return 1 - s, s, -ds, ds
+
+
+class Slipped(Cubic):
+    name = "slipped"
+
+    def _path(self, t):
+        alpha, beta, d_alpha, d_beta = super()._path(t)
+        return alpha, beta, d_alpha / self.power, d_beta
+
+
+class Broken(Cubic):
+    name = "broken"
+
+    def _path(self, t):
+        alpha, beta, d_alpha, d_beta = super()._path(t)
+        return alpha, torch.where((t > 0.4) & (t < 0.6), torch.nan, beta), d_alpha, d_beta
+
+
+@every_family
+def test_families_pass_the_check_of_their_path(name, config):
+    check_determinant(get_interpolant(name, **config), 0.3)
+
+
+@pytest.mark.parametrize(
+    ("family", "words"),
+    [
+        (Still, "α β' − α' β = 0 at t = 0.5"),
+        (Slipped, "gives alpha' = .*, where alpha grows by .*: `_path` or `_gamma` does not return the derivative"),
+        (Broken, "has values of α, β or γ at t = 0.40.* that are not finite"),
+    ],
+)
+def test_paths_that_cannot_be_sampled_are_refused(family, words):
+    check_determinant(Cubic(), 0.3)
+    with pytest.raises(ValueError, match=words):
+        check_determinant(family(), 0.3)
 
 
 class TestCoefficients:

@@ -69,7 +69,8 @@ BOMB = "a0: &a0 [x, x]\n" + "".join(f"a{n}: &a{n} [*a{n - 1}, *a{n - 1}]\n" for 
         ("a: 1\n---\nb: 2\n", "single document"),
         ("#" * 2**20 + "\n", "larger than"),
         (b"\xff\xfe\x00", "utf-8"),
-        ("- a\n", "must hold `key: value` lines"),
+        ("- a\n", "must hold `key: value` lines, but it holds a list"),
+        ("# nothing\n", "must hold `key: value` lines, but it holds nothing"),
     ],
 )
 def test_a_config_file_that_is_no_mapping_of_reasonable_size_is_refused(tmp_path, content, words):

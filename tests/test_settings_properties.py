@@ -96,7 +96,7 @@ def test_any_values_give_sound_settings_or_a_sentence(given_values):
 @bounded
 @given(text)
 def test_text_comes_out_as_it_went_in(word):
-    if not word.startswith("~"):
+    if word != "~" and not word.startswith("~/"):
         assert parse_settings(Settings, [f"--name={word}"]).name == word
         assert settings_from_dict(Settings, {"names": [Plain(word)]}).names == [word]
 

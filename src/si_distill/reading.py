@@ -5,10 +5,12 @@ are text and appear once.
 """
 
 import json
+import math
 import re
 import reprlib
 import types
-from collections.abc import Iterator
+import typing
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -122,8 +124,12 @@ def read_yaml(path: str | Path, plain: bool = False) -> dict[str, Any]:
     except ValueError as error:
         raise InputError(f"The config file {path} is not valid YAML: {error}.") from None
     if not isinstance(values, dict):
-        raise InputError(f"The config file {path} must hold `key: value` lines, but it holds {type(values).__name__}.")
+        raise InputError(f"The config file {path} must hold `key: value` lines, but it holds {_held(values)}.")
     return values if plain else resolve(values)
+
+
+def _held(value: Any) -> str:
+    return "nothing" if value is None else _NAMES[str if isinstance(value, Plain) else type(value)]
 
 
 class _Dumper(yaml.SafeDumper):
@@ -224,6 +230,9 @@ def check_shape(value: Any, shape: Any, place: str = "it") -> None:
             except ValueError as error:
                 problems.append(str(error))
         raise ValueError(problems[0])
+    if origin := typing.get_origin(shape):  # list[int], tuple[int, ...], dict[str, float]
+        *_, item = [each for each in typing.get_args(shape) if each is not ...]
+        shape = {str: item} if origin is dict else [item]
     kind = type(shape) if isinstance(shape, (dict, list)) else shape
     if kind in (None, types.NoneType):
         fits, wanted = value is None, "null"
@@ -246,6 +255,24 @@ def check_shape(value: Any, shape: Any, place: str = "it") -> None:
                 check_shape(value[key.rstrip("?")], expected, f"{inside}{key.rstrip('?')}")
             elif not key.endswith("?"):
                 raise ValueError(f"{place} has no `{key}`")
+
+
+def check_arguments(function: Callable, values: dict[str, Any]) -> None:
+    """Raises a ValueError when a value, of a config that somebody else wrote, does not have the type of its argument.
+
+    Whole numbers are limited to what 32 bits hold, and other numbers must be finite.
+    """
+    check_shape(values, dict)
+    for name, hint in typing.get_type_hints(function).items():
+        kinds = [
+            typing.get_origin(kind) or kind
+            for kind in ([hint], typing.get_args(hint))[isinstance(hint, types.UnionType)]
+        ]
+        if name in values and all(kind in (*_NAMES, tuple, types.NoneType) for kind in kinds):
+            check_shape(values[name], hint, f"`{name}`")
+            for number in values[name] if isinstance(values[name], list) else [values[name]]:
+                if isinstance(number, (int, float)) and not abs(number) < (2**31 if type(number) is int else math.inf):
+                    raise ValueError(f"`{name}` is {reprlib.repr(values[name])}, which is too large")
 
 
 def _read_text(path: Path, limit: int) -> str:

@@ -16,6 +16,7 @@ from .errors import InputError, PublishError, TrainingInterrupted, TrainingStopp
 from .reading import Plain, parse_yaml, read_yaml, resolve
 
 T = TypeVar("T")
+LARGEST_FLOAT32 = float.fromhex("0x1.fffffep+127")
 
 
 def setting(
@@ -45,7 +46,7 @@ def parse_settings(cls: type[T], argv: list[str], description: str = "") -> T:
 
     A file may begin with `include: [FILE, …]`, paths relative to its own: it is laid over these.
 
-    Settings of type text are taken as they are written, except for a `~` at the beginning, the home folder. All others are
+    Settings of type text are taken as they are written, except for `~/` at the beginning, the home folder. All others are
     read by the core schema of YAML 1.2; on the command line `null` unsets what may be unset.
 
     A layer changes what it names and nothing else. Where it chooses another `objective` or `interpolant`, values in the
@@ -191,6 +192,8 @@ def _split_arguments(argv: list[str]) -> list[tuple[str, list[str]]]:
 def _value_of(cls: type, key: str, words: list[str]) -> Any:
     """What the words after `--key` mean for the type of that setting; its scalars are still to be resolved."""
     if key == "config":
+        if not words:
+            raise InputError("--config needs a file after it.")
         return words
     if not words:
         return True  # a key alone is a flag
@@ -284,16 +287,16 @@ def _text(name: str, value: str) -> str:
         raise InputError(f"`{name}` is {value!r}, which is not UTF-8 text.") from None
     if "\0" in value:
         raise InputError(f"`{name}` holds a null character: {value!r}.")
-    return os.path.expanduser(value) if value.startswith("~") else value
+    return os.path.expanduser(value) if value == "~" or value.startswith("~/") else value
 
 
 def _check_finite(name: str, value: Any) -> None:
     """Refuses numbers, also those in a mapping, that are not finite, or beyond what float32 and 64-bit integers hold."""
     for key, item in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
         _check_finite(f"{name}.{key}", item)
-    bound = 2**63 if isinstance(value, int) else 3.4e38
-    if isinstance(value, (int, float)) and not abs(value) < bound:
-        raise InputError(f"`{name}` must be a finite number below {bound:.2g}, got {reprlib.repr(value)}.")
+    largest = 2**63 - 1 if isinstance(value, int) else LARGEST_FLOAT32
+    if isinstance(value, (int, float)) and not abs(value) <= largest:
+        raise InputError(f"`{name}` must be a finite number of at most {largest:.3g}, got {reprlib.repr(value)}.")
 
 
 def _help(cls: type, prefix: str = "") -> str:

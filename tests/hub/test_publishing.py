@@ -199,13 +199,15 @@ def test_every_failure_is_a_sentence_and_what_was_staged_is_kept(hub, student, t
         (TOKEN, teacher, "user/x", ["--space"], "a Space shows a student"),
         (TOKEN, bridge, "user/x", ["--space"], "a student that takes images, which the Space cannot upload"),
         (TOKEN, teacher, "user/x", ["--variant", "fp8"], "`variant` is 'fp8'"),
+        (TOKEN, student, "x", [], "does not say whose it is"),
+        (TOKEN, student, "user/no such", ["--dry-run"], "cannot be the name of a repository"),
+        (TOKEN, student, "user/x", ["--teacher-repo-id", "../x", "--dry-run"], "'../x' cannot be the name of"),
+        (TOKEN, student, "user/x", ["--license", "my own", "--dry-run"], "`license` 'my own' is no identifier"),
     ]
     refused = [
         ("", student, "user/x", [], "There is no token of the Hub"),
         (READ_TOKEN, student, "user/x", [], "may only read"),
         (TOKEN, student, "stranger/x", [], "may not write to 'stranger'"),
-        (TOKEN, student, "x", [], "does not say whose it is"),
-        (TOKEN, student, "user/no such", [], "cannot be the name of a repository"),
         (TOKEN, student, "user/taken", [], "is taken: its repository holds other files"),
         (TOKEN, student, "user/teacher", [], "holds a InterpolantPipeline"),
         (TOKEN, student, "user/public", ["--private"], "exists and is public"),

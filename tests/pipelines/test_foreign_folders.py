@@ -35,8 +35,9 @@ def folder(tmp_path_factory):
             "hold 1 tensors of a type that networks are not run in: .* is F8_E4M3",
         ),
         (lambda value: value.to(torch.complex64), "hold 1 tensors of a type that networks are not run in"),
+        (lambda value: value.to(torch.int8), "hold 1 tensors of a type that networks are not run in: .* is I8"),
     ],
-    ids=["nan", "infinite", "float8", "complex"],
+    ids=["nan", "infinite", "float8", "complex", "integer"],
 )
 def test_weights_that_no_network_can_have_are_refused(folder, change, words):
     tensors = load_file(folder / WEIGHTS)
@@ -47,6 +48,45 @@ def test_weights_that_no_network_can_have_are_refused(folder, change, words):
             load_pipeline(OneStepInterpolantPipeline, "student", str(folder))
     finally:
         save_file(tensors, folder / WEIGHTS)
+
+
+def test_pictures_of_values_that_are_not_finite_are_refused():
+    network = tiny_sit(num_classes=0)
+    torch.nn.init.constant_(network.proj_out.bias, 3e38)
+    torch.nn.init.constant_(network.proj_out.weight, 3e38)
+    pipeline = OneStepInterpolantPipeline(network, StochasticInterpolantScheduler())
+    with pytest.raises(ValueError, match=r"2 of 2 images hold values that are not finite: the weights are damaged"):
+        pipeline(batch_size=2)
+
+
+@pytest.mark.parametrize(
+    ("file", "changes", "words"),
+    [
+        ("transformer/config.json", {"patch_size": 0}, "sizes are 1 to 65,536"),
+        ("transformer/config.json", {"patch_size": "4"}, "`patch_size` must be a whole number, got '4'"),
+        ("transformer/config.json", {"sample_size": None}, "`sample_size` must be a whole number, got None"),
+        ("transformer/config.json", {"num_classes": 3.0}, "`num_classes` must be a whole number, got 3.0"),
+        ("transformer/config.json", {"num_layers": 10**9}, "layers 0 to 1,000"),
+        ("transformer/config.json", {"attention_head_dim": 10**12}, "which is too large"),
+        ("transformer/config.json", {"timestep_scale": float("nan")}, "`timestep_scale` is nan"),
+        ("transformer/config.json", [], "transformer/config.json: it must be a mapping"),
+        ("scheduler/scheduler_config.json", {"interpolant": ["linear"]}, "`interpolant` must be text"),
+        ("scheduler/scheduler_config.json", {"init_time": True}, "`init_time` must be a number"),
+        ("model_index.json", {"id2label": ["a"]}, "`id2label` must be a mapping"),
+        ("model_index.json", {"vae_pixel_min": 0.5}, "`vae_pixel_min` is the darkest pixel"),
+        ("model_index.json", {"transformer": "SiT"}, "must be the pair .library, class. of a component"),
+        ("model_index.json", {"_class_name": {"a": 1}}, "it was saved as"),
+    ],
+)
+def test_configs_of_other_types_are_named(folder, file, changes, words):
+    whole = (folder / file).read_text()
+    content = {**json.loads(whole), **changes} if isinstance(changes, dict) else changes
+    (folder / file).write_text(json.dumps(content))
+    try:
+        with pytest.raises(InputError, match=words):
+            load_pipeline(OneStepInterpolantPipeline, "student", str(folder))
+    finally:
+        (folder / file).write_text(whole)
 
 
 JSON = st.recursive(

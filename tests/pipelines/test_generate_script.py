@@ -74,6 +74,7 @@ def test_the_grid_has_a_titled_column_for_each_class(student, tmp_path):
         (["--dtype", "int8"], "choose one of: float32"),
         (["--device", "cuda:99"], "`device` 'cuda:99' cannot be used"),
         (["--device", "toaster"], "`device` 'toaster' cannot be used"),
+        (["--device", "meta"], "`device` 'meta' cannot be used"),
         (["--out", "nowhere/grid.png"], "folder that exists"),
         (["--out", "grid.gif2"], "folder that exists"),
         (["--pipeline", "no/such"], "Cannot load the student 'no/such'"),

@@ -126,6 +126,15 @@ def test_what_another_run_left_never_counts(teacher_folder, runs, folder):
     assert same(weights(folder), weights(runs / "two"))
 
 
+def test_checkpoints_are_not_deleted_because_the_settings_next_to_them_are_of_another_run(teacher_folder, runs, folder):
+    for checkpoint in (folder / "checkpoints").iterdir():
+        shutil.rmtree(checkpoint)
+    shutil.copytree(runs / "other/checkpoints/step_00000003", folder / "checkpoints/step_00000003")
+    with pytest.raises(InputError, match=r"step_00000003, are of another run than config.yaml says"):
+        distillation(teacher_folder, folder, "--max_steps", 2, *RESUME).train()
+    assert (folder / "checkpoints/step_00000003/manifest.json").exists()
+
+
 def test_weights_in_several_files_of_an_earlier_run_are_not_loaded(teacher_folder, runs, tmp_path):
     folder = shutil.copytree(runs / "other", tmp_path / "run")
     OneStepInterpolantPipeline.from_pretrained(folder).transformer.save_pretrained(

@@ -35,6 +35,18 @@ class Published:
     commit: str
 
 
+def check_name(repo_id: str) -> None:
+    """Raises InputError for a name that no repository can have, or that does not say whose it is."""
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise InputError(f"`repo_id` {repo_id!r} cannot be the name of a repository: {error}") from None
+    if "/" not in repo_id:
+        raise InputError(
+            f"`repo_id` {repo_id!r} does not say whose it is: give user/{repo_id} or organisation/{repo_id}."
+        )
+
+
 def check_ready(repo_id: str, token: str | None = None) -> None:
     """
     Asks whether a publication can work, before the work that leads to it.
@@ -47,14 +59,7 @@ def check_ready(repo_id: str, token: str | None = None) -> None:
         InputError: for a name that cannot be one, a missing, refused or read-only token, or a name space of others.
         PublishError: when the Hub cannot be reached.
     """
-    try:
-        validate_repo_id(repo_id)
-    except HFValidationError as error:
-        raise InputError(f"`repo_id` {repo_id!r} cannot be the name of a repository: {error}") from None
-    if "/" not in repo_id:
-        raise InputError(
-            f"`repo_id` {repo_id!r} does not say whose it is: give user/{repo_id} or organisation/{repo_id}."
-        )
+    check_name(repo_id)
     if not (token or get_token()):
         raise InputError(
             "There is no token of the Hub: log in with `hf auth login`, or set HF_TOKEN. Make one that may write at "

@@ -208,6 +208,18 @@ class SiTTransformer2DModel(
         learned_positions: bool = False,
     ):
         super().__init__()
+        sizes = (sample_size, patch_size, in_channels, num_attention_heads, attention_head_dim)
+        optional = (num_layers, num_classes, augment_dim, condition_channels)
+        if min(sizes) < 1 or max(sizes) > 65536 or num_layers > 1000 or not 0 < mlp_ratio <= 1000 or min(optional) < 0:
+            raise ValueError(
+                f"The network's sizes {sizes}, `mlp_ratio` {mlp_ratio} and numbers of layers and optional inputs "
+                f"{optional} are out of range: sizes are 1 to 65,536, the ratio above 0, at most 1,000, layers 0 to 1,000."
+            )
+        if not 0 <= class_dropout_prob <= 1 or not 0 < timestep_scale <= 1e6:
+            raise ValueError(
+                f"`class_dropout_prob` must lie in [0, 1], got {class_dropout_prob}, and `timestep_scale` in (0, 1e6], got "
+                f"{timestep_scale}."
+            )
         if sample_size % patch_size:
             raise ValueError(f"`patch_size` {patch_size} does not divide `sample_size` {sample_size}.")
         dim = num_attention_heads * attention_head_dim

@@ -245,6 +245,29 @@ class EDMUNet2DModel(ModelMixin, ConfigMixin):
         super().__init__()
         if architecture not in ARCHITECTURES:
             raise ValueError(f"`architecture` is {architecture!r}; choose one of: {', '.join(ARCHITECTURES)}.")
+        sizes = (
+            sample_size,
+            in_channels,
+            model_channels,
+            *channel_mult,
+            channel_mult_emb,
+            num_blocks,
+            attention_head_dim,
+        )
+        optional = (num_classes, augment_dim)
+        if (
+            not 1 <= len(channel_mult) <= 16
+            or min(sizes) < 1
+            or max(sizes) > 65536
+            or num_blocks > 1000
+            or min(optional) < 0
+        ):
+            raise ValueError(
+                f"The network's sizes {sizes} and optional inputs {optional} are out of range: "
+                "sizes are 1 to 65,536, blocks at most 1,000, `channel_mult` has 1 to 16 levels, optional inputs from 0."
+            )
+        if not 0 <= class_dropout_prob <= 1:
+            raise ValueError(f"`class_dropout_prob` must lie in [0, 1], got {class_dropout_prob}.")
         if sample_size % 2 ** (len(channel_mult) - 1):
             raise ValueError(
                 f"`sample_size` {sample_size} cannot be halved {len(channel_mult) - 1} times, as `channel_mult` asks for."

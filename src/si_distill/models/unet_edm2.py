@@ -221,6 +221,21 @@ class EDM2UNet2DModel(ModelMixin, ConfigMixin):
         dropout: float = 0.0,
     ):
         super().__init__()
+        sizes = (sample_size, in_channels, model_channels, *channel_mult, num_blocks, attention_head_dim)
+        optional = (num_classes,)
+        if (
+            not 1 <= len(channel_mult) <= 16
+            or min(sizes) < 1
+            or max(sizes) > 65536
+            or num_blocks > 1000
+            or min(optional) < 0
+        ):
+            raise ValueError(
+                f"The network's sizes {sizes} and optional inputs {optional} are out of range: "
+                "sizes are 1 to 65,536, blocks at most 1,000, `channel_mult` has 1 to 16 levels, optional inputs from 0."
+            )
+        if not 0 <= class_dropout_prob <= 1:
+            raise ValueError(f"`class_dropout_prob` must lie in [0, 1], got {class_dropout_prob}.")
         if sample_size % 2 ** (len(channel_mult) - 1):
             raise ValueError(
                 f"`sample_size` {sample_size} cannot be halved {len(channel_mult) - 1} times, as `channel_mult` asks for."

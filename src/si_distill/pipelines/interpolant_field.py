@@ -35,7 +35,8 @@ class Guidance:
     channels: int | None = None
 
     def __post_init__(self) -> None:
-        if not (isinstance(self.scale, (int, float)) and math.isfinite(self.scale) and self.scale >= 0):
+        number = isinstance(self.scale, (int, float)) and not isinstance(self.scale, bool)
+        if not (number and math.isfinite(self.scale) and self.scale >= 0):
             raise ValueError(f"`guidance_scale` must be a number of at least 0 (1 is no guidance), got {self.scale!r}.")
         low, high = self.interval
         if not 0 <= low < high <= 1:

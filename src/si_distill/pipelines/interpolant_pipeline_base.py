@@ -57,8 +57,8 @@ class InterpolantPipelineBase(LabelsMixin, DiffusionPipeline):
             `"bicubic"`) is how images of size / factor are brought to the network's size, as in its training.
 
     Raises:
-        ValueError: for an `id2label` whose keys are not classes of the network or whose values are not names, or an
-            `image_upsampling` that cannot be done.
+        ValueError: for an `id2label` whose keys are not classes of the network or whose values are not names, another
+            `vae_pixel_min`, or an `image_upsampling` that cannot be done.
     """
 
     model_cpu_offload_seq = "transformer->vae"
@@ -77,6 +77,8 @@ class InterpolantPipelineBase(LabelsMixin, DiffusionPipeline):
         super().__init__()
         self.register_modules(transformer=transformer, scheduler=scheduler, vae=vae)
         view = view_network(transformer)
+        if vae_pixel_min not in (-1, 0):
+            raise ValueError(f"`vae_pixel_min` is the darkest pixel for the VAE, -1 or 0, got {vae_pixel_min!r}.")
         self.register_to_config(
             id2label=checked_names(id2label, view.num_classes),
             vae_pixel_min=vae_pixel_min,
@@ -275,10 +277,23 @@ class InterpolantPipelineBase(LabelsMixin, DiffusionPipeline):
         return scaling.decode_pixels(self.vae.decode(scaling.decode(latents).to(self.vae.dtype), return_dict=False)[0])
 
     def postprocess(self, latents: torch.Tensor, output_type: str) -> Any:
-        """The output that the user asked for; one channel becomes a PIL image of mode "L"."""
+        """
+        The output that the user asked for; one channel becomes a PIL image of mode "L".
+
+        Raises:
+            ValueError: for pictures of values that are not finite, which would look like any others.
+        """
         if output_type == "latent":
             return latents
-        return self.image_processor.postprocess(self.decode(latents), output_type=output_type)
+        images = self.decode(latents)
+        damaged = int((~images.flatten(1).isfinite().all(1)).sum()) if output_type == "pil" else 0
+        if damaged:
+            raise ValueError(
+                f"{damaged} of {len(images)} images hold values that are not finite: the weights are damaged, or too large "
+                f"for {self.transformer.dtype}. Load the pipeline in float32 or bfloat16; if that does not help, save it "
+                "again from before the training that left it so."
+            )
+        return self.image_processor.postprocess(images, output_type=output_type)
 
 
 def _checked_upsampling(described: dict | None, view: NetworkView) -> dict[str, Any] | None:

@@ -14,6 +14,8 @@ import json
 import os
 import re
 import shutil
+import sys
+import typing
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +28,7 @@ from safetensors import safe_open
 #: Libraries whose classes every loader has: they are named in the index and their code is not copied.
 STOCK_LIBRARIES = ("diffusers", "transformers")
 #: Types of stored tensors, in safetensors' words, that keep their values in the type that a network is run in.
-STORED_TYPES = ("F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U8", "BOOL")
+STORED_TYPES = ("F64", "F32", "F16", "BF16")
 
 # The installed package, or "" in the copy of a saved folder, which has no classes to offer but its own.
 _HERE = ".pipelines.interpolant_pipeline_folder"
@@ -114,11 +116,29 @@ class SelfContainedFolderMixin:
                 f"it has no {cls.config_name}, so it is not a pipeline folder. Pass the folder that `save_pretrained` or "
                 "a training run wrote, not one above or below it."
             )
-        for name, value in cls.load_config(folder).items():
+        index = cls.load_config(folder)
+        _check_arguments(cls, index, folder / cls.config_name)
+        for name, value in index.items():
+            pair = (
+                isinstance(value, list)
+                and len(value) == 2
+                and all(isinstance(part, (str, type(None))) for part in value)
+            )
+            if name in cls._component_names() and not pair:
+                raise ValueError(
+                    f"`{name}` in {cls.config_name} must be the pair [library, class] of a component, got {value!r}. "
+                    "Restore the file, or save the pipeline again."
+                )
             if name.startswith("_") or not isinstance(value, list) or value[:1] in ([], [None]) or name in kwargs:
                 continue
             if not (folder / name).is_dir():
                 raise OSError(f"its {cls.config_name} names the component {name!r}, but there is no folder {name}/.")
+            module, class_name = value if len(value) == 2 else (None, None)
+            if _PACKAGE and module in sys.modules and module.startswith(f"{_PACKAGE}."):
+                component = getattr(sys.modules[module], class_name)
+                config = folder / name / component.config_name
+                if config.is_file():
+                    _check_arguments(component, component._dict_from_json_file(config), config)
             # diffusers looks for the variant between the dots of every entry's name.
             stray = [entry.name for entry in (folder / name).iterdir() if "." not in entry.name]
             if kwargs.get("variant") and stray:
@@ -134,7 +154,7 @@ class SelfContainedFolderMixin:
         if not saved:
             raise ValueError(f"{json_file} names no pipeline class, so it is not the index of a pipeline.")
         name = saved[-1] if isinstance(saved, list) else saved
-        if name not in {base.__name__ for base in cls.__mro__}:
+        if name not in [base.__name__ for base in cls.__mro__]:
             raise ValueError(
                 f"it was saved as {name}, which samples differently. Open it with {name}.from_pretrained or, when that is "
                 "not at hand, diffusers' DiffusionPipeline.from_pretrained."
@@ -205,6 +225,15 @@ class SelfContainedFolderMixin:
             index[name] = [self._source(type(component), name).stem, type(component).__name__]
         Path(json_file_path).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
+    @classmethod
+    def _component_names(cls) -> set[str]:
+        """Arguments that are modules or schedulers: `name: ModelMixin`, or with a default None."""
+        kinds = typing.get_type_hints(cls.__init__)
+        return {
+            name for name, kind in kinds.items()
+            if any(hasattr(part, "from_pretrained") for part in (kind, *typing.get_args(kind)))
+        }  # fmt: skip
+
     def _own_components(self) -> list[tuple[str, Any]]:
         """The components whose code travels, as they were before `torch.compile` wrapped them."""
         components = [(name, getattr(value, "_orig_mod", value)) for name, value in self.components.items()]
@@ -230,6 +259,18 @@ class SelfContainedFolderMixin:
                 f"The source of {cls.__name__} cannot travel with the pipeline: it is not defined in a file. Move the "
                 "class into a module."
             ) from error
+
+
+def _check_arguments(cls: type, values: Any, file: Path) -> None:
+    """Refuses a config whose values do not have the types of the constructor's arguments, where the package is at hand."""
+    if not _PACKAGE:
+        return
+    try:
+        importlib.import_module(f"{_PACKAGE}.reading").check_arguments(cls.__init__, values)
+    except ValueError as error:
+        raise ValueError(
+            f"{file.parent.name}/{file.name}: {error}. Restore the file, or save the pipeline again."
+        ) from None
 
 
 def _is_stock(component: Any) -> bool:
@@ -293,7 +334,8 @@ def check_weights(component: torch.nn.Module, name: str, kwargs: dict[str, Any])
     left_over: set[str] = set()
     types = _stored_types(Path(component.config.get("_name_or_path") or ""), kwargs.get("variant"))
     stored = types.keys()
-    strange = sorted(key for key, kind in types.items() if kind not in STORED_TYPES)
+    numbers = {key for key, value in expected.items() if value.is_floating_point()}
+    strange = sorted(key for key, kind in types.items() if key in numbers and kind not in STORED_TYPES)
     if strange:
         raise ValueError(
             f"The weights in {name} hold {len(strange)} tensors of a type that networks are not run in: {strange[0]} is "

@@ -139,7 +139,7 @@ class OneStepInterpolantPipeline(SelfContainedFolderMixin, InterpolantPipelineBa
                 f"`num_inference_steps` is {num_inference_steps!r}, but a one-step student has one step: it was not trained "
                 "at other times. Leave the argument out, or sample the teacher with `InterpolantPipeline`."
             )
-        if not isinstance(guidance_scale, (int, float)) or guidance_scale != 1:
+        if not isinstance(guidance_scale, (int, float)) or guidance_scale is True or guidance_scale != 1:
             raise ValueError(
                 f"`guidance_scale` is {guidance_scale!r}, but a student is evaluated once: the guidance it was distilled "
                 "with is already inside. Leave the argument out, or distill again with another teacher guidance."

@@ -74,15 +74,36 @@ def check_conventions(timestep_type: str, timestep_scale: float, prediction_sign
 
 
 def check_determinant(interpolant: Any, *times: float) -> None:
-    """Raises ValueError for a path whose velocity says nothing about x0 at an end or at one of these times."""
+    """Raises ValueError for a path that is not finite, whose velocity says nothing about x0 at an end, inside or at one of
+    these times, or whose derivatives are not those of its values.
+    """
     import torch  # not above: settings that name the solvers are read before torch is loaded
 
-    for t in (0.0, 1.0, *times):
-        determinant = interpolant.coefficients(torch.tensor(t, dtype=torch.float64)).determinant.item()
-        if abs(determinant) < 1e-12:
+    grid = torch.linspace(0, 1, 65, dtype=torch.float64)
+    grid = torch.cat([grid[[0, -1]], torch.tensor(times, dtype=torch.float64), grid[1:-1]])
+    path = interpolant.coefficients(grid)
+    for t, determinant, *values in zip(grid, path.determinant, path.alpha, path.beta, path.gamma, strict=True):
+        if not all(math.isfinite(value) for value in values):
+            raise ValueError(
+                f"The interpolant {interpolant.name!r} has values of α, β or γ at t = {t:g} that are not finite."
+            )
+        if not determinant >= 1e-12:
             raise ValueError(
                 f"The interpolant {interpolant.name!r} has α β' − α' β = {determinant:.1g} at t = {t:g}, where its velocity "
                 "says nothing about the sample: one step from there would divide by 0. Take a path whose β/α keeps growing."
+            )
+    step = 1e-4  # of central differences, between the grid's points: there a table of betas has its kinks
+    middle = (grid[2 + len(times) : -1] + 0.37 / 64).clamp(max=1 - step)
+    path, after, before = (interpolant.coefficients(middle + shift) for shift in (0, step, -step))
+    for name in ("alpha", "beta", "gamma"):
+        slope = (getattr(after, name) - getattr(before, name)) / (2 * step)
+        given = getattr(path, f"d_{name}")
+        wrong = (slope - given).abs() > 0.1 * (slope.abs() + getattr(path, name).abs()) + 1e-6
+        if wrong.any():
+            at = int(wrong.nonzero()[0])
+            raise ValueError(
+                f"The interpolant {interpolant.name!r} gives {name}' = {given[at]:.4g} at t = {middle[at]:.4g}, where "
+                f"{name} grows by {slope[at]:.4g}: `_path` or `_gamma` does not return the derivative."
             )
 
 

@@ -380,6 +380,8 @@ class DistillationTrainer(Trainer):
         columns = (
             [str(names.get(label, label)).split(",")[0] for label in labels.tolist()] if self.num_classes else None
         )
+        if pipeline.vae is None:
+            rows = [row[:, :3] for row in rows]  # of latents that nothing decodes the first channels, as colours
         return image_grid([pipeline.postprocess(row, "pil") for row in rows], titles, columns)
 
 

@@ -42,6 +42,8 @@ _MANIFEST = {
 }
 _FOLDER = re.compile(r"step_(\d+)")
 _FOREIGN = "it is of another run"
+#: Holds the identity of a run that is deleting what an earlier one left in its folder; gone once that is done.
+OVERWRITING = ".overwriting"
 _BLOCK = 2**24
 
 
@@ -165,18 +167,27 @@ class Checkpoints:
 
     def _find(self, which: str) -> Path | None:
         if which == "latest":
-            damaged = None
+            damaged = foreign = None
             for path in sorted(self.folder.glob("step_*"), reverse=True):
                 problem = _problem(path, self.run_id)
                 if problem is None:
                     break
                 self.accelerator.print(f"Passing over {path.name}: {problem}.")
-                damaged = damaged or (path if _FOLDER.fullmatch(path.name) and problem != _FOREIGN else None)
+                if problem == _FOREIGN:
+                    foreign = foreign or path
+                elif _FOLDER.fullmatch(path.name):
+                    damaged = damaged or path
             else:
                 if damaged:
                     raise InputError(
                         f"No checkpoint in {self.folder} is whole, and starting at step 0 would delete what is left, e.g. "
                         f"{damaged.name}. Restore one, or start again with --overwrite_output_dir alone."
+                    )
+                if foreign and not self._is_overwriting():
+                    raise InputError(
+                        f"The checkpoints in {self.folder}, e.g. {foreign.name}, are of another run than {CONFIG} says, and "
+                        f"starting at step 0 would delete them. Restore the {CONFIG} of that run, or start again with "
+                        "--overwrite_output_dir alone."
                     )
                 return None
         else:
@@ -187,6 +198,11 @@ class Checkpoints:
                 raise InputError(f"{path} is not a whole checkpoint: {problem}. Whole ones: {known}.")
         self._check_fits(path)
         return path
+
+    def _is_overwriting(self) -> bool:
+        """Whether this run was killed while it deleted what an earlier one had left."""
+        marker = self.folder.parent / OVERWRITING
+        return marker.is_file() and marker.read_text(encoding="utf-8", errors="replace") == self.run_id
 
     def _check_fits(self, path: Path) -> None:
         manifest, now = _manifest(path), self.accelerator.num_processes

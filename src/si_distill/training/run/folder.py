@@ -17,6 +17,7 @@ from ...settings import settings_from_dict, settings_to_dict
 from ..averaging.ema import EMA_WEIGHTS
 from ..averaging.posthoc import EMA_SNAPSHOTS
 from ..config import TrainingConfig
+from .checkpoints import OVERWRITING
 from .profiling import PROFILE
 
 SAMPLES, CHECKPOINTS = "samples", "checkpoints"
@@ -30,7 +31,7 @@ TRACES = (
     EMA_WEIGHTS, EMA_SNAPSHOTS, PROFILE, STAGING,
 )  # fmt: skip
 #: What else a run writes to: the settings, and the pipeline and its card.
-_WRITTEN = (LOCK, CONFIG, f"{CONFIG}.tmp", "README.md", "transformer", "scheduler", "vae")
+_WRITTEN = (LOCK, OVERWRITING, CONFIG, f"{CONFIG}.tmp", "README.md", "transformer", "scheduler", "vae")
 #: Weights in any form that diffusers loads.
 _WEIGHTS = ("*.safetensors", "*.bin", "*.index.json")
 #: Shapes of the lines and files that a resumed run reads and goes on with.
@@ -74,7 +75,7 @@ class RunFolder:
         if not config.exists():
             # What a run leaves that was cut off while it started, before it deletes anything.
             names = {path.name for path in self.path.iterdir()} if self.path.is_dir() else set()
-            if names - {LOCK, f"{CONFIG}.tmp", "wandb"}:
+            if names - {LOCK, OVERWRITING, f"{OVERWRITING}.tmp", f"{CONFIG}.tmp", "wandb"}:
                 raise InputError(f"`output_dir` {self.path} holds files but no run: give an empty or a new folder.")
             return
         if self.settings.resume_from_checkpoint is None:
@@ -125,9 +126,10 @@ class RunFolder:
             return
         # The new identity comes first: what a kill leaves of the earlier run is then nobody's.
         self.settings.run_id = secrets.token_hex(8)
+        write_text(self.path / OVERWRITING, self.settings.run_id)
         self.write_config()
         # Only what a run writes: the folder may hold files of its owner. The pipeline's files are replaced later.
-        for name in TRACES:
+        for name in (*TRACES, OVERWRITING):
             delete(self.path / name)
 
     def write_config(self) -> None:

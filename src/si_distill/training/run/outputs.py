@@ -118,7 +118,13 @@ class Outputs:
 
     @torch.no_grad()
     def _picture(self) -> Image.Image:
-        return self._sample_grid()
+        try:
+            return self._sample_grid()
+        except ValueError as error:
+            raise TrainingStopped(
+                f"The network's samples cannot be drawn: {error} Earlier checkpoints stay: resume from one, with a lower "
+                "learning rate."
+            ) from error
 
     def _whole_pipeline(self) -> DiffusionPipeline | None:
         """On rank 0 the pipeline around a network that holds all of its weights; elsewhere nothing. Collective."""
