@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Generates images with a one-step student: one picture that names its classes, or a file for each image.
+"""Generates images with a student of one or a few steps: one picture that names its classes, or a file for each image.
 
     python pipelines/generate.py --pipeline runs/digits-student --labels 3 7 --out grid.png
     python pipelines/generate.py --pipeline runs/digits-student --labels 3 7 --images_per_label 8 --seed 1 --out images/
@@ -24,6 +24,9 @@ class GenerateConfig:
     image: list[str] = setting([], "Image files that a student starts from, where it does.")
     images_per_label: int = setting(8, "Images of each class, of an unconditional student, or of each --image.")
     seed: int = setting(0, "Image n of every class is drawn from seed + n, on any device.")
+    num_inference_steps: int | None = setting(
+        None, "Steps of a student that was trained for several numbers of them; its largest when not given."
+    )
     batch_size: int = setting(64, "Images generated at once.")
     dtype: str = setting("float32", "Precision of the network.", ("float32", "bfloat16", "float16"))
     device: str | None = setting(None, "`cuda`, `cuda:1`, `cpu`, …; a GPU when there is one.")
@@ -86,8 +89,9 @@ def main(argv: list[str]) -> None:
             raise InputError(str(error)) from error
     pipeline.to(device)
     try:
+        steps = {} if settings.num_inference_steps is None else {"num_inference_steps": settings.num_inference_steps}
         rows = sample_rows(
-            pipeline, labels, settings.images_per_label, settings.seed, settings.batch_size, images=inputs
+            pipeline, labels, settings.images_per_label, settings.seed, settings.batch_size, images=inputs, **steps
         )
     except ValueError as error:
         raise InputError(str(error)) from error
@@ -107,7 +111,8 @@ def main(argv: list[str]) -> None:
         image_grid(shown, names, titles or [Path(file).stem for file in settings.image]).save(out)
     else:
         image_grid(rows, column_titles=titles).save(out)
-    calls = pipeline.num_network_evaluations
+    calls = pipeline.num_network_evaluations // pipeline.trained_steps[-1]
+    calls *= settings.num_inference_steps or pipeline.trained_steps[-1]
     evaluations = "one network evaluation" if calls == 1 else f"{calls} network evaluations"
     print(f"Saved {count} image{'s' if count > 1 else ''}, {evaluations} each: {out}")
 

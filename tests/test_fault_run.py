@@ -29,7 +29,9 @@ def files(folder, pattern="**/[!.]*"):
 
 
 def like(values):
-    return {key: value for key, value in values.items() if key not in UNLIKE}
+    return {
+        key: like(value) if isinstance(value, dict) else value for key, value in values.items() if key not in UNLIKE
+    }
 
 
 def tensors(folder):

@@ -127,15 +127,15 @@ def build(choices: list[Choice]) -> gr.Blocks:
             raise shown(error) from error
         ratio = slow.seconds / student.seconds
         verdict = (
-            f"The teacher took **{ratio:,.1f} times** as long, for **{slow.evaluations:g} times** the evaluations. "
-            "Both started from the same noise."
+            f"The teacher took **{ratio:,.1f} times** as long, for **{slow.evaluations / student.evaluations:g} times** the "
+            "evaluations. Both started from the same noise."
         )
         yield (student.picture, facts(student), slow.picture, facts(slow), verdict, _download(student, slow))
 
     with gr.Blocks(title="One step", analytics_enabled=False, delete_cache=(3600, 3600)) as app:
         gr.Markdown(
-            "# One step\nA student draws an image in **one** evaluation of its network. Its teacher solves an ODE, step by "
-            "step, to the same end.",
+            "# One step\nA student draws an image in **one** evaluation of its network, or in a few. Its teacher solves an "
+            "ODE, step by step, to the same end.",
             elem_id="title",
         )
         with gr.Row(equal_height=False):

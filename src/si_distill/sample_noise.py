@@ -23,6 +23,8 @@ STREAMS = (
     "generator_noise",
     "fresh_labels",
     "fresh_noise",
+    "levels",
+    "renoise",
     "critic",
     "critic_adversarial",
     "critic_adversarial_real",

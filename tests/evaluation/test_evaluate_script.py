@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from script_runs import ROOT, command, environment, run
 
-from si_distill import InterpolantPipeline, OneStepInterpolantPipeline
+from si_distill import InterpolantPipeline, OneStepInterpolantPipeline, StochasticInterpolantScheduler
 from si_distill.evaluation.config import EvaluationConfig
 from si_distill.evaluation.report import evaluate
 
@@ -53,3 +53,20 @@ def test_kills_processes_and_odd_batches_change_no_figure(teacher_folder, tmp_pa
     difference = np.abs(files[0]["arr_0"].astype(int) - files[1]["arr_0"])
     assert difference.max() <= 1
     assert (difference > 0).mean() < 1e-3
+
+
+def test_a_student_of_several_steps_has_a_row_for_each(teacher_folder, tmp_path):
+    network = InterpolantPipeline.from_pretrained(teacher_folder).transformer
+    scheduler = StochasticInterpolantScheduler(solver="renoise", student_steps=[1, 4])
+    OneStepInterpolantPipeline(network, scheduler).save_pretrained(tmp_path / "student")
+    settings = dict(num_samples=64, kid_subsets=2, bootstrap_resamples=0, cache_dir=str(tmp_path / "cache"))
+    rows = {}
+    for batch_size in (64, 7):
+        result = evaluate(EvaluationConfig(pipeline=str(tmp_path / "student"), batch_size=batch_size, **settings))
+        rows[batch_size] = {row["generator"]: row for row in result["rows"]}
+    students = {name: row for name, row in rows[64].items() if name.startswith("student")}
+    assert list(students) == ["student, 1 step", "student, 4 steps"]
+    assert [row["network evaluations"] for row in students.values()] == [1, 4]
+    for name, row in students.items():
+        assert rows[7][name]["Fréchet distance"] == pytest.approx(row["Fréchet distance"], rel=1e-4)
+    assert rows[64]["student, 1 step"]["Fréchet distance"] != rows[64]["student, 4 steps"]["Fréchet distance"]

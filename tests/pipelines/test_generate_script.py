@@ -86,6 +86,16 @@ def test_what_cannot_work_is_refused_in_a_sentence(student, tmp_path, arguments,
     assert not list(tmp_path.iterdir())
 
 
+def test_a_student_of_several_steps_takes_those_it_was_trained_for(tmp_path, capsys):
+    scheduler = StochasticInterpolantScheduler(solver="renoise", student_steps=[1, 4])
+    OneStepInterpolantPipeline(tiny_sit(), scheduler).save_pretrained(tmp_path / "student")
+    for steps, words in (([], "4 network evaluations"), (["--num_inference_steps", "1"], "one network evaluation")):
+        call(tmp_path / "student", tmp_path / "grid.png", "--images_per_label", "1", *steps)
+        assert f"Saved 3 images, {words} each" in capsys.readouterr().out
+    with pytest.raises(InputError, match="`num_inference_steps` is 2, but this student has 1, 4 steps"):
+        call(tmp_path / "student", tmp_path / "grid.png", "--num_inference_steps", "2")
+
+
 @pytest.fixture(scope="module")
 def bridge(tmp_path_factory):
     """A student of grey 8×8 images from 4×4 ones, with three classes."""

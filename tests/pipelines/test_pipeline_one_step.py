@@ -81,7 +81,8 @@ def test_an_image_depends_on_its_own_generator_only():
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        (dict(num_inference_steps=4), "one-step student has one step"),
+        (dict(num_inference_steps=4), "but this student has one step"),
+        (dict(num_inference_steps=True), "but this student has one step"),
         (dict(guidance_scale=4.0), "guidance it was distilled with is already inside"),
         (dict(output_type="jpeg"), "'jpeg'.*pil, np, pt, latent"),
         (dict(generator=[torch.Generator()]), "1 generators for 2 images"),

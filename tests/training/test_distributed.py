@@ -33,11 +33,12 @@ SHORT = ["--max_steps", "3"]
 SMOOTH = ["--adam_epsilon", "1e-3"]
 EDM2 = "--objective sid --augment_prob 0 --critic_log_variance true --data.image_size 8".split()
 #: Draws of its own for each update, the student first, no backward pass through the frozen critic, and a head on the
-#: teacher's features, so that the critic's wrapper runs twice before one backward pass.
+#: teacher's features, so that the critic's wrapper runs twice before one backward pass; a student of several steps, whose
+#: wrapper runs up to four times.
 FRESH = """
 --objective dmd2 --critic_draws fresh --generator_first true --adversarial.kind head --adversarial.features teacher
 --adversarial.own_noise true --adversarial.real_apart true --adversarial.generator_weight 0.1 --weight_decay 0.1
---augment_prob 0
+--augment_prob 0 --student_steps 1 2 4 --critic_sees_level true
 """.split()
 DIT = "--objective cross_term --augment_prob 0 --gradient_checkpointing true".split()
 TEACH = [

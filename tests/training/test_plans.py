@@ -24,6 +24,15 @@ TEACHERS = {
     "pairs of the velocity": (dict(num_classes=10, condition_channels=1), dict(interpolant="bridge", solver="euler")),
     "unpaired": (dict(num_classes=0), dict(interpolant="bridge", prediction_type="velocity")),
     "unpaired of the sample": (dict(num_classes=0), dict(interpolant="bridge", prediction_type="sample")),
+    "ten times": (
+        dict(num_classes=10),
+        dict(
+            interpolant="ddpm",
+            interpolant_kwargs=dict(num_train_timesteps=10, beta_end=0.9),
+            timestep_type="discrete",
+            init_time=1.0,
+        ),
+    ),
     "unet": (None, dict(interpolant="ddpm", timestep_type="discrete", prediction_type="epsilon")),
 }
 PAIRS = ["--data.degradation", "downsample", "--data.degradation_kwargs", "{factor: 2}"]
@@ -47,6 +56,10 @@ REFUSALS = [
     ("linear", ["--adversarial.kind", "head", "--adversarial.head", "dmd2"], "need a larger map"),
     ("epsilon", ["--init_time", 1], "says nothing about the sample"),
     ("vp", ["--student_map", "negative_velocity"], "velocity networks on `linear`"),
+    ("linear", ["--student_map", "negative_velocity", "--student_steps", 2], "is a map of one step"),
+    ("ten times", ["--student_steps", 4, 20], "`student_steps` [4, 20] does not fit the teacher: "),
+    ("pairs", [*PAIRS, "--student_steps", 4], "a bridge's student has one step"),
+    ("unet", ["--student_steps", 4, "--critic_sees_level", "true"], "takes none and `augment_prob` is 0"),
     ("pairs", [], "distillation needs them whatever the objective"),
     ("pairs", OTHERS, "the data are unpaired"),
     ("pairs", [*PAIRS, "--init_time", 0.5], "a bridge's student starts at its reference"),

@@ -27,7 +27,7 @@ class MeasurementConfig:
     feature_weights: str | None = setting(None, "File of its weights, if not at torch-fidelity's usual place.")
     reference: str | None = setting(None, "Statistics (.npz) instead of those of `data`.")
     num_samples: int = setting(2000, "Images per measurement.")
-    num_inference_steps: int = setting(20, "Steps of a teacher; a student has one.")
+    num_inference_steps: int = setting(20, "Steps of a teacher; a student has its own.")
     kid_subsets: int = setting(10, "Subsets of up to 1,000 images that KID is a mean over.")
     batch_size: int = setting(256, "Images generated at once on each device.")
     cache_dir: str = setting(CACHE, "Where features of real images are kept.")

@@ -176,7 +176,7 @@ def build_generators(
     count: int,
     inputs: Inputs | None = None,
 ) -> list[Generator]:
-    """The rows: inputs, if there are any, teachers, the student, and finished images last.
+    """The rows: inputs, if there are any, teachers, the student with each of its numbers of steps, and finished images last.
 
     Args:
         settings: the teacher's steps, solvers and guidance; the seed.
@@ -218,7 +218,11 @@ def build_generators(
                 raise InputError(f"The row `{rows[-1].name}` cannot be made: {error}") from error
     if pipelines.student:
         facts = {"pipeline": settings.pipeline, **_facts(settings.pipeline, pipelines.student)}
-        rows.append(Generator("student, 1 step", "student", source(pipelines.student), facts))
+        trained = pipelines.student.trained_steps
+        for steps in trained:
+            sampler = {} if trained == [1] else {"num_inference_steps": steps}
+            name = f"student, {steps} step{'s' if steps > 1 else ''}"
+            rows.append(Generator(name, "student", source(pipelines.student, **sampler), {**facts, **sampler}))
     if files:
         rows.append(Generator("images", "images", files, {"images": settings.images}))
     return rows

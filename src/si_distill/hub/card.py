@@ -115,7 +115,8 @@ def _render(
         classes=facts.num_classes,
         guided=facts.num_classes and facts.network.get("class_dropout_prob", 1) > 0,
         teacher=teacher,
-        evaluations="two evaluations" if facts.guidance else "one evaluation",
+        evaluations=_evaluations(facts),
+        several_steps=facts.trained_steps if facts.trained_steps != [1] else None,
         model=model_rows(shown),
         teacher_table=teacher_rows(shown),
         objective=objective_rows(shown),
@@ -139,7 +140,8 @@ def card_data(
     tags = ["stochastic-interpolant", facts.scheduler.get("interpolant")]
     tags.append(None if facts.takes_image else "image-generation")
     tags.append("class-conditional-image-generation" if conditional else None)
-    tags += ["one-step", "distillation", facts.settings.get("objective")] if facts.is_student else ["teacher"]
+    steps = "one-step" if facts.trained_steps == [1] else "few-step"
+    tags += [steps, "distillation", facts.settings.get("objective")] if facts.is_student else ["teacher"]
     data = facts.recorded.get("data") or {}
     results = eval_results(facts)
     return ModelCardData(
@@ -213,6 +215,13 @@ def _picture(folder: Path) -> str | None:
         return SAMPLES
     grids = sorted(path for path in (folder / "samples").glob("step_*.png") if path.stem[5:].isdecimal())
     return f"samples/{grids[-1].name}" if grids else None
+
+
+def _evaluations(facts: ModelFacts) -> str:
+    """How often the student's network is evaluated for an image, in words."""
+    counts = [steps * (2 if facts.guidance else 1) for steps in facts.trained_steps]
+    words = {1: "one", 2: "two"}
+    return f"{' or '.join(words.get(n, str(n)) for n in counts)} evaluation{'s' if counts != [1] else ''}"
 
 
 def _call_arguments(facts: ModelFacts) -> str:

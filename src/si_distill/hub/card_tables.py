@@ -35,8 +35,12 @@ def model_rows(facts: ModelFacts) -> list[Row]:
     if facts.is_student:
         rows += [
             ("Network evaluations", student_evaluations(facts)),
-            ("Time of the one-step map", _text(scheduler.get("init_time"))),
+            ("Time of the first step", _text(scheduler.get("init_time"))),
         ]
+        if scheduler.get("student_steps"):
+            shift = scheduler.get("timestep_shift", 1)
+            levels = f", levels shifted by {_number(shift)}" if shift != 1 else ""
+            rows.append(("From step to step", _text(scheduler.get("solver")) + levels))
     else:
         rows.append(("Solver", _text(scheduler.get("solver"))))
     return rows
@@ -44,11 +48,13 @@ def model_rows(facts: ModelFacts) -> list[Row]:
 
 def student_evaluations(facts: ModelFacts) -> str:
     """How often a student's network is evaluated for an image."""
+    steps = " or ".join(map(str, facts.trained_steps))
     if not facts.guidance:
-        return "1 per image, without guidance"
+        return f"{steps} per image, without guidance"
     channels = facts.guidance.get("channels")
     guided = f" of the first {channels} channels" if channels else ""
-    return f"2 per image: guidance {_number(facts.guidance.get('scale'))}{guided} is inside the student"
+    guided_steps = " or ".join(str(2 * count) for count in facts.trained_steps)
+    return f"{guided_steps} per image: guidance {_number(facts.guidance.get('scale'))}{guided} is inside the student"
 
 
 def teacher_rows(facts: ModelFacts) -> list[Row]:

@@ -43,6 +43,8 @@ _SCHEDULER = {
     "timestep_type?": _TEXT,
     "solver?": _TEXT,
     "init_time?": _NUMBER,
+    "student_steps?": ([int], None),
+    "timestep_shift?": _NUMBER,
     "noise_channels?": _COUNT,
 }
 _VAE = {"_class_name?": _TEXT, "block_out_channels?": ([int], None)}
@@ -100,6 +102,11 @@ class ModelFacts:
     metrics: list[dict[str, Any]] = field(default_factory=list)
     recorded: dict[str, Any] = field(default_factory=dict)
     evaluation: dict[str, Any] | None = None
+
+    @property
+    def trained_steps(self) -> list[int]:
+        """The numbers of steps that a student was trained for."""
+        return list(self.scheduler.get("student_steps") or [1])
 
     @property
     def is_student(self) -> bool:

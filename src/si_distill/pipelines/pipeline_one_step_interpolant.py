@@ -1,4 +1,4 @@
-"""Images in one network evaluation: the pipeline of a distilled student.
+"""Images in one network evaluation, or a few: the pipeline of a distilled student.
 
 This file travels as `pipeline.py`, with its helpers, into every saved student: they import only torch, diffusers and
 what diffusers requires.
@@ -25,7 +25,8 @@ from .interpolant_pipeline_network import NetworkView  # noqa: F401 - likewise
 class OneStepInterpolantPipeline(SelfContainedFolderMixin, InterpolantPipelineBase):
     """
     Images from a one-step student G(x1, y) = x̂0(β(t) x1, t, y) at t = the scheduler's `init_time`. Of a bridge x1 is an
-    image, and noise, if the student takes any, is seen next to it.
+    image, and noise, if the student takes any, is seen next to it. A student that was trained for several steps (the
+    scheduler's `student_steps`) goes on from x̂0 as the scheduler's solver says.
 
     Args:
         transformer ([`ModelMixin`]): the student, called as `(hidden_states, timestep, class_labels)`, with a `condition` if
@@ -68,14 +69,19 @@ class OneStepInterpolantPipeline(SelfContainedFolderMixin, InterpolantPipelineBa
 
     @property
     def num_network_evaluations(self) -> int:
-        """Evaluations of the network for one image: 1, or 2 of a student with guidance inside itself."""
-        return 1 if self.config.guidance is None else 2
+        """Evaluations of the network for one image: one for each step, two of a student with guidance inside itself."""
+        return self.trained_steps[-1] * (1 if self.config.guidance is None else 2)
+
+    @property
+    def trained_steps(self) -> list[int]:
+        """The numbers of steps that the student was trained for, rising; a call takes the last by default."""
+        return list(self.scheduler.config.get("student_steps") or [1])
 
     @torch.no_grad()
     def __call__(
         self,
         class_labels: ClassLabels | None = None,
-        num_inference_steps: int = 1,
+        num_inference_steps: int | None = None,
         guidance_scale: float = 1.0,
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: torch.Tensor | None = None,
@@ -88,13 +94,14 @@ class OneStepInterpolantPipeline(SelfContainedFolderMixin, InterpolantPipelineBa
         callback_on_step_end_tensor_inputs: list[str] = ["latents"],  # noqa: B006 - diffusers' signature, never changed
     ) -> InterpolantPipelineOutput | tuple[Any]:
         """
-        Generates one image for each label or each given image, with exactly one evaluation of the network (two of a student
-        with `guidance`).
+        Generates one image for each label or each given image, with exactly one evaluation of the network for each step
+        (two of a student with `guidance`).
 
         Args:
             class_labels (`int`, `str`, `list` of these, or integer `torch.Tensor` of shape (B,)): classes,
                 0 … num_classes − 1, or their names. Not given for an unconditional network.
-            num_inference_steps (`int`): 1; there are no few-step students.
+            num_inference_steps (`int`, *optional*): one of `trained_steps`, the largest when not given; a one-step student
+                has 1.
             guidance_scale (`float`): 1; the guidance of the teacher is already inside the student.
             generator (`torch.Generator` or a list of B of them, *optional*): makes the images reproducible; with a list,
                 each image depends on its own generator only.
@@ -134,14 +141,17 @@ class OneStepInterpolantPipeline(SelfContainedFolderMixin, InterpolantPipelineBa
             TypeError: for a label that is neither an integer nor a string.
         """
         # 1. Check inputs
-        if not isinstance(num_inference_steps, int) or num_inference_steps != 1:
+        trained = self.trained_steps
+        steps = trained[-1] if num_inference_steps is None else num_inference_steps
+        if type(steps) is not int or steps not in trained:
+            known = "one step" if trained == [1] else f"{', '.join(map(str, trained))} steps"
             raise ValueError(
-                f"`num_inference_steps` is {num_inference_steps!r}, but a one-step student has one step: it was not trained "
-                "at other times. Leave the argument out, or sample the teacher with `InterpolantPipeline`."
+                f"`num_inference_steps` is {num_inference_steps!r}, but this student has {known}: it was not trained at "
+                "other times. Leave the argument out, or sample the teacher with `InterpolantPipeline`."
             )
         if not isinstance(guidance_scale, (int, float)) or guidance_scale is True or guidance_scale != 1:
             raise ValueError(
-                f"`guidance_scale` is {guidance_scale!r}, but a student is evaluated once: the guidance it was distilled "
+                f"`guidance_scale` is {guidance_scale!r}, but a student takes none: the guidance it was distilled "
                 "with is already inside. Leave the argument out, or distill again with another teacher guidance."
             )
         device = self._execution_device
@@ -149,17 +159,20 @@ class OneStepInterpolantPipeline(SelfContainedFolderMixin, InterpolantPipelineBa
         labels, batch_size = self.prepare_labels(class_labels, batch_size, device, image, num_images_per_input)
         self.check_inputs(batch_size, generator, latents, output_type, callback_on_step_end_tensor_inputs)
 
-        # 2. Prepare the time and the noise
-        self.scheduler.set_timesteps(1, device=device)
-        timestep = self.scheduler.timesteps[0]
+        # 2. Prepare the times, the noise, and what the network sees next to x_t
+        self.scheduler.set_timesteps(steps, device=device)
         noise = self.prepare_noise(batch_size, device, generator, latents)
         latents = self.prepare_latents(noise, image, self.scheduler.init_noise_sigma)
+        condition = self.prepare_condition(labels, image, noise)
 
-        # 3. The one step: the scheduler's last step returns the x̂0-prediction
+        # 3. The steps, of which the scheduler's last returns the x̂0-prediction
         field = self.field(guidance=Guidance(**(self.config.guidance or {})))
-        prediction = field.predict(latents, timestep, self.prepare_condition(labels, image, noise))
-        latents = self.scheduler.step(prediction, timestep, latents, return_dict=False)[0]
-        latents = self.apply_callback(callback_on_step_end, 0, timestep, latents, callback_on_step_end_tensor_inputs)
+        for step, timestep in enumerate(self.scheduler.timesteps):
+            prediction = field.predict(latents, timestep, condition)
+            latents = self.scheduler.step(prediction, timestep, latents, generator=generator, return_dict=False)[0]
+            latents = self.apply_callback(
+                callback_on_step_end, step, timestep, latents, callback_on_step_end_tensor_inputs
+            )
 
         # 4. Decode
         images = self.postprocess(latents, output_type)

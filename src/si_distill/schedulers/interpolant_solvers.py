@@ -3,10 +3,13 @@
 It imports nothing but Python: a copy travels next to the scheduler into every saved pipeline.
 """
 
+import itertools
 import math
 from typing import Any
 
-SOLVERS = ("euler", "heun", "ddim", "edm_heun", "dpmpp_2m", "sde_euler", "sde_heun", "dopri5", "posterior")
+SOLVERS = ("euler", "heun", "ddim", "edm_heun", "dpmpp_2m", "sde_euler", "sde_heun", "dopri5", "posterior", "renoise")
+#: Solvers by which a student of several steps goes from one level to the next.
+STUDENT_STEPPINGS = ("renoise", "ddim")
 #: Solvers of a bridge: the others need the noise level β/α or the score of a Gaussian reference.
 BRIDGE_SOLVERS = ("posterior", "euler", "heun")
 DIFFUSION_FORMS = ("sigma", "linear", "sbdm", "constant", "decreasing", "increasing-decreasing")
@@ -38,6 +41,19 @@ def check_settings(
         raise ValueError(f"`init_time` must lie in (0, 1], got {init_time}.")
     if not 0 < first_step_size < 1:
         raise ValueError(f"`first_step_size` must lie in (0, 1), got {first_step_size}.")
+
+
+def check_levels(student_steps: list[int] | None, timestep_shift: float) -> None:
+    """Raises ValueError for numbers of steps that are none, or a shift that is not positive."""
+    whole = isinstance(student_steps, (list, tuple)) and all(type(count) is int for count in student_steps)
+    if student_steps is not None and not (whole and student_steps and 1 <= student_steps[0]):
+        raise ValueError(
+            f"`student_steps` holds numbers of steps of at least 1, e.g. [1, 2, 4], got {student_steps!r}."
+        )
+    if student_steps is not None and any(a >= b for a, b in itertools.pairwise(student_steps)):
+        raise ValueError(f"`student_steps` must rise, each number once, got {student_steps!r}.")
+    if not (isinstance(timestep_shift, (int, float)) and 0 < timestep_shift < math.inf):
+        raise ValueError(f"`timestep_shift` must be a positive number (1 is none), got {timestep_shift!r}.")
 
 
 def check_path(interpolant: Any, prediction_type: str, init_time: float, noise_channels: int) -> None:

@@ -154,6 +154,11 @@ class Diffusion:
         return now.x + (to - now.t) * self.drift(now)
 
 
+def renoise_step(now: Evaluation, to: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+    """x̂0 noised again to the time `to`: α_s x̂0 + β_s ε (Song et al. 2023, "Consistency Models", algorithm 1)."""
+    return now.interpolant.interpolate(now.last_step(), noise, to)
+
+
 def posterior_step(now: Evaluation, to: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
     """A sample of a Brownian bridge at the time `to` given x_t and x̂0 (see `BrownianBridge.posterior`).
 

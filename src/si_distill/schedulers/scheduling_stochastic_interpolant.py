@@ -21,6 +21,7 @@ from .interpolant_paths import get_interpolant
 from .interpolant_solvers import (
     SOLVERS,
     check_conventions,
+    check_levels,
     check_path,
     check_reference,
     check_settings,
@@ -38,6 +39,7 @@ from .interpolant_steps import (
     noise_step,
     pinned_step,
     posterior_step,
+    renoise_step,
     velocity_step,
 )
 
@@ -76,6 +78,7 @@ class StochasticInterpolantScheduler(InterpolantForwardMixin, SchedulerMixin, Co
     | `sde_euler`, `sde_heun` | N, 2 N − 1 | Euler–Maruyama and stochastic Heun for the reverse-time SDE |
     | `dopri5` | as the tolerances need | adaptive; the ODE in an angle, solved by the pipeline |
     | `posterior` | N | Brownian motion between x_t and x̂0 (a bridge with noise; I²SB) |
+    | `renoise` | N | fresh noise on x̂0: α_s x̂0 + β_s ε (students of several steps, consistency models) |
 
     Bridges have `posterior`, `euler` and `heun`. A PAIRED bridge's network predicts the sample and `step` is given the
     `reference` x1. Its ODE (first and second order in α/γ on x̂0, exact where that is constant) takes the first of its N
@@ -107,6 +110,10 @@ class StochasticInterpolantScheduler(InterpolantForwardMixin, SchedulerMixin, Co
         first_step_size (`float`): size in t of the first step of a paired bridge's ODE, in (0, 1).
         timestep_scale (`float`): what t is multiplied with for the network; 1000 for many text-to-image models.
         reversed_time (`bool`): whether the network is given 1 − t: for networks trained with data at 1, such as SiT's.
+        student_steps (`list[int]`, *optional*): rising numbers of steps that a student was trained for; its pipeline takes
+            no others. None is a teacher, or a student of one step.
+        timestep_shift (`float`): s in t ↦ s t / (1 + (s − 1) t), which moves equal steps towards noise (s > 1) as in SD3
+            (Esser et al. 2024, eq. 23); t is relative to `init_time`. Not for bridges with noise.
         prediction_sign (`int`): 1, or -1 for a network that predicts minus `prediction_type`: a velocity that points to the
             data.
 
@@ -138,11 +145,18 @@ class StochasticInterpolantScheduler(InterpolantForwardMixin, SchedulerMixin, Co
         timestep_scale: float = 1.0,
         reversed_time: bool = False,
         prediction_sign: int = 1,
+        student_steps: list[int] | None = None,
+        timestep_shift: float = 1.0,
     ):
         check_settings(solver, init_time, diffusion_form, diffusion_norm, last_step, rtol, atol, first_step_size)
         check_conventions(timestep_type, timestep_scale, prediction_sign, reversed_time)
+        check_levels(student_steps, timestep_shift)
         self.interpolant = get_interpolant(interpolant, **(interpolant_kwargs or {}))
         check_path(self.interpolant, prediction_type, init_time, noise_channels)
+        if timestep_shift != 1 and self.interpolant.noisy:
+            raise ValueError(
+                "`timestep_shift` is for paths from noise; a bridge's steps are equal in an angle: leave it at 1."
+            )
         self.network_time(torch.tensor(init_time))  # must be a number, and one that the interpolant has
         self.solver = solver or default_solver(self.interpolant, prediction_type)
         check_solver(self.interpolant, self.solver, prediction_type)
@@ -209,9 +223,9 @@ class StochasticInterpolantScheduler(InterpolantForwardMixin, SchedulerMixin, Co
         Sets the times of the evaluations.
 
         Args:
-            num_inference_steps (`int`): number N of solver steps, at least 1, equally spaced from `init_time` to 0. For an
-                SDE at least 2: N − 1 steps to `last_step_size` and the last one. With `diffusion_form="sbdm"` it starts
-                where β/α = 80 if α is 0 at `init_time`.
+            num_inference_steps (`int`): number N of solver steps, at least 1, equally spaced from `init_time` to 0 (before
+                `timestep_shift`). For an SDE at least 2: N − 1 steps to `last_step_size` and the last one; with
+                `diffusion_form="sbdm"` it starts where β/α = 80 if α is 0 at `init_time`.
             device: where `timesteps` live.
             timesteps: instead of a number, the start of each step: falling times in (0, 1], without the final 0, which may
                 be given where the path begins with noise (`ddpm`, `edm`). On a bridge the first is 1.
@@ -265,7 +279,11 @@ class StochasticInterpolantScheduler(InterpolantForwardMixin, SchedulerMixin, Co
     def _equal_steps(self, count: int) -> torch.Tensor:
         """Ends of `count` steps to 0, (count + 1,): equal in t, on a bridge with noise in the angle arcsin √t."""
         if not self.interpolant.noisy:
-            return torch.linspace(self._start_time, 0.0, count + 1)
+            shift = self.config.timestep_shift
+            if shift == 1:
+                return torch.linspace(self._start_time, 0.0, count + 1)
+            t = torch.linspace(1.0, 0.0, count + 1)
+            return self._start_time * shift * t / (1 + (shift - 1) * t)
         first = [1.0] if self._pinned and count > 1 else []
         start = torch.tensor(1 - self.config.first_step_size if first else 1.0, dtype=torch.float64)
         angles = torch.linspace(float(bridge_angle(start)), 0.0, count + 1 - len(first), dtype=torch.float64)
@@ -378,6 +396,8 @@ class StochasticInterpolantScheduler(InterpolantForwardMixin, SchedulerMixin, Co
             return previous
         if self.solver == "posterior":
             return posterior_step(now, to, self._noise(now.x, generator, variance_noise))
+        if self.solver == "renoise":
+            return renoise_step(now, to, self._noise(now.x, generator, variance_noise))
         if self._pinned and float(now.at.gamma) == 0:
             return first_bridge_step(now, to, self._noise(now.x, generator, variance_noise))
         if self.diffusion:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...choices import ADVERSARIAL_COMBINATIONS, ADVERSARIAL_HEADS, ADVERSARIAL_KINDS, TIME_SAMPLERS
 from ...errors import InputError
+from ...schedulers.interpolant_solvers import STUDENT_STEPPINGS, check_levels
 from ...settings import at_least, positive, setting
 from ..config import TrainingConfig
 
@@ -162,6 +163,12 @@ class DistillConfig(TrainingConfig):
         "The student's image: x̂0 of β x1 (`sample`, the default), or −v of x1 itself (public si-adistill).",
         STUDENT_MAPS,
     )
+    student_steps: list[int] = setting([1], "Numbers of steps that the student learns to sample with, e.g. 4 or 1 2 4.")
+    student_stepping: str = setting(
+        "renoise", "From level to level of several steps: fresh noise on x̂0, or DDIM's step.", STUDENT_STEPPINGS
+    )
+    student_shift: float = setting(1.0, "Shift of the levels towards noise (SD3's s); 1 is none, equal steps.")
+    critic_sees_level: bool = setting(False, "Whether the critic is told the level of the student's image.")
     learned_positions: bool = setting(
         False, "Train the position embeddings of student and critic too (public si-adistill)."
     )
@@ -228,6 +235,21 @@ class DistillConfig(TrainingConfig):
         at_least("generator_start_images", self.generator_start_images, 0)
         if self.noise_channels is not None:
             at_least("noise_channels", self.noise_channels, 0)
+        self._check_levels()
+
+    def _check_levels(self) -> None:
+        try:
+            check_levels(self.student_steps, self.student_shift)
+        except ValueError as error:
+            raise InputError(str(error).replace("timestep_shift", "student_shift")) from None
+        at_least("student_steps", self.student_steps[-1], 1, 1000)
+        several = ("student_stepping", "renoise"), ("student_shift", 1.0), ("critic_sees_level", False)
+        given = [f"{name}={getattr(self, name)}" for name, default in several if getattr(self, name) != default]
+        if given and self.student_steps == [1]:
+            raise InputError(
+                f"{' and '.join(given)} {'is' if len(given) == 1 else 'are'} for a student of several steps: set "
+                "`student_steps`, e.g. to 1 2 4."
+            )
 
     def _check_guidance(self) -> None:
         for name in ("guidance_scale", "critic_guidance_scale", "student_guidance_scale"):

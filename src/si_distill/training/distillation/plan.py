@@ -13,6 +13,7 @@ from ...pipelines import InterpolantPipeline
 from ..times import TimeSampler
 from .config import DistillConfig
 from .images import check_shares, needs_labels_of_stream
+from .levels import Levels
 from .references import References, reference_roles
 from .start import StartingStudent, starting_critic, starting_student
 
@@ -26,6 +27,7 @@ class Plan:
         objective, adversarial: the losses; None without an adversarial term.
         references: how reference images are used.
         critic, student: the networks that are trained.
+        levels: the student's steps.
         critic_times, generator_times: the distributions of both losses' times.
         adversarial_times: that of the adversarial term's own times, or None.
         needs_images: whether real images, or their classes or references, are read.
@@ -37,6 +39,7 @@ class Plan:
     references: References
     critic: CriticNetwork
     student: StartingStudent
+    levels: Levels
     critic_times: TimeSampler
     generator_times: TimeSampler
     adversarial_times: TimeSampler | None
@@ -63,13 +66,15 @@ def plan_distillation(settings: DistillConfig, teacher: InterpolantPipeline, loa
     references = reference_roles(settings, teacher)
     with nullcontext() if load else torch.device("meta"):
         critic = starting_critic(settings, teacher, objective, load)
+    student = starting_student(settings if load else replace(settings, student=None), teacher)
     return Plan(
         teacher,
         objective,
         adversarial,
         references,
         critic,
-        starting_student(settings if load else replace(settings, student=None), teacher),
+        student,
+        Levels(student.scheduler, settings.seed),
         settings.build_time_sampler(interpolant, timestep_type),
         settings.build_generator_time_sampler(interpolant, timestep_type),
         settings.build_adversarial_time_sampler(interpolant, timestep_type),

@@ -23,6 +23,7 @@ from ...schedulers.scheduling_stochastic_interpolant import StochasticInterpolan
 from ..run.checkpoints import whole_checkpoints
 from ..run.folder import CHECKPOINTS
 from .config import CRITIC_STARTS, DistillConfig
+from .levels import Levels
 from .references import noise_channels
 
 #: The critic in a checkpoint: the first network that Accelerate was given.
@@ -71,10 +72,19 @@ def starting_student(settings: DistillConfig, teacher: InterpolantPipeline) -> S
             f"`init_time` is {init_time}, where the teacher's {prediction_type} prediction says nothing about the "
             "sample (α = 0): leave it out, or set it below 1."
         )
+    few = settings.student_steps != [1]
+    if few and not interpolant.gaussian_reference:
+        raise InputError(
+            f"`student_steps` is {settings.student_steps}, but a bridge's student has one step: leave it out."
+        )
+    if few and negated:
+        raise InputError("`student_map` negative_velocity is a map of one step: leave `student_steps` out.")
+    own |= {"student_steps": settings.student_steps if few else None, "timestep_shift": settings.student_shift}
+    own["solver"] = settings.student_stepping if few else "euler"
     try:
-        scheduler = type(teacher.scheduler).from_config(teacher.scheduler.config, solver="euler", **own)
+        scheduler = type(teacher.scheduler).from_config(teacher.scheduler.config, **own)
     except ValueError as error:
-        raise InputError(f"`init_time` is {init_time}: {error}") from None
+        raise InputError(f"`init_time` is {init_time:g}: {error}") from None
     if settings.dropout is not None:
         set_dropout(network, settings.dropout)
     set_forced_normalization(network, settings.forced_weight_normalization)
@@ -231,12 +241,20 @@ def starting_critic(
 def _critic_network(
     settings: DistillConfig, teacher: InterpolantPipeline, objective: DistillationObjective
 ) -> nn.Module:
-    """A copy of the teacher's network, which takes augmentation labels if there is augmentation.
+    """A copy of the teacher's network, which takes augmentation labels if there is augmentation, or the student's level.
 
     A teacher that was never told about augmentation gives its copy a map of the labels that is zero at first: the critic
     starts as the teacher all the same.
     """
     network, dim = teacher.transformer, teacher.network.augment_dim
+    if settings.critic_sees_level:
+        if dim != 0 or settings.augment_prob:
+            raise InputError(
+                "`critic_sees_level` tells the critic the student's level where a network takes augmentation labels, but "
+                f"the teacher, a {type(network).__name__}, takes {'none' if dim is None else dim} and `augment_prob` is "
+                f"{settings.augment_prob}: set it to false."
+            )
+        return extend_network(network, augment_dim=Levels.number(settings.student_steps))
     if settings.augment_prob == 0:
         return copy.deepcopy(network)
     asked = f"`augment_prob` is {settings.augment_prob}, but"

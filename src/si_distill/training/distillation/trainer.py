@@ -1,4 +1,4 @@
-"""The game of three networks: a frozen teacher, a critic that follows the student, and a one-step student."""
+"""The game of three networks: a frozen teacher, a critic that follows the student, and a student of one or a few steps."""
 
 import math
 from dataclasses import dataclass, replace
@@ -23,6 +23,7 @@ from ..trainer import Trainer
 from .config import DistillConfig
 from .health import HealthMonitor
 from .images import check_enough_images, class_shares, load_fitting_images
+from .levels import Level
 from .losses import CriticTerms, DistillationLosses, Draw, GeneratorTerms, Images
 from .plan import plan_distillation
 
@@ -39,12 +40,16 @@ class MicroBatch:
         labels: (B,) classes of the generated images.
         data: `images`, `labels` and `reference` as the recipe needs them; empty when it needs none.
         indices: places in the global batch.
+        level: the student's step whose image it is.
+        key: counters of this draw, of the noise on the way to the level.
     """
 
     noise: torch.Tensor | None
     labels: torch.Tensor
     data: Batch
     indices: range
+    level: Level = Level()
+    key: tuple[int, ...] = ()
 
 
 class DistillationTrainer(Trainer):
@@ -64,7 +69,7 @@ class DistillationTrainer(Trainer):
         self.teacher_pipeline = teacher = load_pipeline(InterpolantPipeline, "teacher", settings.teacher)
         self.plan = plan = plan_distillation(settings, teacher)
         self.interpolant, self.references, self.start = teacher.scheduler.interpolant, plan.references, plan.student
-        self.objective, self.adversarial = plan.objective, plan.adversarial
+        self.objective, self.adversarial, self.levels = plan.objective, plan.adversarial, plan.levels
         view = teacher.network
         self.null, self.num_classes, self.sample_shape = view.null, view.num_classes, view.sample_shape
         self.data = load_fitting_images(settings, teacher, self.readers) if plan.needs_images else None
@@ -128,6 +133,11 @@ class DistillationTrainer(Trainer):
         """The teacher's field, or a critic's."""
         interval = (self.settings.guidance_t_min, self.settings.guidance_t_max)
         return Field(network, self.teacher_pipeline.scheduler, self.null, Guidance(guidance_scale, interval))
+
+    def _critic_field(self, network: Network, level: Level, guidance_scale: float = 1.0) -> Field:
+        """The critic's field, of images of this level."""
+        told = self.levels.told(network, level) if self.settings.critic_sees_level else network
+        return self._field(told, guidance_scale)
 
     def _student_field(self, network: nn.Module) -> Field:
         settings = self.settings
@@ -214,8 +224,8 @@ class DistillationTrainer(Trainer):
             if j > 0:
                 batches = later[j - 1] if later else [self._with_new_noise(batch, j) for batch in batches]
             with self.critic.frozen() as critic, self.generator.training():
-                field = self._field(critic, settings.critic_guidance_scale)
                 for m, batch in enumerate(batches):
+                    field = self._critic_field(critic, batch.level, settings.critic_guidance_scale)
                     with self.generator.forward_context(m):
                         samples = graphs[m] if j == 0 and graphs else self._trained_samples(batch, j)
                         terms = self._generator_loss(field, batch, samples, j)
@@ -235,7 +245,8 @@ class DistillationTrainer(Trainer):
         return [self._micro_batch(m, *draw) for m in range(self.settings.gradient_accumulation_steps)]
 
     def _with_new_noise(self, batch: MicroBatch, update: int) -> MicroBatch:
-        return replace(batch, noise=self._student_noise("generator_noise", self.step, update, indices=batch.indices))
+        noise = self._student_noise("generator_noise", self.step, update, indices=batch.indices)
+        return replace(batch, noise=noise, key=(self.step, -1, update))
 
     def _micro_batch(self, micro_batch: int, *draw: int) -> MicroBatch:
         indices = self.indices(micro_batch)
@@ -250,7 +261,8 @@ class DistillationTrainer(Trainer):
             classes = max(1, self.num_classes)  # an unconditional network ignores its labels
             labels = self.noise.integers(classes, labels, self.step, *draw, indices=indices)
         counters = ("fresh_noise", self.step, *draw) if draw else ("generator_noise", self.step, 0)
-        return MicroBatch(self._student_noise(*counters, indices=indices), labels, data, indices)
+        noise, key = self._student_noise(*counters, indices=indices), (self.step, draw[0] if draw else -1)
+        return MicroBatch(noise, labels, data, indices, self.levels.draw(*key), (*key, 0))
 
     def _student_noise(self, stream: str, *counters: int, indices: range) -> torch.Tensor | None:
         channels, *size = self.sample_shape
@@ -274,8 +286,13 @@ class DistillationTrainer(Trainer):
         reference, bridge = self.references.start(batch.data), self.references.bridge
         image = view_network(network).condition_image(reference, batch.noise if bridge else None)
         x1 = reference if bridge else batch.noise
+        field, condition = self._student_field(network), Condition(batch.labels, image=image)
         with self.accelerator.autocast():
-            return self._student_field(network).one_step(x1, self.start.init_time, Condition(batch.labels, image=image))
+            if batch.level.step == 0:
+                return field.one_step(x1, self.start.init_time, condition)
+            return field.sample(
+                *self.levels.state(field, x1, batch.level, condition, self.noise, batch.key, batch.indices), condition
+            )
 
     def _draw(self, batch: MicroBatch, stream: str, update: int) -> Draw:
         """Times and noise of one update's loss: for `critic` or `generator`."""
@@ -320,7 +337,8 @@ class DistillationTrainer(Trainer):
             if not self.settings.adversarial.shared_augmentation:
                 augmentation = self.augmentation(batch.indices, update, 1)
             real = real.augmented(augmentation)
-        return self.game_losses.critic_loss(self._field(self.critic.module), fake, real, draw)
+        critic = self._critic_field(self.critic.module, batch.level)
+        return self.game_losses.critic_loss(critic, fake, real, draw)
 
     def _generator_loss(self, critic: Field, batch: MicroBatch, samples: torch.Tensor, update: int) -> GeneratorTerms:
         judged = self.adversarial is not None and self.images_seen >= self.settings.adversarial.start_images
@@ -352,8 +370,8 @@ class DistillationTrainer(Trainer):
         }
 
     def sample_grid(self) -> Image.Image:
-        """Rows: what the student starts from, if that is an image, its samples, and x̂0 of teacher and critic from these
-        samples noised to β = α.
+        """Rows: what the student starts from, if that is an image, its samples with each number of steps, and x̂0 of teacher
+        and critic from the last of these noised to β = α.
         """
         indices, roles = range(GRID_COLUMNS), self.references
         shown = self.shown_batch(self.data, GRID_COLUMNS) if roles.needed else {}
@@ -367,13 +385,19 @@ class DistillationTrainer(Trainer):
         draw = Draw(t, self.noise.normal(self.sample_shape, "samples", 1, indices=indices))
         with self.accelerator.autocast():
             start = roles.start(shown)
-            samples = self._generate(pipeline.transformer, batch)
+            drawn = []
+            for count in self.levels.counts:
+                batch = replace(batch, level=Level(count, count - 1), key=(-1, -1, 0))
+                drawn.append(self._generate(pipeline.transformer, batch))
+            samples = drawn[-1]
             made = self._generated(batch, samples)
             x1 = draw.noise if made.x1 is None else made.x1
             x_t = self.interpolant.interpolate(samples, x1, t, draw.noise)
-            critic = self._field(self.critic.unwrapped)
-            rows = [samples, *(field.sample(x_t, t, made.condition) for field in (self.teacher_field, critic))]
-        titles = ["student", f"teacher, x0 at t={t[0]:.2f}", f"critic, x0 at t={t[0]:.2f}"]
+            critic = self._critic_field(self.critic.unwrapped, batch.level)
+            rows = [*drawn, *(field.sample(x_t, t, made.condition) for field in (self.teacher_field, critic))]
+        several = self.levels.counts != [1]
+        titles = [f"student, {count} steps" if several else "student" for count in self.levels.counts]
+        titles += [f"teacher, x0 at t={t[0]:.2f}", f"critic, x0 at t={t[0]:.2f}"]
         if start is not None:
             rows, titles = [start, *rows], ["reference", *titles]
         names = pipeline.config.id2label or {}

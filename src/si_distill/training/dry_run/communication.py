@@ -1,5 +1,7 @@
 """What the devices of a distillation send each other in one iteration, from the networks' sizes alone."""
 
+import math
+import statistics
 from dataclasses import dataclass
 
 from ...objectives import DistillationObjective
@@ -59,11 +61,12 @@ def transfers(
     judged = steps * (1 + objective.needs_field_gradient)
     fresh = settings.critic_draws == "fresh"
     made = critic_steps - settings.generator_first if fresh else 0  # images for the critic alone
+    rolled = statistics.mean((count - 1) / 2 for count in settings.student_steps)  # steps before the one that learns
     on_teacher = settings.adversarial.kind == "head" and settings.adversarial.features == "teacher"
     return [
         Transfer("critic", "all-gather", weights, 2 * critic_steps + judged),
         Transfer("critic", "reduce-scatter", gradients, critic_steps),
-        Transfer("student", "all-gather", weights, 2 * steps + made),
+        Transfer("student", "all-gather", weights, 2 * steps + made + math.ceil(rolled * (steps + made))),
         Transfer("student", "reduce-scatter", gradients, steps),
         Transfer(
             "teacher", "all-gather", weights, judged + critic_steps * (objective.uses_teacher_in_critic + on_teacher)

@@ -114,7 +114,7 @@ def _distillation(settings: DistillConfig) -> Lines:
         "teacher": f"{settings.teacher} ({source})",
         "network": _network(network),
         "path": _path(teacher.scheduler),
-        "student": f"{'one evaluation' if settings.student_guidance_scale == 1 else 'two evaluations'} "
+        "student": f"{_evaluations(settings)} "
         f"{_start(settings, plan.student)}, "
         + (f"from {settings.student} (not opened)" if settings.student else "from the teacher's weights"),
         "critic": {"teacher": "the teacher's weights", "random": "random weights"}.get(
@@ -189,6 +189,14 @@ def _averages(settings: TrainingConfig) -> str:
     main = settings.ema_decay if settings.ema_halflife_images is None else settings.ema_halflife_images
     power = [f"power function of width {sigma_rel:g}" for sigma_rel in settings.ema_power_sigmas]
     return "; ".join([described(main), *map(described, settings.ema_extra), *power])
+
+
+def _evaluations(settings: DistillConfig) -> str:
+    """How often the student is evaluated for an image, and by which steps."""
+    each = 1 if settings.student_guidance_scale == 1 else 2
+    counts = " or ".join(str(each * count) for count in settings.student_steps)
+    words = {"1": "one evaluation", "2": "two evaluations"}.get(counts, f"{counts} evaluations")
+    return words if settings.student_steps == [1] else f"{words} ({settings.student_stepping} from level to level)"
 
 
 def _start(settings: DistillConfig, student: StartingStudent) -> str:
