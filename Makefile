@@ -7,12 +7,19 @@ RUNS ?= runs
 LAUNCH := $(BIN)/accelerate launch --quiet --num_processes 1 --num_machines 1 --mixed_precision no \
 	--dynamo_backend no --num_cpu_threads_per_process $(shell nproc)
 
-.PHONY: demo demo-bridge test test-slow space space-test lint format clean
+.PHONY: try demo demo-bridge test test-slow space space-test lint format clean
 
 .venv/.installed: setup.py pyproject.toml
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --disable-pip-version-check -e ".[demo,dev]"
 	touch $@
+
+# The finished student of the repository next to its teacher: rows of each from the same noise, classes by name.
+try: .venv/.installed
+	@mkdir -p $(RUNS)
+	$(BIN)/python pipelines/generate.py --pipeline models/fashion-mnist-student --teacher models/fashion-mnist-teacher \
+		--images_per_label 3 --seed $(SEED) --out $(RUNS)/try.png
+	@$(BIN)/python -m webbrowser "file://$(CURDIR)/$(RUNS)/try.png" > /dev/null 2>&1 || true
 
 demo: .venv/.installed
 	$(LAUNCH) training/train_teacher.py --config configs/digits/teacher.yaml \

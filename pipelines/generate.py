@@ -4,6 +4,7 @@
     python pipelines/generate.py --pipeline runs/digits-student --labels 3 7 --out grid.png
     python pipelines/generate.py --pipeline runs/digits-student --labels 3 7 --images_per_label 8 --seed 1 --out images/
     python pipelines/generate.py --pipeline user/student --revision 0123abc --labels goldfish --dtype bfloat16 --out fish.png
+    python pipelines/generate.py --pipeline runs/digits-student --teacher runs/digits-teacher --out both.png
     python pipelines/generate.py --pipeline runs/digits-superres-student --image small/*.png --out large.png
 
 A class is a number or a name; quote names that hold spaces. A student that turns images into others takes --image, files of
@@ -20,6 +21,8 @@ from si_distill.settings import parse_settings, script_main, setting
 class GenerateConfig:
     pipeline: str = setting("", "The student: a pipeline folder or a Hub id.")
     revision: str | None = setting(None, "Commit, tag or branch of a Hub id; a commit cannot change later.")
+    teacher: str | None = setting(None, "Its teacher: the picture then has rows of both, from the same noise.")
+    teacher_steps: int = setting(20, "Steps of the teacher.")
     labels: list[str] = setting([], "Classes by number or name; when not given, ten spread over all.")
     image: list[str] = setting([], "Image files that a student starts from, where it does.")
     images_per_label: int = setting(8, "Images of each class, of an unconditional student, or of each --image.")
@@ -41,14 +44,14 @@ def main(argv: list[str]) -> None:
 
     import torch
 
-    from si_distill import OneStepInterpolantPipeline
+    from si_distill import InterpolantPipeline, OneStepInterpolantPipeline
     from si_distill.errors import InputError
     from si_distill.loading import load_pipeline
     from si_distill.sampling import class_names, open_images, sample_rows, spread_labels
     from si_distill.settings import LARGEST_SEED, MOST_SAMPLES, at_least
     from si_distill.visualization import image_grid
 
-    for name in ("images_per_label", "batch_size"):
+    for name in ("images_per_label", "batch_size", "teacher_steps"):
         at_least(name, getattr(settings, name), 1, MOST_SAMPLES)
     at_least("seed", settings.seed, 0, LARGEST_SEED)
     out = Path(settings.out)
@@ -61,6 +64,10 @@ def main(argv: list[str]) -> None:
         )
     if singly and out.exists() and not out.is_dir():
         raise InputError(f"`out` {out} is a file: give a folder, or a name without the / at its end.")
+    if settings.teacher and (singly or settings.image):
+        raise InputError(
+            "`teacher` is for a picture of a student that starts from noise: leave out --image and give a file."
+        )
     device = settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         torch.zeros(1, device=device).item()  # which `meta` has not
@@ -71,6 +78,9 @@ def main(argv: list[str]) -> None:
     pipeline = load_pipeline(
         OneStepInterpolantPipeline, "student", settings.pipeline, dtype=getattr(torch, settings.dtype), **where
     )
+    teacher = load_pipeline(InterpolantPipeline, "teacher", settings.teacher) if settings.teacher else None
+    if teacher and teacher.network.sample_shape != pipeline.network.sample_shape:
+        raise InputError(f"The teacher {settings.teacher!r} makes images of another size than the student.")
     inputs = open_images(settings.image, pipeline.image_channels) if settings.image else None
     if inputs is None and pipeline.image_channels:
         raise InputError(f"The student {settings.pipeline!r} turns images into others: give --image FILE …")
@@ -93,6 +103,12 @@ def main(argv: list[str]) -> None:
         rows = sample_rows(
             pipeline, labels, settings.images_per_label, settings.seed, settings.batch_size, images=inputs, **steps
         )
+        if teacher:
+            teacher.to(device).set_progress_bar_config(disable=True)
+            again = {"num_inference_steps": settings.teacher_steps}
+            taught = sample_rows(
+                teacher, labels, settings.images_per_label, settings.seed, settings.batch_size, **again
+            )
     except ValueError as error:
         raise InputError(str(error)) from error
     titles = labels and class_names(pipeline, labels)
@@ -109,6 +125,9 @@ def main(argv: list[str]) -> None:
         shown = [[image.resize(size, 0) for image in inputs], *rows]  # 0: each pixel as a square
         names = ["input", *(f"seed {settings.seed + row}" for row in range(len(rows)))]
         image_grid(shown, names, titles or [Path(file).stem for file in settings.image]).save(out)
+    elif teacher:
+        names = [*["student"] * len(rows), *[f"teacher, {settings.teacher_steps} steps"] * len(taught)]
+        image_grid([*rows, *taught], names, titles).save(out)
     else:
         image_grid(rows, column_titles=titles).save(out)
     calls = pipeline.num_network_evaluations // pipeline.trained_steps[-1]
