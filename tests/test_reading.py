@@ -1,5 +1,7 @@
 """JSON and YAML of others: YAML 1.2's meaning, limits before expansion, and a sentence for everything else."""
 
+import os
+
 import pytest
 import yaml
 
@@ -130,3 +132,10 @@ def test_only_a_last_line_may_be_cut_off(tmp_path):
             list(read_json_lines(file, {"step": int}))
     with pytest.raises(InputError, match="it is no file"):
         list(read_json_lines(tmp_path))
+
+
+def test_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "c.yaml")
+    for read in (read_yaml, read_json):
+        with pytest.raises(InputError, match="it is not a file"):
+            read(tmp_path / "c.yaml")

@@ -8,7 +8,7 @@ from accelerate.commands.config.config_args import load_config_from_file
 
 from si_distill.errors import InputError
 from si_distill.evaluation.config import EvaluationConfig
-from si_distill.settings import parse_settings, settings_from_dict, settings_to_dict
+from si_distill.settings import parse_settings, script_main, settings_from_dict, settings_to_dict
 from si_distill.training.config import TeacherConfig
 from si_distill.training.distillation.config import DistillConfig
 
@@ -288,3 +288,22 @@ def test_every_accelerate_config_is_one_that_the_launcher_reads(path):
     assert config.use_cpu == (path.stem == "cpu")
     # The settings of a run decide: a launcher that says otherwise would change what config.yaml records.
     assert config.mixed_precision == "no"
+
+
+def test_files_that_include_each_others_twice_do_not_double_for_ever(tmp_path):
+    for number in range(40):
+        name = f"i{number + 1}.yaml"
+        (tmp_path / f"i{number}.yaml").write_text(f"include: [{name}, {name}]\n")
+    (tmp_path / "i40.yaml").write_text("seed: 1\n")
+    with pytest.raises(InputError, match="include each other 100 times"):
+        parse_settings(TeacherConfig, ["--config", str(tmp_path / "i0.yaml")])
+
+
+def test_an_error_does_not_write_to_the_terminal_what_a_name_holds(capsys):
+    def fail(argv):
+        raise InputError("The name \x1b]0;owned\x07 is wrong.\nTake another.")
+
+    with pytest.raises(SystemExit):
+        script_main(fail)
+    assert "\x1b" not in (printed := capsys.readouterr().err)
+    assert "The name \ufffd]0;owned\ufffd is wrong.\nTake another." in printed

@@ -10,36 +10,14 @@ It goes on where it was killed, with any number of processes and any batch size.
 `python training/evaluate.py --help`; docs/evaluation.md says what they mean.
 """
 
-from si_distill.settings import parse_settings, script_main
-
-
-def use_own_data(settings) -> None:
-    """Compares a run with the data that it was trained on, where nothing else was asked for."""
-    import os
-    from pathlib import Path
-
-    from si_distill.data.config import DataConfig
-    from si_distill.reading import read_yaml
-    from si_distill.settings import settings_from_dict
-
-    config = Path(settings.pipeline or settings.teacher or "", "config.yaml")
-    if settings.data != DataConfig() or not config.is_file():
-        return
-    values = read_yaml(config).get("data")
-    if not isinstance(values, dict) or values == {} or (own := settings_from_dict(DataConfig, values)) == settings.data:
-        return
-    settings.data = own
-    if int(os.environ.get("RANK", "0")) == 0:
-        print(
-            f"note: the real images are those of the run's own config.yaml, {own.name!r}: --data.name chooses others."
-        )
+from si_distill.settings import script_main
 
 
 def main(argv: list[str]) -> None:
+    from si_distill.data.of_run import with_data_of_run
     from si_distill.evaluation.config import EVALUATION, EvaluationConfig
 
-    settings = parse_settings(EvaluationConfig, argv, __doc__)
-    use_own_data(settings)
+    settings = with_data_of_run(EvaluationConfig, argv, __doc__, "pipeline", "teacher")
 
     from si_distill.evaluation.report import evaluate, output_path
     from si_distill.evaluation.table import format_table

@@ -8,13 +8,14 @@
 All settings: `python training/likelihood.py --help`; docs/sampling.md says what is measured.
 """
 
-from si_distill.settings import parse_settings, script_main
+from si_distill.settings import script_main
 
 
 def main(argv: list[str]) -> None:
+    from si_distill.data.of_run import with_data_of_run
     from si_distill.evaluation.config import LikelihoodConfig
 
-    settings = parse_settings(LikelihoodConfig, argv, __doc__)
+    settings = with_data_of_run(LikelihoodConfig, argv, __doc__, "teacher")
 
     from si_distill.evaluation.likelihood_report import measure_likelihood
 

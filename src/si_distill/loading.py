@@ -1,5 +1,6 @@
 """Loads a pipeline named by the user, with user-facing errors."""
 
+from pathlib import Path
 from typing import Any, TypeVar
 
 from .conversion.diffusers_teachers import convert_diffusers, saved_class
@@ -26,5 +27,13 @@ def load_pipeline(cls: type[Pipeline], role: str, name: str, **kwargs: Any) -> P
         return convert_diffusers(name)
     try:
         return cls.from_pretrained(name, **kwargs)
+    except (OSError, ValueError) as error:
+        raise InputError(f"Cannot load the {role} {name!r}: {error}") from error
+
+
+def check_folder(cls: type[Pipeline], role: str, name: str) -> None:
+    """Refuses a folder whose configs `load_pipeline` would refuse; reads no weights."""
+    try:
+        cls._check_folder(Path(name), {})
     except (OSError, ValueError) as error:
         raise InputError(f"Cannot load the {role} {name!r}: {error}") from error

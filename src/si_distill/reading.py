@@ -169,8 +169,6 @@ def read_json(path: str | Path, shape: Any = dict, remedy: str = "Restore it, or
         InputError: says what is wrong with the file.
     """
     try:
-        if Path(path).exists() and not Path(path).is_file():  # a pipe or a device would never end
-            raise ValueError("it is not a file")
         return parse_json(_read_text(Path(path), JSON_BYTES), shape)
     except ValueError as error:
         raise InputError(f"Cannot read {path}: {error}. {remedy}") from None
@@ -276,6 +274,8 @@ def check_arguments(function: Callable, values: dict[str, Any]) -> None:
 
 
 def _read_text(path: Path, limit: int) -> str:
+    if path.exists() and not path.is_file():  # a pipe or a device may never end
+        raise ValueError("it is not a file")
     try:
         with open(path, "rb") as file:
             content = file.read(limit + 1)

@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import errno
+import itertools
 import os
 import reprlib
 import sys
@@ -57,15 +58,21 @@ def parse_settings(cls: type[T], argv: list[str], description: str = "") -> T:
         InputError: for an unknown key, a value of the wrong type, a file that is missing, not YAML, or names code.
         SystemExit: after `--help`.
     """
+    return settings_from_dict(cls, given_settings(cls, argv, description))
+
+
+def given_settings(cls: type, argv: list[str], description: str = "") -> dict[str, Any]:
+    """The nested values that files and command line give, before they are checked (see `parse_settings`)."""
     if "-h" in argv or "--help" in argv:
         print(f"{description}\n\nSettings, in a YAML file (--config FILE) or as --key value:\n{_help(cls)}")
         raise SystemExit(0)
     values: dict[str, Any] = {}
     overrides = [(key, _value_of(cls, key, words)) for key, words in _split_arguments(argv)]
+    count = itertools.count(1)
     for path in [path for key, paths in overrides if key == "config" for path in paths]:
-        for source, layer in _layers(Path(path).expanduser(), ()):
+        for source, layer in _layers(Path(path).expanduser(), (), count):
             _drop_companions(cls, values, layer, str(source))
-            values = _merge(values, layer)
+            values = merge_settings(values, layer)
     overrides = [(key, value) for key, value in overrides if key != "config"]
     _refuse_code(cls, values, dict(overrides))
     _drop_companions(cls, values, dict(overrides), "the command line")
@@ -78,12 +85,18 @@ def parse_settings(cls: type[T], argv: list[str], description: str = "") -> T:
                 raise InputError(f"--{key}: `{section}` is a single value, not a section.")
         merges = key.endswith("_kwargs") or dataclasses.is_dataclass(typing.get_type_hints(cls).get(key))
         merges &= isinstance(value, dict) and isinstance(place.get(last), dict)
-        place[last] = _merge(place[last], value) if merges else value
-    return settings_from_dict(cls, values)
+        place[last] = merge_settings(place[last], value) if merges else value
+    return values
 
 
-def _layers(path: Path, open_files: tuple[Path, ...]) -> Iterator[tuple[Path, dict[str, Any]]]:
+#: Most files that configs may include altogether: two that include each other's twice double with each level.
+MOST_FILES = 100
+
+
+def _layers(path: Path, open_files: tuple[Path, ...], count: Iterator[int]) -> Iterator[tuple[Path, dict[str, Any]]]:
     """A file and all that it includes, each with its mapping, in the order in which they are laid over each other."""
+    if next(count) > MOST_FILES:
+        raise InputError(f"The config files include each other {MOST_FILES} times, {path} among them: include fewer.")
     values = read_yaml(path, plain=True)
     included = values.pop("include", [])
     if not isinstance(included, list) or not all(isinstance(name, str) for name in included):
@@ -92,7 +105,7 @@ def _layers(path: Path, open_files: tuple[Path, ...]) -> Iterator[tuple[Path, di
     for name in included:
         if (path.parent / Path(name).expanduser()).resolve() in chain:
             raise InputError(f"The config file {path} includes {name}, which includes it: break the circle.")
-        yield from _layers(path.parent / Path(name).expanduser(), chain)
+        yield from _layers(path.parent / Path(name).expanduser(), chain, count)
     yield path, values
 
 
@@ -157,7 +170,7 @@ def script_main(main: typing.Callable[[list[str]], None]) -> None:
     except (InputError, TrainingStopped, TrainingInterrupted, PublishError) as error:
         if int(os.environ.get("RANK", "0")) == 0:
             kind = "stopped" if isinstance(error, TrainingInterrupted) else "error"
-            print(f"\n{kind}: {error}", file=sys.stderr, flush=True)
+            print(f"\n{kind}: {_printable(str(error))}", file=sys.stderr, flush=True)
         if isinstance(error, TrainingInterrupted):
             raise SystemExit(128 + error.signal_number) from None
         codes = {TrainingStopped: 3, PublishError: 4}
@@ -168,6 +181,11 @@ def script_main(main: typing.Callable[[list[str]], None]) -> None:
         place = f"{error.filename}: " if error.filename else ""
         print(f"\nerror: {place}{error.strerror}. Make room, or give a place that can be written.", file=sys.stderr)
         raise SystemExit(2) from None
+
+
+def _printable(text: str) -> str:
+    """Text without the control characters by which a foreign name could write to the terminal."""
+    return "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
 #: What a system says of a place that cannot be written: the user's to solve, wherever it shows.
@@ -250,11 +268,12 @@ def _refuse_code(cls: type, values: dict[str, Any], overrides: dict[str, Any], p
             )
 
 
-def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+def merge_settings(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """Nested values with others laid over them."""
     merged = dict(base)
     for key, value in over.items():
         both = isinstance(value, dict) and isinstance(merged.get(key), dict)
-        merged[key] = _merge(merged[key], value) if both else value
+        merged[key] = merge_settings(merged[key], value) if both else value
     return merged
 
 

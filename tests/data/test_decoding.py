@@ -118,5 +118,10 @@ def test_files_are_read_by_their_paths(tmp_path):
     picture(5, 5).save(tmp_path / "a.png")
     found = decode({"bytes": None, "path": str(tmp_path / "a.png")})
     assert np.array_equal(np.asarray(found), np.asarray(picture(5, 5)))
-    with pytest.raises(UnreadableImage, match="FileNotFoundError"):
+    with pytest.raises(UnreadableImage, match="is no file"):
         decode({"bytes": None, "path": str(tmp_path / "b.png")})
+
+
+def test_a_row_that_names_a_device_is_unreadable():
+    with pytest.raises(UnreadableImage, match="/dev/zero is no file"):
+        decode({"bytes": None, "path": "/dev/zero"})

@@ -72,6 +72,7 @@ def test_pictures_of_values_that_are_not_finite_are_refused():
         ("transformer/config.json", [], "transformer/config.json: it must be a mapping"),
         ("scheduler/scheduler_config.json", {"interpolant": ["linear"]}, "`interpolant` must be text"),
         ("scheduler/scheduler_config.json", {"init_time": True}, "`init_time` must be a number"),
+        ("scheduler/scheduler_config.json", {"interpolant": None}, "`interpolant` must be text"),
         ("model_index.json", {"id2label": ["a"]}, "`id2label` must be a mapping"),
         ("model_index.json", {"vae_pixel_min": 0.5}, "`vae_pixel_min` is the darkest pixel"),
         ("model_index.json", {"transformer": "SiT"}, "must be the pair .library, class. of a component"),
@@ -120,3 +121,14 @@ def test_garbage_in_a_config_is_a_sentence_or_a_pipeline(folder, data):
                 assert str(folder) in str(error)  # noqa: PT017
     finally:
         file.write_text(whole)
+
+
+def test_one_file_of_weights_replaces_an_earlier_saves_shards(tmp_path):
+    pipeline = OneStepInterpolantPipeline(tiny_sit(), StochasticInterpolantScheduler())
+    pipeline.save_pretrained(tmp_path, max_shard_size=10_000)
+    assert list((tmp_path / "transformer").glob("*.index.json"))
+    pipeline.save_pretrained(tmp_path)
+    loaded = OneStepInterpolantPipeline.from_pretrained(tmp_path).transformer.state_dict()
+    assert all(torch.equal(loaded[name], value) for name, value in pipeline.transformer.state_dict().items())
+    pipeline.save_pretrained(tmp_path, max_shard_size=10_000)
+    OneStepInterpolantPipeline.from_pretrained(tmp_path)

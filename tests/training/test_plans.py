@@ -131,3 +131,27 @@ def test_of_a_teachers_training(tmp_path, arguments, words):
 def test_a_plan_of_any_prediction_needs_no_weights(tmp_path, prediction_type):
     argv = ["--output_dir", tmp_path / "run", "--prediction_type", prediction_type, "--t_min", 0.01, *SMALL]
     assert f"prediction {prediction_type}" in dry_run(parse_settings(TeacherConfig, list(map(str, argv))))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--report_to", "tensorboard"], "which is not installed: pip install tensorboard"),
+        (["--resume_from_checkpoint", "nowhere"], "nowhere is not a whole checkpoint"),
+        (
+            ["--eval_metric_steps", 1, "--evaluation.reference", "nowhere.npz"],
+            "nowhere.npz is no file",
+        ),
+        (["--model.num_layers", "1e0"], "`num_layers` must be a whole number, got 1.0"),
+    ],
+)
+def test_what_a_dry_run_can_see_without_data(tmp_path, arguments, words):
+    argv = ["--output_dir", tmp_path / "run", *SMALL, *arguments]
+    assert words in refusal(lambda: dry_run(parse_settings(TeacherConfig, list(map(str, argv)))))
+
+
+def test_a_student_to_start_from_that_is_none(teachers, tmp_path):
+    argv = ["--teacher", teachers / "linear", "--student", teachers / "vp", "--output_dir", tmp_path / "run", *SMALL]
+    words = refusal(lambda: dry_run(parse_settings(DistillConfig, list(map(str, argv)))))
+    assert "Cannot load the student" in words
+    assert "it was saved as InterpolantPipeline" in words

@@ -17,6 +17,7 @@ from script_runs import DISTILL, ROOT, environment, run
 from trainer_builders import distillation, teaching
 
 from si_distill import OneStepInterpolantPipeline, files
+from si_distill.conversion.output import check_output
 from si_distill.errors import InputError, TrainingStopped
 from si_distill.files import FolderLock
 from si_distill.reading import read_yaml
@@ -61,6 +62,8 @@ def folder(runs, tmp_path):
 
 # One run in one folder.
 
+ONE = "checkpoints/step_00000001"
+
 HOLD = """
 import sys
 from pathlib import Path
@@ -84,8 +87,11 @@ def test_two_runs_do_not_share_a_folder_and_a_killed_one_holds_nothing(teacher_f
     for arguments in (["--overwrite_output_dir"], RESUME):
         with pytest.raises(InputError, match=rf"Another process is writing to .*run \(process {holder.pid} on "):
             distillation(teacher_folder, folder, "--max_steps", 2, *arguments)
+    with pytest.raises(InputError, match="Another process is writing"):
+        check_output(folder, overwrite=True)  # a converted checkpoint does not replace it either
     holder.kill()
     holder.wait()
+    check_output(folder, overwrite=True)
     distillation(teacher_folder, folder, "--max_steps", 2, *RESUME).train()
     assert [line["step"] for line in lines(folder)] == [1, 2]
 
@@ -266,6 +272,8 @@ def test_only_damaged_checkpoints_are_not_taken_for_none(teacher_folder, folder)
         ("metrics.jsonl", "[1]\n7\n", r"metrics\.jsonl, line 1: it must be a mapping"),
         ("metrics.jsonl", b"\xff\n{}\n", r"metrics\.jsonl, line 1: .*utf-8"),
         ("evaluations.jsonl", "null\n", r"evaluations\.jsonl, line 1"),
+        ("evaluations.jsonl", '{"step": 1, "frechet_distance": "x"}\n', r"line 1: frechet_distance must be a number"),
+        ("evaluations.jsonl", '{"step": 1, "frechet_distance": null}\n', r"line 1: frechet_distance must be a number"),
         ("facts.json", "[]", r"facts\.json: it must be a mapping, got \[\]\. Restore it, or remove it"),
         ("facts.json", '{"sessions": [{"first_step": null}]}', r"sessions\[0\]\.first_step must be a whole number"),
         ("facts.json", "[" * 100_000, "nested too deeply"),
@@ -273,10 +281,17 @@ def test_only_damaged_checkpoints_are_not_taken_for_none(teacher_folder, folder)
         ("config.yaml", "7", "must hold `key: value` lines"),
         ("checkpoints/step_00000001/manifest.json", "[]", "its manifest is missing or unreadable"),
         ("checkpoints/step_00000001/manifest.json", '{"files": 3}', "its manifest is missing or unreadable"),
+        (
+            "checkpoints/step_00000001/manifest.json",
+            '{"step": 1, "run": RUN, "world_size": 1, "files": {}}',
+            "names no files",
+        ),
     ],
 )
 def test_garbage_in_a_file_of_a_run_is_a_sentence(teacher_folder, folder, name, content, words):
-    (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    if isinstance(content, str):
+        content = content.replace("RUN", json.dumps(identity(folder))).encode()
+    (folder / name).write_bytes(content)
     which = folder / "checkpoints/step_00000001" if "manifest" in name else "latest"
     with pytest.raises(InputError, match=words):
         distillation(teacher_folder, folder, "--max_steps", 2, RESUME[0], which).train()
@@ -291,6 +306,55 @@ def test_a_state_of_another_shape_is_a_sentence(teacher_folder, folder, content)
     (checkpoint / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(InputError, match=r"Cannot read .*state\.json: .* Resume from another checkpoint"):
         distillation(teacher_folder, folder, "--max_steps", 2, *RESUME).train()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("state.json", None, r"state\.json is of step -5 and manifest\.json of step 1"),
+        ("random_states_0.pkl", b"garbage", "does not fit this run"),
+        ("optimizer.bin", b"", "does not fit this run: "),
+    ],
+)
+def test_a_forged_part_of_a_checkpoint_is_a_sentence(teacher_folder, folder, name, content, words):
+    checkpoint = folder / "checkpoints/step_00000001"
+    if content is None:
+        content = json.dumps({**json.loads((checkpoint / name).read_text()), "step": -5}).encode()
+    (checkpoint / name).write_bytes(content)
+    manifest = json.loads((checkpoint / "manifest.json").read_text())
+    manifest["files"][name] = len(content)
+    (checkpoint / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(InputError, match=words):
+        distillation(teacher_folder, folder, "--max_steps", 2, *RESUME).train()
+
+
+def test_a_forged_place_in_the_data_is_a_sentence(teacher_folder, tmp_path):
+    arguments = [teacher_folder, tmp_path / "run", "--objective", "realuid", "--data.name", "digits", "--max_steps"]
+    distillation(*arguments, 1).train()
+    (checkpoint,) = (tmp_path / "run/checkpoints").iterdir()
+    (checkpoint / "rank_0.json").write_text('{"corrupt": 3}')
+    manifest = json.loads((checkpoint / "manifest.json").read_text())
+    manifest["files"]["rank_0.json"] = 14
+    (checkpoint / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(InputError, match="place in the data is damaged"):
+        distillation(*arguments, 2, *RESUME).train()
+
+
+def test_weights_that_are_missing_in_a_checkpoint_are_a_sentence(teacher_folder, folder):
+    checkpoint = folder / "checkpoints/step_00000001"
+    (checkpoint / "model.safetensors").unlink()
+    manifest = json.loads((checkpoint / "manifest.json").read_text())
+    del manifest["files"]["model.safetensors"]
+    (checkpoint / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(InputError, match="does not fit this run"):
+        distillation(teacher_folder, folder, "--max_steps", 2, *RESUME).train()
+
+
+def test_a_finished_pipeline_is_not_deleted_because_its_checkpoints_are_gone(teacher_folder, folder):
+    shutil.rmtree(folder / "checkpoints")
+    with pytest.raises(InputError, match="holds the pipeline of this run but no checkpoint"):
+        distillation(teacher_folder, folder, "--max_steps", 2, *RESUME).train()
+    assert (folder / "model_index.json").exists()
 
 
 # Places that cannot be written, and helpers that are missing.

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 
 from ..autoencoders import load_vae
 from ..errors import InputError
+from ..files import FolderLock
 from ..log_variance import LOG_VARIANCE
 from ..pipelines import Condition
 from ..reading import read_yaml
@@ -28,6 +29,7 @@ def check_output(folder: Path, overwrite: bool) -> None:
         raise InputError(f"`out` {folder} is a file: give a folder.")
     if folder.is_dir() and any(folder.iterdir()) and not overwrite:
         raise InputError(f"`out` {folder} is not empty: give a new folder, or add --overwrite.")
+    FolderLock(folder).check()
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -106,6 +108,7 @@ def write_pipeline(converted: Converted, folder: Path) -> float:
                 raise InputError(f"The network gives other images after it was saved to {folder.parent} and loaded.")
             if converted.log_variance is not None:
                 save_file(converted.log_variance, temporary / LOG_VARIANCE)
+            FolderLock(folder).check()  # a run may have begun there since
             _replace(temporary, folder)
     except (OSError, SafetensorError) as error:
         raise InputError(f"`out` {folder} cannot be written: {error}.") from error

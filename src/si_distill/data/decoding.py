@@ -1,6 +1,7 @@
 """Encoded images to square uint8 tensors: the only place where files are decoded and cropped."""
 
 import io
+from pathlib import Path
 from typing import Any
 
 import fsspec
@@ -15,6 +16,10 @@ __all__ = ["CROP", "UnreadableImage", "centre_crop", "decode", "is_grey", "store
 
 #: What `to_pixels` does, for what is made of its images and kept.
 CROP = "ADM: halved by averaging while at least twice the size, bicubic, centre square"
+
+
+#: Largest encoded image that is read.
+IMAGE_BYTES = 2**28
 
 
 class UnreadableImage(InputError):
@@ -63,8 +68,14 @@ def _content(value: Any) -> bytes:
         return value
     if value["bytes"] is not None:
         return value["bytes"]
-    with fsspec.open(value["path"], "rb") as file:
-        return file.read()
+    path = str(value["path"])
+    if "://" not in path and not Path(path).is_file():  # a device or a pipe would never end
+        raise UnreadableImage(f"{path} is no file")
+    with fsspec.open(path, "rb") as file:
+        content = file.read(IMAGE_BYTES + 1)
+    if len(content) > IMAGE_BYTES:
+        raise UnreadableImage(f"{path} is larger than {IMAGE_BYTES:,} bytes")
+    return content
 
 
 def to_pixels(image: Image.Image, channels: int, size: int) -> torch.Tensor:

@@ -38,7 +38,8 @@ class Guidance:
         number = isinstance(self.scale, (int, float)) and not isinstance(self.scale, bool)
         if not (number and math.isfinite(self.scale) and self.scale >= 0):
             raise ValueError(f"`guidance_scale` must be a number of at least 0 (1 is no guidance), got {self.scale!r}.")
-        low, high = self.interval
+        pair = isinstance(self.interval, (tuple, list)) and len(self.interval) == 2
+        low, high = self.interval if pair and all(isinstance(t, (int, float)) for t in self.interval) else (1, 0)
         if not 0 <= low < high <= 1:
             raise ValueError(f"`guidance_interval` must be two rising times in [0, 1], got {self.interval}.")
         if self.channels is not None and not (isinstance(self.channels, int) and self.channels > 0):

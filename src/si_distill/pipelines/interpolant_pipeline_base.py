@@ -286,7 +286,7 @@ class InterpolantPipelineBase(LabelsMixin, DiffusionPipeline):
         if output_type == "latent":
             return latents
         images = self.decode(latents)
-        damaged = int((~images.flatten(1).isfinite().all(1)).sum()) if output_type == "pil" else 0
+        damaged = int((~images.flatten(1).isfinite().all(1)).sum()) if output_type in ("pil", "np") else 0
         if damaged:
             raise ValueError(
                 f"{damaged} of {len(images)} images hold values that are not finite: the weights are damaged, or too large "

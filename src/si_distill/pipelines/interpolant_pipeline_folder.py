@@ -138,7 +138,13 @@ class SelfContainedFolderMixin:
                 component = getattr(sys.modules[module], class_name)
                 config = folder / name / component.config_name
                 if config.is_file():
-                    _check_arguments(component, component._dict_from_json_file(config), config)
+                    values = component._dict_from_json_file(config)
+                    _check_arguments(component, values, config)
+                    if name == "scheduler" and "interpolant" not in values:
+                        raise ValueError(
+                            f"{name}/{config.name} does not say the `interpolant`, the path of the network's training. "
+                            "Restore the file, or save the pipeline again."
+                        )
             # diffusers looks for the variant between the dots of every entry's name.
             stray = [entry.name for entry in (folder / name).iterdir() if "." not in entry.name]
             if kwargs.get("variant") and stray:
@@ -192,6 +198,7 @@ class SelfContainedFolderMixin:
         for name, component in self.components.items():
             if component is not None:
                 _forget_origin(folder / name / component.config_name)
+                _forget_shards(folder / name)
         super().save_config(save_directory, push_to_hub=push_to_hub, **kwargs)
 
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> str:
@@ -310,6 +317,14 @@ def _forget_origin(config_file: Path) -> None:
         config = json.loads(config_file.read_text(encoding="utf-8"))
         if config.pop("_name_or_path", None) is not None:
             config_file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _forget_shards(folder: Path) -> None:
+    """Drops the list of an earlier save's shards, which diffusers leaves and would look for instead of the one file."""
+    for index in folder.glob("*.index.json"):
+        listed = json.loads(index.read_text(encoding="utf-8")).get("weight_map", {})
+        if not all((folder / file).is_file() for file in listed.values()):
+            index.unlink()
 
 
 def _check_source(source: str) -> None:

@@ -43,6 +43,9 @@ from .interpolant_steps import (
     velocity_step,
 )
 
+#: More steps than anybody takes: they are listed before the first one.
+MOST_STEPS = 100_000
+
 __all__ = ["SOLVERS", "StochasticInterpolantScheduler", "StochasticInterpolantSchedulerOutput"]
 
 
@@ -177,7 +180,7 @@ class StochasticInterpolantScheduler(InterpolantForwardMixin, SchedulerMixin, Co
             self._set_times(torch.tensor([init_time, 0.0]))
         else:
             # What a scheduler shows before `set_timesteps`; no run.
-            self.set_timesteps(max(min(num_train_timesteps, self._max_steps), 2 if self.diffusion else 0))
+            self.set_timesteps(max(min(num_train_timesteps, self._max_steps, 1000), 2 if self.diffusion else 0))
         self.num_inference_steps: int | None = None
 
     @property
@@ -244,10 +247,10 @@ class StochasticInterpolantScheduler(InterpolantForwardMixin, SchedulerMixin, Co
             )
         if timesteps is None:
             least = 2 if self.diffusion else 1
-            if not isinstance(num_inference_steps, int) or num_inference_steps < least:
+            if type(num_inference_steps) is not int or not least <= num_inference_steps <= MOST_STEPS:
                 raise ValueError(
                     f"`num_inference_steps` must be an integer of at least {least}"
-                    f"{' for an SDE' if self.diffusion else ''}, got {num_inference_steps!r}."
+                    f"{' for an SDE' if self.diffusion else ''}, at most {MOST_STEPS:,}, got {num_inference_steps!r}."
                 )
             if num_inference_steps > self._max_steps:
                 raise ValueError(

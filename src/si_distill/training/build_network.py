@@ -9,6 +9,7 @@ from .. import models
 from ..data.augmentation import AUGMENT_LABELS
 from ..errors import InputError
 from ..pipelines.interpolant_pipeline_network import VIEWS
+from ..reading import check_arguments
 from .config import TeacherConfig
 
 #: The network of teachers that do not name another.
@@ -45,6 +46,7 @@ def build_network(
     if preset is not None and not hasattr(cls, "from_preset"):
         raise InputError(f"`{section}.preset` is {preset!r}, but {name} has no named sizes: give its arguments.")
     try:
+        check_arguments(cls.__init__, arguments)
         return cls(**arguments) if preset is None else cls.from_preset(preset, **arguments)
     except (TypeError, ValueError) as error:
         raise InputError(f"Cannot build the network from `{section}`: {error}") from error

@@ -183,7 +183,12 @@ class Trainer:
                 num_workers=settings.dataloader_num_workers,
             )
             if self._resumed:
-                self._batches.load_state_dict(self._data_state)
+                try:
+                    self._batches.load_state_dict(self._data_state)
+                except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+                    raise InputError(
+                        f"The checkpoint's place in the data is damaged ({type(error).__name__}: {error}). Take another one."
+                    ) from error
         with self.throughput.waiting_for_data():
             batch = next(self._batches)
         batch, indices = on_device(batch, accelerator.device), self.indices(micro_batch)

@@ -15,7 +15,8 @@ from torch import nn
 from ...autoencoders import describe_vae
 from ...data.latents.format import VAE_FOLDER, is_latent_cache, read_manifest
 from ...errors import InputError
-from ...pipelines import InterpolantPipeline, view_network
+from ...loading import check_folder
+from ...pipelines import InterpolantPipeline, OneStepInterpolantPipeline, view_network
 from ...pipelines.interpolant_pipeline_folder import STOCK_LIBRARIES
 from ...schedulers.scheduling_stochastic_interpolant import StochasticInterpolantScheduler
 from ...settings import parse_settings
@@ -25,6 +26,7 @@ from ..config import TeacherConfig, TrainingConfig
 from ..distillation.config import DistillConfig
 from ..distillation.plan import plan_distillation
 from ..distillation.start import StartingStudent
+from ..parallel.accelerator import check_installed
 from ..run.folder import RunFolder
 from ..teacher import TeacherPlan, plan_teacher
 from .communication import Transfer, transfers
@@ -47,9 +49,22 @@ def dry_run(settings: TrainingConfig) -> str:
         InputError: for everything in the settings that the run itself would refuse before it reads images or weights.
     """
     RunFolder(settings, writes=False).check()
+    check_installed(settings.report_to)
+    _check_files(settings)
     lines = _distillation(settings) if isinstance(settings, DistillConfig) else _teacher_training(settings)
     width = max(map(len, lines)) + 1
     return "\n".join(f"{name + ':':<{width}} {text}" for name, text in lines.items())
+
+
+def _check_files(settings: TrainingConfig) -> None:
+    """Refuses files and folders that are not there, as the run would after it has loaded others."""
+    resumed, measured = settings.resume_from_checkpoint, settings.evaluation
+    if resumed not in (None, "latest") and not Path(resumed).is_dir():
+        raise InputError(f"{resumed} is not a whole checkpoint: no such folder.")
+    if settings.eval_metric_steps and measured.reference and not Path(measured.reference).is_file():
+        raise InputError(f"`evaluation.reference` {measured.reference} is no file.")
+    if isinstance(settings, DistillConfig) and settings.student and Path(settings.student).is_dir():
+        check_folder(OneStepInterpolantPipeline, "student", settings.student)
 
 
 def print_dry_run(settings: TrainingConfig) -> None:

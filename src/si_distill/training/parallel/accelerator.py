@@ -5,6 +5,7 @@ import warnings
 from collections.abc import Callable
 
 from accelerate import Accelerator
+from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedDataParallelKwargs, DistributedType, DynamoBackend, gather_object
 from torch.distributed.fsdp import OffloadPolicy, StateDictType
 
@@ -52,10 +53,15 @@ def agree(accelerator: Accelerator, action: Callable[[], None], errors: tuple[ty
     return next((text for text in gather_object([error]) if text), "")
 
 
-def _check_tracker(accelerator: Accelerator, name: str) -> None:
-    """Refuses a tracker that Accelerate would leave out with a warning, or that has no key."""
-    if name != "none" and not accelerator.log_with:
+def check_installed(name: str) -> None:
+    """Refuses a tracker that Accelerate would leave out with a warning."""
+    if name not in ("none", *map(str, get_available_trackers())):
         raise InputError(f"`report_to` is {name!r}, which is not installed: pip install {name}, or choose none.")
+
+
+def _check_tracker(accelerator: Accelerator, name: str) -> None:
+    """Refuses a tracker that is not there, or has no key."""
+    check_installed(name)
 
     def log_in() -> None:
         import wandb

@@ -15,7 +15,7 @@ from typing import Any
 
 import xxhash
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import RNG_STATE_NAME, broadcast_object_list, load
 from safetensors import SafetensorError
 from torch.distributed.checkpoint import CheckpointException
 
@@ -41,6 +41,9 @@ _MANIFEST = {
     "files": {str: ({"size": int, "xxh3?": str}, int)},
 }
 _FOLDER = re.compile(r"step_(\d+)")
+_DAMAGED = (
+    RuntimeError, KeyError, ValueError, TypeError, EOFError, OSError, UnpicklingError, SafetensorError, CheckpointException,
+)  # fmt: skip
 _FOREIGN = "it is of another run"
 #: Holds the identity of a run that is deleting what an earlier one left in its folder; gone once that is done.
 OVERWRITING = ".overwriting"
@@ -189,6 +192,11 @@ class Checkpoints:
                         f"starting at step 0 would delete them. Restore the {CONFIG} of that run, or start again with "
                         "--overwrite_output_dir alone."
                     )
+                if (self.folder.parent / "model_index.json").exists() and not self._is_overwriting():
+                    raise InputError(
+                        f"{self.folder.parent} holds the pipeline of this run but no checkpoint, and starting at step 0 "
+                        f"would delete it. Restore {self.folder.name}/, or start again with --overwrite_output_dir alone."
+                    )
                 return None
         else:
             path = Path(which)
@@ -196,6 +204,8 @@ class Checkpoints:
             if problem:
                 known = ", ".join(str(p) for p in self._sealed()) or "none"
                 raise InputError(f"{path} is not a whole checkpoint: {problem}. Whole ones: {known}.")
+        if not all(isinstance(found, dict) and "xxh3" in found for found in _manifest(path)["files"].values()):
+            self.accelerator.print(f"note: {path.name} is of an early release: its files have no checksums to compare.")
         self._check_fits(path)
         return path
 
@@ -242,11 +252,16 @@ class Checkpoints:
                 f"The checkpoint {path} has no {STATE}: it was saved by an earlier release. Finish the run with that "
                 "release, or start a new one."
             )
-        state = read_json(path / STATE, _STATE, "Resume from another checkpoint.")
+        remedy = "Resume from another checkpoint."
+        state, said = read_json(path / STATE, _STATE, remedy), _manifest(path)["step"]
+        if state["step"] != said or said < 0:
+            raise InputError(f"{path / STATE} is of step {state['step']} and {MANIFEST} of step {said}. {remedy}")
         try:
+            # Accelerate goes on without random states that it cannot read.
+            load(path / f"{RNG_STATE_NAME}_{self.accelerator.process_index}.pkl", map_location="cpu")
             self.accelerator.load_state(str(path))
-        except (RuntimeError, KeyError, ValueError, UnpicklingError, SafetensorError, CheckpointException) as error:
-            raise InputError(f"The checkpoint {path} does not fit this run: {error}") from error
+        except _DAMAGED as error:
+            raise InputError(f"The checkpoint {path} does not fit this run: {error or type(error).__name__}") from error
         return state
 
     def rank_state(self, path: Path) -> dict[str, Any] | None:
@@ -255,7 +270,7 @@ class Checkpoints:
         if (manifest["world_size"], manifest.get("workers")) != (self.accelerator.num_processes, self.workers):
             return None
         file = self._rank_file(path)
-        return read_json(file, remedy="Resume from another checkpoint.") if file.exists() else None
+        return read_json(file, dict, "Resume from another checkpoint.") if file.exists() else None
 
 
 def whole_checkpoints(folder: Path) -> list[Path]:
@@ -297,6 +312,8 @@ def _problem(path: Path, run_id: str | None, contents: bool = True) -> str | Non
         return "its manifest is missing or unreadable"
     if manifest.get("run") != run_id:
         return _FOREIGN
+    if not manifest["files"]:
+        return "its manifest names no files"
     for name, expected in manifest["files"].items():
         expected = {"size": expected} if isinstance(expected, int) else expected  # manifests before checksums
         file = path / name
