@@ -19,6 +19,7 @@ FLOORS = (
     ("errors", "units", "choices", "fingerprints", "lazy", "sample_noise", "visualization"),
     ("reading", "files"),
     ("schedulers", "models", "settings", "launching", "adversarial"),
+    ("plot",),
     ("interpolants", "pipelines"),
     ("objectives", "log_variance", "autoencoders", "sampling"),
     ("critic", "data", "conversion"),
