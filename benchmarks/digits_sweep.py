@@ -130,7 +130,9 @@ def distil(name: str, seed: int, arguments: list[str], config: SweepConfig) -> d
     curve, seconds, thrown_away = [], 0.0, 0
     while True:
         if trainer.step in marks:
-            found = judge(trainer.pipeline())
+            pipeline = trainer.pipeline()
+            counts = {str(n): judge(pipeline, num_inference_steps=n) for n in pipeline.trained_steps}
+            found = {**counts[str(pipeline.trained_steps[-1])], **({"counts": counts} if len(counts) > 1 else {})}
             curve.append({"updates": trainer.step * per_iteration, "seconds": seconds, **found})
         if trainer.step == iterations:
             break
@@ -249,10 +251,12 @@ def table(results: Results, by_name: dict[str, list[dict]]) -> str:
     ]
     for name, runs in by_name.items():
         last = [run["curve"][-1] for run in runs]
-        values = {key: [point[key] for point in last] for key in ("distance", "accuracy", "seconds")}
-        rows.append(
-            [name, str(len(runs)), cell(values["distance"]), cell(values["accuracy"]), cell(values["seconds"], 0)]
-        )
+        seconds = cell([point["seconds"] for point in last], 0)
+        for count in last[0].get("counts", [None]):  # a student of several steps has a row for each number of them
+            points = [point if count is None else point["counts"][count] for point in last]
+            distance, accuracy = (cell([point[key] for point in points]) for key in ("distance", "accuracy"))
+            title = name if count is None else f"{name}, {count} step{'s' if int(count) > 1 else ''}"
+            rows.append([title, str(len(runs)), distance, accuracy, seconds])
     return markdown_table(["generator", "seeds", "Fréchet distance", "label accuracy", "CPU seconds of training"], rows)
 
 
