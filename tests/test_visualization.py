@@ -1,9 +1,11 @@
 """Pictures: values, places and titles."""
 
-import torch
-from PIL import Image
+import time
 
-from si_distill.visualization import image_grid, tensor_to_pil, to_uint8
+import torch
+from PIL import Image, ImageDraw, ImageFont
+
+from si_distill.visualization import LONGEST_TITLE, _shortened, image_grid, tensor_to_pil, to_uint8
 
 
 def test_uint8_and_back_is_exact():
@@ -45,3 +47,17 @@ def test_titles_take_room_and_long_ones_are_cut():
     # Nothing of the long title runs past the last column.
     right = titled.crop((titled.width - 3, 0, titled.width, 20))
     assert right.getextrema() == ((255, 255),) * 3
+
+
+def test_a_title_is_cut_to_what_fits_in_no_time_however_long_it_is():
+    font, measure = ImageFont.load_default(size=14), ImageDraw.Draw(Image.new("L", (1, 1)))
+    name = "great white shark, Carcharodon carcharias"
+    for width in (1, 20, 72, 150, 1000):
+        wanted = name
+        while measure.textlength(wanted, font=font) > width and len(wanted) > 2:
+            wanted = wanted.rstrip("…")[:-1] + "…"  # one character after the other
+        assert _shortened(name, width, font, measure) == wanted
+    start = time.process_time()
+    assert len(_shortened("shark " * 10**5, 10**6, font, measure)) == LONGEST_TITLE + 1
+    image_grid([[Image.new("L", (8, 8))] * 10], column_titles=["x" * 10**6] * 10)
+    assert time.process_time() - start < 5

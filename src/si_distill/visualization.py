@@ -1,10 +1,14 @@
 """Image grids with titles on rows and columns."""
 
+from bisect import bisect_right
 from collections.abc import Sequence
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
+
+#: Characters of a column's title that are looked at; names of classes may be foreign text of any length.
+LONGEST_TITLE = 200
 
 
 def to_uint8(images: torch.Tensor) -> torch.Tensor:
@@ -60,8 +64,8 @@ def tensor_to_pil(images: torch.Tensor) -> list[Image.Image]:
 
 def _shortened(title: str, width: int, font: ImageFont.FreeTypeFont, measure: ImageDraw.ImageDraw) -> str:
     title = " ".join(title.split())  # of one line, whoever wrote it
-    if measure.textlength(title, font=font) <= width:
+    if len(title) <= LONGEST_TITLE and measure.textlength(title, font=font) <= width:
         return title
-    while len(title) > 1 and measure.textlength(title + "…", font=font) > width:
-        title = title[:-1]
-    return title + "…"
+    lengths = range(1, min(len(title), LONGEST_TITLE) + 1)
+    fitting = bisect_right(lengths, width, key=lambda length: measure.textlength(title[:length] + "…", font=font))
+    return title[: max(fitting, 1)] + "…"
