@@ -39,13 +39,16 @@ class GenerateConfig:
 def main(argv: list[str]) -> None:
     settings = parse_settings(GenerateConfig, argv, __doc__)
 
+    import os
     import re
     from pathlib import Path
 
     import torch
+    from PIL import Image
 
     from si_distill import InterpolantPipeline, OneStepInterpolantPipeline
     from si_distill.errors import InputError
+    from si_distill.files import whole_file
     from si_distill.loading import load_pipeline
     from si_distill.sampling import class_names, open_images, sample_rows, spread_labels
     from si_distill.settings import LARGEST_SEED, MOST_SAMPLES, at_least
@@ -111,25 +114,31 @@ def main(argv: list[str]) -> None:
             )
     except ValueError as error:
         raise InputError(str(error)) from error
+
+    def save(picture: Image.Image, path: Path) -> None:
+        with whole_file(path) as file:
+            picture.save(file, Image.registered_extensions()[path.suffix.lower()])
+
     titles = labels and class_names(pipeline, labels)
     count = sum(map(len, rows))
     if singly:
         out.mkdir(parents=True, exist_ok=True)
         for row, images in enumerate(rows):
             for column, image in enumerate(images):
-                name = f"{labels[column]}_{re.sub(r'[^A-Za-z0-9-]+', '-', titles[column])}_" if labels else ""
-                name += f"{column}_{Path(settings.image[column]).stem}_" if inputs else ""
-                image.save(out / f"{name}seed{settings.seed + row}.png")
+                parts = [f"{labels[column]}_{re.sub(r'[^A-Za-z0-9-]+', '-', titles[column])[:60]}"] if labels else []
+                parts += [f"{column}_{Path(settings.image[column]).stem}"] if inputs else []
+                name = os.fsdecode(os.fsencode("_".join(parts))[:200])  # most systems allow 255 bytes
+                save(image, out / f"{name}{'_' if parts else ''}seed{settings.seed + row}.png")
     elif inputs:
         size = rows[0][0].size
         shown = [[image.resize(size, 0) for image in inputs], *rows]  # 0: each pixel as a square
         names = ["input", *(f"seed {settings.seed + row}" for row in range(len(rows)))]
-        image_grid(shown, names, titles or [Path(file).stem for file in settings.image]).save(out)
+        save(image_grid(shown, names, titles or [Path(file).stem for file in settings.image]), out)
     elif teacher:
         names = [*["student"] * len(rows), *[f"teacher, {settings.teacher_steps} steps"] * len(taught)]
-        image_grid([*rows, *taught], names, titles).save(out)
+        save(image_grid([*rows, *taught], names, titles), out)
     else:
-        image_grid(rows, column_titles=titles).save(out)
+        save(image_grid(rows, column_titles=titles), out)
     calls = pipeline.num_network_evaluations // pipeline.trained_steps[-1]
     calls *= settings.num_inference_steps or pipeline.trained_steps[-1]
     evaluations = "one network evaluation" if calls == 1 else f"{calls} network evaluations"

@@ -64,6 +64,40 @@ def test_the_grid_has_a_titled_column_for_each_class(student, tmp_path):
     )
 
 
+def test_pictures_are_whole_and_go_through_no_link(student, tmp_path, monkeypatch):
+    (tmp_path / "thesis.png").write_text("years of work")
+    (tmp_path / "images").mkdir()
+    for link in ("grid.png", "images/1_tench_seed0.png"):
+        (tmp_path / link).symlink_to(tmp_path / "thesis.png")
+    for out in ("grid.png", "grid.webp", "grid.JPG", "images"):
+        call(student, tmp_path / out, "--labels", "tench", "--images_per_label", "1")
+    assert (tmp_path / "thesis.png").read_text() == "years of work"
+    assert [Image.open(tmp_path / f"grid.{suffix}").format for suffix in ("png", "webp", "JPG")] == [
+        "PNG",
+        "WEBP",
+        "JPEG",
+    ]
+    assert Image.open(tmp_path / "images" / "1_tench_seed0.png").size == (8, 8)
+
+    def killed(picture, file, *arguments):
+        file.write(b"half a picture")
+        raise KeyboardInterrupt
+
+    before = (tmp_path / "grid.png").read_bytes()
+    monkeypatch.setattr(Image.Image, "save", killed)
+    with pytest.raises(KeyboardInterrupt):
+        call(student, tmp_path / "grid.png", "--labels", "tench", "--images_per_label", "1")
+    assert (tmp_path / "grid.png").read_bytes() == before
+
+
+def test_names_of_classes_of_any_length_fit_into_names_of_files(tmp_path):
+    names = {n: f"{n} of " + "a shark " * 50 for n in range(3)}
+    OneStepInterpolantPipeline(tiny_sit(), StochasticInterpolantScheduler(), id2label=names).save_pretrained(tmp_path)
+    call(tmp_path, f"{tmp_path}/images/", "--images_per_label", "1")
+    found = sorted(path.name for path in (tmp_path / "images").iterdir())
+    assert found == [f"{n}_{(f'{n}-of' + '-a-shark' * 50)[:60]}_seed0.png" for n in range(3)]
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
