@@ -1,5 +1,6 @@
 """Run folders that somebody else filled: what they say is text, what they link to is left alone, garbage is a sentence."""
 
+import html
 import json
 import os
 import re
@@ -13,10 +14,11 @@ from test_card import EVALUATION, run  # noqa: F401 - a fixture
 
 from si_distill import OneStepInterpolantPipeline, StochasticInterpolantScheduler
 from si_distill.errors import InputError
-from si_distill.hub.card import render_card, write_card
+from si_distill.hub.card import GENERATED, TEMPLATES, is_own_text, render_card, write_card
 from si_distill.hub.facts import read_facts
-from si_distill.hub.plain_text import escaped, without_paths
-from si_distill.hub.staging import stage_model, stage_space
+from si_distill.hub.plain_text import code, escaped, without_paths
+from si_distill.hub.staging import check_links, stage_model, stage_space
+from si_distill.interpolants import INTERPOLANTS
 
 BAD = "<script>alert(1)</script> [x](javascript:alert(2)) `a` ![i](http://evil/i.png)\n# top\n```\n| cell"
 
@@ -122,7 +124,60 @@ def test_paths_and_what_only_looks_like_one(text, left):
 
 @given(st.text())
 def test_escaped_text_has_no_active_character(text):
-    assert not set("<>[]`|\n\r") & set(escaped(text))
+    shown = escaped(text)
+    assert not set("<>[]`|*~$@\\\n\r\x1b\u202e") & set(shown)
+    assert not re.search(r"_(\W|$)|://|www\.", shown)
+    shown.encode()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "**now** *a* _b_ __c__ _a__ __a_ _(a)_b _a_b_ ~~c~~ $d$ # e <b> [f](g) `h` \\*i\\* \\<b> &lt;",
+        "https://evil.example, www.evil.example, someone@evil.example",
+    ],
+)
+def test_escaped_text_is_rendered_as_it_was_written(text):
+    markdown = pytest.importorskip("markdown_it").MarkdownIt("gfm-like", {"linkify": False})
+    for shown in (escaped(text), code(escaped(text))):
+        rendered = markdown.render(f"| a |\n|---|\n| {shown} |\n")
+        cell = re.search("<td>(.*)</td>", rendered)[1]
+        assert html.unescape(re.sub("^<code>|</code>$", "", cell)) == text
+    readable = "great white shark, 12:30, my_model, a-b, 50 %, _class_name, recall: of real ones"
+    assert escaped(readable) == readable
+
+
+def test_a_name_of_the_hub_is_linked_and_a_path_with_marks_is_code(run):  # noqa: F811
+    change(run, "facts.json", teacher={"name": "lab/my_model_", "source": "hub"})
+    assert "[lab/my_model&#95;](https://huggingface.co/lab/my_model&#95;)" in render_card(read_facts(run)).text
+    session = {"command": ["train.py", "a\x1b[2J\u2028```"]}
+    change(run, "facts.json", teacher={"name": "runs/my_*model", "source": "local"}, sessions=[session])
+    change(run, "model_index.json", id2label={"0": "a\ud800\x1b"})
+    write_card(run)
+    assert (run / "README.md").read_text().replace("\n", "").isprintable()
+    assert "<code>runs/my&#95;&#42;model</code>, a local folder" in render_card(read_facts(run)).text
+
+
+def test_metadata_holds_names_and_no_other_text(run):  # noqa: F811
+    change(run, "facts.json", data={"name": BAD, "source": "hub", "split": "train", "images": 3})
+    change(run, "evaluation.json", reference={"name": "/home/me/my\n\x1bdata", "images": 3, "split": "~/a/b"})
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    (run / "config.yaml").write_text(yaml.safe_dump({**config, "objective": BAD}))
+    change(run / "scheduler", "scheduler_config.json", interpolant=BAD)
+    data = render_card(read_facts(run), repo_id="user/student").data
+    (result,) = data.eval_results
+    assert (result.dataset_type, result.dataset_name, result.dataset_split) == ("my data", "my data", "b")
+    assert data.datasets is None
+    assert all(re.fullmatch(r"[\w-]+", tag) for tag in data.tags)
+
+
+def test_a_path_of_the_users_may_cite_what_nobody_here_knows(run, monkeypatch):  # noqa: F811
+    known = (TEMPLATES / "references.bib").read_text()
+    assert all(f"{{{path.citation}," in known for path in INTERPOLANTS.values() if path.citation)
+    monkeypatch.setattr(INTERPOLANTS["linear"], "citation", "me2026power")
+    text = render_card(read_facts(run)).text
+    assert "kornilov2025realuid" in text
+    assert "lipman2023flow" not in text
 
 
 # Links.
@@ -149,10 +204,37 @@ def test_links_that_lead_out_of_the_folder_are_refused(run, tmp_path):  # noqa: 
         (run / name).unlink()
         if kept is not None:
             (run / name).write_bytes(kept)
-    (run / "README.md").symlink_to("samples.md")  # inside, and of the owner
-    (run / "samples.md").write_text("my text")
+    (run / "README.md").symlink_to("notes.txt")  # inside: left behind like the file that it leads to
+    (run / "notes.txt").write_text("my notes")
     stage_model(pipeline, tmp_path / "staged", "user/student", run)
-    assert (tmp_path / "staged" / "README.md").read_text() == "my text"
+    assert GENERATED in (tmp_path / "staged" / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("place", "blob", "published"),
+    [
+        (f"models--user--student/snapshots/{'a1' * 20}", "models--user--student/blobs/b1", True),
+        (f"models--user--student/snapshots/{'a1' * 20}", "models--user--student/refs/b1", False),
+        (f"models--user--student/snapshots/{'a1' * 20}", "models--user--other/blobs/b1", False),
+        ("models--user--student/snapshots/model", "models--user--student/blobs/b1", False),
+        (f"student/snapshots/{'a1' * 20}", "student/blobs/b1", False),
+        ("snapshots/student", ".ssh/id_rsa", False),
+    ],
+)
+def test_links_of_the_hubs_cache_and_no_others_lead_out(run, tmp_path, place, blob, published):  # noqa: F811
+    folder, target = tmp_path / "home" / place, tmp_path / "home" / blob
+    target.parent.mkdir(parents=True)
+    target.write_text("a text")
+    folder.parent.mkdir(parents=True)
+    run.rename(folder)
+    (folder / "README.md").symlink_to(os.path.relpath(target, folder))
+    assert is_own_text(folder) == place.startswith("models--user--student/snapshots/a1")
+    if published:
+        check_links(folder)
+        target.unlink()
+        target.symlink_to(tmp_path)  # a blob that is a link itself
+    with pytest.raises(InputError, match=r"README.md is a link to .*, and is not published"):
+        check_links(folder)
 
 
 def _stage(pipeline, run):  # noqa: F811

@@ -14,9 +14,9 @@ from ..evaluation.metrics import METRICS
 from ..evaluation.table import format_table
 from ..files import write_text
 from .card_tables import MISSING, model_rows, objective_rows, teacher_rows, training_command, training_rows
-from .facts import CONFIG, FACTS, STUDENT, TEACHER, ModelFacts, read_facts
+from .facts import CONFIG, FACTS, STUDENT, TEACHER, ModelFacts, cached_blobs, read_facts
 from .facts import METRICS as LOG
-from .plain_text import escaped, is_repository, without_paths
+from .plain_text import escaped, is_repository, is_word, one_line, without_paths
 
 TEMPLATES = Path(__file__).parent / "model_cards"
 CARD, SAMPLES = "README.md", "samples.png"
@@ -36,15 +36,19 @@ def write_card(folder: str | Path) -> None:
         OSError: when it cannot be written.
     """
     folder = Path(folder)
-    if is_own_text(folder):
+    if is_own_text(folder) or (folder / CARD).is_symlink():  # a link is of the owner's making too
         return
     write_text(folder / CARD, str(render_card(read_facts(folder))))
 
 
 def is_own_text(folder: Path) -> bool:
-    """Whether the folder's README.md was written, or taken over, by its owner; a link is."""
+    """Whether the folder's README.md was written, or taken over, by its owner; what a link leads to was not, but for the
+    Hub's cache of links.
+    """
     path = folder / CARD
-    return path.is_symlink() or (path.is_file() and GENERATED not in path.read_text(encoding="utf-8", errors="replace"))
+    if not path.is_file() or (path.is_symlink() and cached_blobs(folder) is None):
+        return False
+    return GENERATED not in path.read_text(encoding="utf-8", errors="replace")
 
 
 def render_card(
@@ -99,7 +103,7 @@ def _render(
     template = environment.get_template("student.md" if facts.is_student else "teacher.md")
     data = card_data(facts, name, license, teacher)
     # What others wrote is text in the card, and never a part of its Markdown; in blocks of code it stays as it is.
-    shown = replace(facts, **{name: escaped(getattr(facts, name)) for name in _FOREIGN})
+    shown = replace(facts, **{name: escaped(without_paths(getattr(facts, name))) for name in _FOREIGN})
     text = template.render(
         card_data=data.to_yaml(),
         generated=GENERATED,
@@ -142,16 +146,15 @@ def card_data(
     tags.append("class-conditional-image-generation" if conditional else None)
     steps = "one-step" if facts.trained_steps == [1] else "few-step"
     tags += [steps, "distillation", facts.settings.get("objective")] if facts.is_student else ["teacher"]
-    data = facts.recorded.get("data") or {}
-    results = eval_results(facts)
+    dataset, results = _dataset(facts), eval_results(facts)
     return ModelCardData(
         library_name="diffusers",
         # The Hub has no tag of its own for generation by class.
         pipeline_tag="image-to-image" if facts.takes_image else "unconditional-image-generation",
         license=license,
         base_model=teacher_repo_id,
-        datasets=[data["name"]] if data.get("source") == "hub" and is_repository(data["name"]) else None,
-        tags=[tag for tag in tags if tag],
+        datasets=[dataset] if dataset else None,
+        tags=[tag for tag in tags if is_word(tag)],
         model_name=name if results else None,
         eval_results=results or None,
     )
@@ -159,8 +162,8 @@ def card_data(
 
 def eval_results(facts: ModelFacts) -> list[EvalResult]:
     """The rows of evaluation.json that are of this model, as entries of the Hub's model index."""
-    evaluation = facts.evaluation or {}
-    reference, data = evaluation.get("reference") or {}, facts.recorded.get("data") or {}
+    evaluation = without_paths(one_line(facts.evaluation or {}))
+    reference = evaluation.get("reference") or {}
     how = {name: evaluation.get(name) for name in ("evaluator", "features", "num_samples", "class_balance", "seed")}
     how |= {"reference_images": reference.get("images")}
     results = []
@@ -176,18 +179,22 @@ def eval_results(facts: ModelFacts) -> list[EvalResult]:
                 EvalResult(
                     task_type="image-to-image" if facts.takes_image else "unconditional-image-generation",
                     task_name="image to image" if facts.takes_image else "image generation",
-                    dataset_type=data["name"]
-                    if data.get("source") == "hub"
-                    else without_paths(str(reference.get("name"))),
-                    dataset_name=without_paths(str(reference.get("name"))),
+                    dataset_type=_dataset(facts) or str(reference.get("name")),
+                    dataset_name=str(reference.get("name")),
                     dataset_split=reference.get("split"),
                     metric_type="fid" if is_fid else metric.hub,
-                    metric_name=f"{figure} ({without_paths(row['generator'])})",
+                    metric_name=f"{figure} ({row['generator']})",
                     metric_value=row[figure],
-                    metric_args={name: without_paths(value) for name, value in arguments.items() if value is not None},
+                    metric_args={name: value for name, value in arguments.items() if value is not None},
                 )
             )
     return results
+
+
+def _dataset(facts: ModelFacts) -> str | None:
+    """The training images' repository on the Hub, if they are from there."""
+    data = facts.recorded.get("data") or {}
+    return data["name"] if data.get("source") == "hub" and is_repository(data["name"]) else None
 
 
 def _results(facts: ModelFacts) -> str | None:
@@ -195,7 +202,7 @@ def _results(facts: ModelFacts) -> str | None:
     if not facts.evaluation:
         return None
     try:
-        return format_table(without_paths(facts.evaluation))
+        return format_table(facts.evaluation)
     except (KeyError, TypeError, AttributeError) as error:
         raise InputError(
             f"{facts.folder / EVALUATION} was written by another version (it lacks {error}): evaluate again, or remove it."
@@ -235,7 +242,7 @@ def _call_arguments(facts: ModelFacts) -> str:
         first = (facts.id2label or {}).get("0")
         names = [0 if first is None else first.split(",")[0].strip(), min(7, (classes or 1) - 1)]
         names = names[:1] if facts.takes_image else names
-        arguments = f"class_labels={json.dumps(names, ensure_ascii=False)}"
+        arguments = f"class_labels={json.dumps(names, ensure_ascii=not ''.join(map(str, names)).isprintable())}"
     if facts.takes_image:
         arguments = ", ".join(filter(None, ["image=image", "num_images_per_input=2", arguments]))
     return arguments if facts.is_student else f"{arguments}, num_inference_steps=50"
@@ -256,7 +263,7 @@ def _references(facts: ModelFacts) -> list[str]:
     keys.append(getattr(facts.interpolant, "citation", None))
     entries = re.split(r"\n(?=@)", (TEMPLATES / "references.bib").read_text(encoding="utf-8").strip())
     by_key = {entry.split("{", 1)[1].split(",", 1)[0]: entry.strip() for entry in entries}
-    return [by_key[key] for key in dict.fromkeys(keys) if key]
+    return [by_key[key] for key in dict.fromkeys(keys) if key in by_key]  # a path of the user's may cite anything
 
 
 def pipeline_kind(facts: ModelFacts) -> str:

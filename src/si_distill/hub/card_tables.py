@@ -1,11 +1,12 @@
 """The tables of a model card: facts as rows of text; missing facts are stated as such."""
 
 import shlex
+from html import unescape
 from typing import Any
 
 from ..objectives import get_objective
 from .facts import ModelFacts
-from .plain_text import is_repository, without_paths
+from .plain_text import code, is_repository, one_line, without_paths
 
 MISSING = "not recorded"
 Row = tuple[str, str]
@@ -61,11 +62,11 @@ def teacher_rows(facts: ModelFacts) -> list[Row]:
     """The teacher of a student."""
     recorded = facts.recorded.get("teacher") or {}
     name = recorded.get("name") or facts.settings.get("teacher")
-    if recorded.get("source") == "hub" and is_repository(name):
+    if recorded.get("source") == "hub" and is_repository(unescape(str(name))):
         revision = recorded.get("revision")
         where = f"[{name}](https://huggingface.co/{name}), revision {_text(revision)}"
     else:
-        where = f"`{without_paths(name)}`, a local folder" if name and recorded else _text(without_paths(name))
+        where = f"{code(name)}, a local folder" if name and recorded else _text(name)
     rows = [("Teacher", where)]
     rows.append(("Its network", _network(recorded.get("network"))))
     if facts.settings:
@@ -80,7 +81,7 @@ def objective_rows(facts: ModelFacts) -> list[Row]:
     if "objective" not in settings:
         return [("Objective", MISSING)]
     name, kwargs = settings["objective"], settings.get("objective_kwargs") or {}
-    rows = [("Objective", f"`{name}`" + (f" ({_settings(kwargs)})" if kwargs else ""))]
+    rows = [("Objective", code(name) + (f" ({_settings(kwargs)})" if kwargs else ""))]
     try:
         objective = get_objective(name, **kwargs)
     except ValueError:
@@ -99,7 +100,7 @@ def objective_rows(facts: ModelFacts) -> list[Row]:
         ("Adversarial term", "none" if kind == "none" else f"{kind} ({_settings(adversarial, skip=('kind',))})")
     )
     if settings.get("student"):
-        rows.append(("Started from the student", f"`{without_paths(settings['student'])}`"))
+        rows.append(("Started from the student", code(settings["student"])))
     critic, generator = settings.get("critic_steps", 1), settings.get("generator_steps", 1)
     order = [f"critic {critic}", f"generator {generator}"]
     order = order[::-1] if settings.get("generator_first") else order
@@ -143,7 +144,7 @@ def training_command(facts: ModelFacts) -> str | None:
     command = sessions[0].get("command") if sessions else None
     if not command:
         return None
-    text = shlex.join(without_paths(command)).replace("\n", " ").replace("\r", " ")  # one line of a block of code
+    text = one_line(shlex.join(without_paths(command)))  # one line of a block of code
     return f"accelerate launch --num_processes {sessions[0].get('processes', 1)} {text}"
 
 
@@ -164,11 +165,7 @@ def _data(facts: ModelFacts) -> str:
         return f"{recorded['name']}, split {recorded['split']}, {count} images"
     if facts.recorded:  # the run says that it read none
         return "no images: generated samples only"
-    return (
-        f"{without_paths(data['name'])}, split {data.get('split')} (whether images were read is {MISSING})"
-        if data
-        else MISSING
-    )
+    return f"{data['name']}, split {data.get('split')} (whether images were read is {MISSING})" if data else MISSING
 
 
 def _average(settings: dict[str, Any]) -> str:

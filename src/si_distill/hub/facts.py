@@ -1,6 +1,7 @@
 """What is known of a model, read from the files of its folder. Nothing is guessed: what no file says is None."""
 
 import math
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -203,6 +204,13 @@ def read_facts(folder: str | Path, training: bool = True) -> ModelFacts:
         facts.recorded = _json(folder / FACTS, _RECORDED) or {}
         facts.evaluation = _json(folder / EVALUATION, _EVALUATION)
     return facts
+
+
+def cached_blobs(folder: Path) -> Path | None:
+    """What the links in a snapshot of the Hub's cache, `models--…/snapshots/COMMIT`, lead to; None of another folder."""
+    *_, repository, snapshots, commit = ("", "", *folder.resolve().parts)
+    cached = repository.startswith("models--") and snapshots == "snapshots" and re.fullmatch("[0-9a-f]{40}", commit)
+    return folder.resolve().parents[1] / "blobs" if cached else None
 
 
 def class_name(index: dict[str, Any]) -> str | None:

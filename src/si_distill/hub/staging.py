@@ -20,7 +20,7 @@ from ..reading import dump_yaml
 from ..sampling import class_names, sample_rows, spread_labels
 from ..visualization import image_grid
 from .card import CARD, SAMPLES, is_own_text, pipeline_kind, render_card
-from .facts import CONFIG, FACTS, METRICS, read_facts
+from .facts import CONFIG, FACTS, METRICS, cached_blobs, read_facts
 from .plain_text import is_repository, without_paths
 
 VARIANTS = {"bf16": torch.bfloat16}
@@ -148,18 +148,15 @@ def _sample_grid(pipeline: DiffusionPipeline, kind: str) -> Image.Image:
 
 def check_links(run: Path) -> None:
     """
-    Refuses links in a folder that lead out of it: what they lead to would be published.
-
-    The Hub's own cache, whose files are links to a folder next to them, is one place.
+    Refuses links in a folder that lead out of it, other than to `cached_blobs`: what they lead to would be published.
 
     Raises:
         InputError: names the link.
     """
-    root = run.resolve()
-    root = root.parents[1] if root.parent.name == "snapshots" else root
+    places = [run.resolve(), *filter(None, [cached_blobs(run)])]
     components = [path for path in run.iterdir() if (path / "config.json").exists() or path.name == "scheduler"]
     for path in [*run.iterdir(), *(file for folder in components for file in folder.rglob("*"))]:
-        if path.is_symlink() and not path.resolve().is_relative_to(root):
+        if path.is_symlink() and not any(map(path.resolve().is_relative_to, places)):
             raise InputError(
                 f"{path} is a link to {os.readlink(path)}, outside of {run}, and is not published: put a copy in its place, "
                 "or remove the link."
