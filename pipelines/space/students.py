@@ -1,6 +1,5 @@
 """Students and their teachers for the Space: found, checked, kept in memory, and sampled by several visitors at once."""
 
-import json
 import re
 import shutil
 import tempfile
@@ -9,6 +8,7 @@ import time
 import weakref
 from collections import OrderedDict
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,10 +32,12 @@ MAX_BYTES, MAX_FILES, MAX_TEXT_BYTES = 4 * 1024**3, 100, 16 * 1024**2
 #: Of what configs declare, looked at before anything is built or loaded: values of all networks together, blocks on a level
 #: or in a row, any other number (widths, classes), and positions along one side of a map.
 MAX_PARAMETERS, MAX_BLOCKS, MAX_NUMBER, MAX_POSITIONS = 1_200_000_000, 200, 70_000, 256
-#: And of tokens, each of which a transformer compares with each.
-MAX_TOKENS = 4096
+#: And of tokens, each of which a transformer compares with each; and characters in the name of a class.
+MAX_TOKENS, MAX_NAME = 4096, 1000
 #: Seconds that one request may take.
 MAX_SECONDS = 60.0
+#: What space.json holds (see `read_json`).
+SPACE = {"students": [{"student": str, "revision?": (str, None), "teacher?": (str, None), "visitor?": bool}]}
 FILES = ["*.json", "*.safetensors", "config.yaml", "README.md"]
 #: Pipelines kept in memory; the one used least recently goes first.
 KEPT = 6
@@ -123,10 +125,8 @@ class Students:
             return Path(choice.teacher)
         name, card = choice.teacher, self.folder(choice) / "README.md"
         if name is None and card.is_file():
-            try:
+            with _explained(f"The card of {choice.title} cannot be read"):
                 name = ModelCard.load(card).data.base_model
-            except (OSError, ValueError) as error:
-                raise VisitorError(f"The card of {choice.title} cannot be read: {error}") from error
         return _fetch(name, None) if isinstance(name, str) else None
 
     def prepare(self, choice: Choice, compare: bool) -> tuple[Path, Path | None]:
@@ -150,20 +150,22 @@ class Students:
             seed: of the first row of images.
             steps: of the teacher's solver.
         """
-        yield self._run(self._pipeline(OneStepInterpolantPipeline, folder), labels, count, seed)
+        with _explained(f"{folder.name} cannot be shown"):
+            student = self._run(self._pipeline(OneStepInterpolantPipeline, folder), labels, count, seed)
+        yield student
         if teacher is not None:
-            pipeline = self._pipeline(InterpolantPipeline, teacher)
-            yield self._run(pipeline, labels, count, seed, num_inference_steps=steps, guidance_scale=_guidance(folder))
+            arguments = {"num_inference_steps": steps, "guidance_scale": _guidance(folder)}
+            with _explained(f"The teacher {teacher.name} cannot be shown"):
+                result = self._run(self._pipeline(InterpolantPipeline, teacher), labels, count, seed, **arguments)
+            yield result
 
     def _pipeline(self, cls: type[DiffusionPipeline], folder: Path) -> DiffusionPipeline:
         key = (cls.__name__, str(folder))
         with self._lock:  # one load at a time, and nobody sees half of it
             if key not in self._pipelines:
-                try:
+                with _explained(f"{folder.name} cannot be loaded"):
                     check_declared(folder)
                     pipeline = cls.from_pretrained(folder)
-                except (OSError, ValueError) as error:
-                    raise VisitorError(f"{folder.name} cannot be loaded: {error}") from error
                 if pipeline.image_channels:
                     raise VisitorError(
                         f"{folder.name} turns images into others, and this page has no place for images to start from: run "
@@ -217,8 +219,23 @@ class Students:
 
 
 def configured(path: Path) -> list[Choice]:
-    """The students of space.json."""
-    return [Choice(**entry) for entry in json.loads(path.read_text(encoding="utf-8"))["students"]]
+    """The students of space.json; there is at least one."""
+    with _explained("The Space's settings cannot be used"):
+        choices = [Choice(**entry) for entry in read_json(path, SPACE)["students"]]
+    if not choices:
+        raise VisitorError(f"{path} names no students: add one to its list `students`.")
+    return choices
+
+
+@contextmanager
+def _explained(what: str) -> Iterator[None]:
+    """Whatever the files of somebody else make of our classes and diffusers' is a sentence; a full memory is not theirs."""
+    try:
+        yield
+    except (VisitorError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise VisitorError(f"{what}: {error}") from error
 
 
 def checked_choice(name: str | None, choices: list[Choice]) -> Choice:
@@ -287,11 +304,16 @@ def check_declared(folder: Path) -> None:
         VisitorError: says what is too large.
     """
     try:
-        index = read_json(folder / "model_index.json")
+        index = read_json(folder / "model_index.json", {"id2label?": ({str: str}, None)})
         parts = [name for name in ("transformer", "vae") if isinstance(index.get(name), list) and any(index[name])]
         configs = {name: read_json(folder / name / "config.json", {"_class_name": str}) for name in parts}
     except InputError as error:
         raise VisitorError(str(error)) from error
+    longest = max(map(len, (index.get("id2label") or {}).values()), default=0)
+    if longest > MAX_NAME:
+        raise VisitorError(
+            f"{folder.name} has a class whose name has {longest:,} characters; {MAX_NAME:,} can be shown here."
+        )
     parameters = 0
     for part, config in configs.items():
         for name, value in config.items():

@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import torch
 from helpers import tiny_sit
 from latent_caches import tiny_autoencoder
 from PIL import ImageChops, ImageStat
@@ -25,6 +26,7 @@ from students import (
     check_declared,
     checked_choice,
     checked_request,
+    configured,
 )
 
 DIGITS = [str(n) for n in range(10)]
@@ -147,6 +149,81 @@ def test_networks_that_declare_too_much_are_refused_before_they_are_built(tmp_pa
     file.write_text(json.dumps({**json.loads(file.read_text()), **values}))
     with pytest.raises(VisitorError, match=words):
         Students().classes(Choice(str(tmp_path)))
+
+
+def latent_student(folder, with_vae=True, **values):
+    """A student on latents, in whose files are values that nobody checked when it was saved."""
+    network = tiny_sit(in_channels=4, num_classes=3, class_dropout_prob=0.1)
+    scheduler = StochasticInterpolantScheduler()
+    OneStepInterpolantPipeline(network, scheduler, tiny_autoencoder() if with_vae else None).save_pretrained(folder)
+    for name, changed in values.items():
+        file = folder / (f"{name}/config.json" if name == "vae" else f"{name}.json")
+        file.write_text(json.dumps({**json.loads(file.read_text()), **changed}))
+    return Choice(str(folder))
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"with_vae": False}, "cannot be shown: .*no VAE to decode"),
+        ({"model_index": {"guidance": {"scale": 1e308, "channels": 3}}}, "cannot be shown: .*not finite"),
+        ({"model_index": {"guidance": {"scale": 10**400, "channels": 3}}}, "cannot be loaded: .*too large"),
+        ({"vae": {"scaling_factor": 0}}, "cannot be shown: .*not finite"),
+        ({"vae": {"scaling_factor": "text"}}, "cannot be shown: could not convert"),
+        ({"vae": {"scaling_factor": [[1]]}}, "cannot be shown: .*real number"),
+        ({"vae": {"latents_mean": [1, 2, 3]}}, "cannot be shown: .*must match"),
+        ({"model_index": {"id2label": {"0": "shark " * 2000}}}, "a class whose name has 12,000 characters"),
+        ({"model_index": {"id2label": {"0": 7}}}, "id2label.0 must be text"),
+    ],
+)
+def test_whatever_the_files_of_a_student_hold_is_a_sentence(tmp_path, values, words):
+    choice, students = latent_student(tmp_path / "student", **values), Students()
+    with pytest.raises(VisitorError, match=words):
+        list(students.sample(*students.prepare(choice, False), [0, 1], 1, 0, 1))
+
+
+def test_a_damaged_card_or_teacher_is_a_sentence(choice, tmp_path):
+    teacher = tmp_path / "teacher"
+    InterpolantPipeline(tiny_sit(in_channels=4, num_classes=10), StochasticInterpolantScheduler()).save_pretrained(
+        teacher
+    )
+    results = Students().sample(Path(choice.student), teacher, [0], 1, 0, 1)
+    assert next(results).images == 1
+    with pytest.raises(VisitorError, match=r"The teacher teacher cannot be shown: .*no VAE"):
+        next(results)
+    (tmp_path / "README.md").write_text("---\na: [\n---\n")
+    with pytest.raises(VisitorError, match=r"The card of .* cannot be read: while parsing"):
+        Students().teacher_folder(Choice(str(tmp_path)))
+
+
+def test_a_full_memory_is_not_the_visitors_mistake(choice, monkeypatch):
+    def full(*arguments, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(space, "sample_rows", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        results_of(Students(), choice, 0, 3)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ('{"students": [{"student": "a/b", "revision": null}', "Expecting"),
+        ('{"students": [{"revision": "c0ffee"}]}', r"students\[0\] has no `student`"),
+        ('{"students": [{"student": "a/b", "teacher": 7}]}', r"students\[0\].teacher must be"),
+        ('{"students": [{"student": "a/b", "stundent": "c"}]}', "stundent"),
+        ('{"students": []}', "names no students"),
+        (None, "No such file"),
+    ],
+)
+def test_settings_of_a_space_that_cannot_be_used_are_a_sentence(tmp_path, text, words):
+    file = tmp_path / "space.json"
+    if text is not None:
+        file.write_text(text)
+    with pytest.raises(VisitorError, match=words):
+        configured(file)
+    file.write_text('{"students": [{"student": "a/b", "revision": null, "teacher": "a/c"}]}')
+    assert configured(file) == [Choice("a/b", teacher="a/c")]
 
 
 def test_the_settings_of_a_student_reach_its_images(tmp_path):
