@@ -165,7 +165,7 @@ class Students:
             if key not in self._pipelines:
                 with _explained(f"{folder.name} cannot be loaded"):
                     check_declared(folder)
-                    pipeline = cls.from_pretrained(folder)
+                    pipeline = cls.from_pretrained(folder).to("cuda" if torch.cuda.is_available() else "cpu")
                 if pipeline.image_channels:
                     raise VisitorError(
                         f"{folder.name} turns images into others, and this page has no place for images to start from: run "
@@ -175,7 +175,7 @@ class Students:
                 for component in pipeline.components.values():
                     for module in component.modules() if isinstance(component, torch.nn.Module) else ():
                         module.register_forward_pre_hook(self._check_time)
-                self._pipelines[key] = pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
+                self._pipelines[key] = pipeline
             self._pipelines.move_to_end(key)
             while len(self._pipelines) > KEPT:
                 self._pipelines.popitem(last=False)

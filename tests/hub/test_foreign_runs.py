@@ -145,6 +145,7 @@ def test_escaped_text_is_rendered_as_it_was_written(text):
         assert html.unescape(re.sub("^<code>|</code>$", "", cell)) == text
     readable = "great white shark, 12:30, my_model, a-b, 50 %, _class_name, recall: of real ones"
     assert escaped(readable) == readable
+    assert "_" not in escaped("_" * 10**6)  # in no time
 
 
 def test_a_name_of_the_hub_is_linked_and_a_path_with_marks_is_code(run):  # noqa: F811

@@ -24,7 +24,18 @@ CARD, SAMPLES = "README.md", "samples.png"
 GENERATED = "<!-- Made by si_distill from the files of this folder. Remove this line to keep a text of your own. -->"
 
 #: What a card shows of a folder's files, whoever wrote them.
-_FOREIGN = ("id2label", "network", "scheduler", "vae", "guidance", "settings", "metrics", "recorded", "evaluation")
+_FOREIGN = (
+    "id2label",
+    "network_class",
+    "network",
+    "scheduler",
+    "vae",
+    "guidance",
+    "settings",
+    "metrics",
+    "recorded",
+    "evaluation",
+)
 
 
 def write_card(folder: str | Path) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 # What begins or ends HTML, links, code, emphasis, formulas, headings and cells of tables. GFM also makes links of addresses
 # without any marks: of `://`, `www.` and `@`. An underscore inside a word is one, in names of files and settings too.
-_ACTIVE = re.compile(r"[<>\[\]`|&*~$@#\\]|_(?=_*(?![^\W_]))|:(?=//)|(?<=www)\.", re.IGNORECASE)
+_ACTIVE = re.compile(r"[<>\[\]`|&*~$@#\\]|_(?![^\W_])|:(?=//)|(?<=www)\.", re.IGNORECASE)
 # With marks that turn the direction of the text around them, and halves of characters, which no file can hold.
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]+")
 # A path that starts at the root, at a home folder or at a drive; not the path of an address, and no fraction.
