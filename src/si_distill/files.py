@@ -70,17 +70,19 @@ class FolderLock:
 
 
 @contextmanager
-def whole_file(path: Path, mode: str = "b") -> Iterator[IO]:
+def whole_file(path: Path, mode: str = "b", sync: bool = True) -> Iterator[IO]:
     """Opens a file of bytes (`b`) or text (`t`) under another name, renamed to `path` when all is on the disk.
 
-    A kill at any moment leaves the earlier file; a link is replaced, not followed.
+    A kill at any moment leaves the earlier file; a link is replaced, not followed. Without `sync` a power cut may leave
+    neither: for many small files, which can be made again.
     """
     partial = path.with_name(f"{path.name}.tmp")
     partial.unlink(missing_ok=True)
     with open(partial, f"x{mode}", encoding=None if mode == "b" else "utf-8") as file:
         yield file
         file.flush()
-        os.fsync(file.fileno())
+        if sync:
+            os.fsync(file.fileno())
     os.replace(partial, path)
 
 

@@ -1,6 +1,8 @@
 """The whole evaluation in one process: what the result says, other sources of images, what is refused."""
 
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ from si_distill.data import DataConfig
 from si_distill.errors import InputError
 from si_distill.evaluation.config import EvaluationConfig
 from si_distill.evaluation.features import PIXELS
+from si_distill.evaluation.metrics import METRICS, Comparison
 from si_distill.evaluation.report import evaluate
 from si_distill.evaluation.table import format_table
 
@@ -60,9 +63,11 @@ def test_the_report_says_how_it_was_measured(teacher_folder, student_folder):
     assert "inception score" not in table  # pixels have no logits
 
     # Another seed leaves no features of this one behind.
-    folders = set((student_folder / "evaluation_features").iterdir())
+    features = student_folder / "evaluation_features"
+    folders = set(features.glob("*/"))
     evaluate(quick(pipeline=str(student_folder), num_samples=8, seed=1))
-    assert len(set((student_folder / "evaluation_features").iterdir()) & folders) == 0
+    assert len(folders) == 3
+    assert len(set(features.glob("*/")) & folders) == 0
 
 
 @pytest.fixture
@@ -192,3 +197,81 @@ def test_what_does_not_fit_is_refused(teacher_folder, student_folder, tmp_path):
     ):
         with pytest.raises(InputError, match=words):
             evaluate(EvaluationConfig(**settings))
+
+
+@pytest.mark.parametrize(
+    ("link", "settings"),
+    [
+        ("o_features", {}),
+        ("o_features/0123456789abcdef", {}),
+        ("o.png", {}),
+        ("o_quality.png", {}),
+        ("o.json", {}),
+        ("o_student_1_step", {"save_images": True}),
+        ("o_student_1_step.npz", {"save_npz": True}),
+    ],
+)
+def test_links_next_to_the_output_are_refused_before_anything_is_written(student_folder, tmp_path, link, settings):
+    home, place = tmp_path / "home", tmp_path / "here" / link
+    (home / "letters").mkdir(parents=True)
+    place.parent.mkdir(parents=True)
+    place.symlink_to(home)
+    with pytest.raises(InputError, match=f"{link} is a link to"):
+        evaluate(
+            quick(pipeline=str(student_folder), output=str(tmp_path / "here" / "o.json"), num_samples=4, **settings)
+        )
+    assert [path.name for path in home.iterdir()] == ["letters"]
+    assert [path.name for path in (tmp_path / "here").iterdir()] == [link.split("/")[0]]
+
+
+def test_only_features_of_evaluations_are_deleted(student_folder, tmp_path):
+    foreign = tmp_path / "o_features"
+    for name in ("mine", "0123456789abcdef"):
+        (foreign / name).mkdir(parents=True)
+        (foreign / name / "manifest.json").write_text("{}")
+    settings = dict(pipeline=str(student_folder), output=str(tmp_path / "o.json"), num_samples=4)
+    for seed in (0, 1):
+        evaluate(quick(**settings, seed=seed, save_images=True))
+        assert len(list(foreign.glob("*/"))) == 3
+    assert {"mine", "0123456789abcdef"} < {path.name for path in foreign.glob("*/")}
+    assert not list(tmp_path.rglob("*.tmp"))
+    (tmp_path / "o.md").unlink()
+    (tmp_path / "o.md").mkdir()
+    with pytest.raises(InputError, match=r"o.md is to be written and is not a file"):
+        evaluate(quick(**settings))
+
+
+def test_a_second_evaluation_with_the_same_output_is_refused(student_folder, tmp_path):
+    held = (
+        "import pathlib, sys; from si_distill.files import FolderLock; "
+        "FolderLock(pathlib.Path(sys.argv[1])).acquire(); print('held', flush=True); sys.stdin.read()"
+    )
+    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    with subprocess.Popen([sys.executable, "-c", held, str(tmp_path / "o_features")], **pipes) as other:
+        other.stdout.readline()
+        with pytest.raises(InputError, match=rf"Another process is writing to .*o_features \(process {other.pid}"):
+            evaluate(quick(pipeline=str(student_folder), output=str(tmp_path / "o.json")))
+        other.stdin.close()
+    assert [path.name for path in tmp_path.glob("o*")] == ["o_features"]
+
+
+@pytest.mark.parametrize(
+    ("shape", "labels", "words"),
+    [
+        ((1, 8, 8, 1), None, "holds one image"),
+        ((4, 8, 8, 1), [0, 1, 2, 10], "run from 0 to 10, but there are 10 classes"),
+        ((4, 8, 8, 1), [0, 1, 2, -1], "run from -1 to 2"),
+        ((4, 4, 8, 1), None, "makes images of 8×8 pixels and the finished images have 8×4"),
+    ],
+)
+def test_samples_that_fit_nothing_are_refused(student_folder, tmp_path, shape, labels, words):
+    values = dict(arr_0=np.zeros(shape, np.uint8)) | ({} if labels is None else {"arr_1": np.array(labels)})
+    np.savez(tmp_path / "a.npz", **values)
+    with pytest.raises(InputError, match=words):
+        evaluate(quick(images=str(tmp_path / "a.npz"), pipeline=str(student_folder), num_samples=4))
+
+
+def test_a_figure_that_is_not_finite_is_none():
+    features = torch.full((8, 2), 1e12)
+    comparison = Comparison(features, features, (np.zeros(2), np.eye(2)), kid_subsets=1)
+    assert METRICS["KID"].figure(comparison) == (None, None)

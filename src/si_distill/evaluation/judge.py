@@ -111,8 +111,8 @@ class Judge:
             )
             row: dict[str, Any] = {"images": int(mine.sum()), "real images": len(real)}
             for metric in METRICS.values():
-                value = metric.compute(comparison) if metric.by_class else None
+                value, _ = metric.figure(comparison) if metric.by_class else (None, None)
                 if value is not None:
-                    row[metric.name] = value[0] if metric.deviates else value
+                    row[metric.name] = value
             found[f"{number}" if name == str(number) else f"{number}: {name}"] = row
         return found

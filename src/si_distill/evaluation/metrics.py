@@ -4,6 +4,7 @@ A metric that is registered, here or outside the package, appears in evaluation.
 nothing else lists it. The formulas, and torch with them, are imported on use: settings name metrics.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -100,6 +101,12 @@ class Metric:
     hub: str | None = None
     note: str | None = None
 
+    def figure(self, comparison: Comparison) -> tuple[float | None, float | None]:
+        """Its value and its standard deviation; None where there is none, or it is not finite, which JSON cannot say."""
+        found = self.compute(comparison)
+        found = found if isinstance(found, tuple) else (found, None)
+        return found if all(each is None or math.isfinite(each) for each in found) else (None, None)
+
 
 #: All metrics by name, in the order of the columns.
 METRICS: dict[str, Metric] = {}
@@ -194,8 +201,7 @@ def measure(comparison: Comparison, asked: list[str]) -> tuple[dict[str, float |
     figures: dict[str, float | None] = {}
     intervals: dict[str, list[float]] = {}
     for metric in METRICS.values():
-        found = metric.compute(comparison) if metric.asked_by in (None, *asked) else None
-        value, deviation = found if isinstance(found, tuple) else (found, None)
+        value, deviation = metric.figure(comparison) if metric.asked_by in (None, *asked) else (None, None)
         figures[metric.name] = value
         if metric.deviates:
             figures[f"{metric.name} deviation"] = deviation

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from ..files import whole_file
 from ..visualization import image_grid, tensor_to_pil
 from .neighbours import Neighbours
 from .samples import Source
@@ -43,7 +44,8 @@ def draw_quality(result: dict[str, Any], path: Path) -> None:
     axes.set_title(f"{result['reference']['name']}, {result['num_samples']:,} images per row", fontsize=10)
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
-    figure.savefig(path, dpi=150)
+    with whole_file(path) as file:
+        figure.savefig(file, dpi=150, format="png")
 
 
 def _points(axes: Any, rows: list[dict[str, Any]], **style: Any) -> None:
@@ -58,9 +60,10 @@ def _points(axes: Any, rows: list[dict[str, Any]], **style: Any) -> None:
 
 
 def draw_samples(rows: list[tuple[str, torch.Tensor]], column_titles: list[str] | None, path: Path) -> None:
-    """One row of images (N, C, H, W), uint8, for each generator."""
+    """A PNG file with one row of images (N, C, H, W), uint8, for each generator."""
     pictures = [tensor_to_pil(images.float() / 127.5 - 1) for _, images in rows]
-    image_grid(pictures, [name for name, _ in rows], column_titles).save(path)
+    with whole_file(path) as file:
+        image_grid(pictures, [name for name, _ in rows], column_titles).save(file, "PNG")
 
 
 def draw_neighbours(

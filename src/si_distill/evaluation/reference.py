@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,14 +12,36 @@ from accelerate import PartialState
 
 from ..conversion.pickles import load_plain_pickle
 from ..errors import InputError
-from ..files import whole_file
+from ..files import refuse_links, whole_file
+from ..reading import parse_json
 from .features import INCEPTION, Extractor
 from .formulas import Moments
+from .npz import REAL, open_npz
 from .samples import DatasetSource
 from .shards import Shards
 
 #: Features that are kept for the metrics that need more than mean and covariance; spread evenly over larger data sets.
 KEPT_FEATURES = 50_000
+#: More could not be listed.
+MOST_IMAGES = 10**8
+#: No network's features are larger; the figures of larger ones would be infinite.
+LARGEST_FEATURE = 1e12
+#: Of the largest entry of a covariance, what may be lacking of its symmetry and positivity, as rounding does.
+ROUNDING = 1e-3
+#: What a file of statistics may hold: dimensions and types.
+ARRAYS = {
+    "mu": (1, *REAL),
+    "sigma": (2, *REAL),
+    "manifest": (0, np.str_),
+    "features": (2, *REAL),
+    "indices": (1, np.integer),
+    "labels": (1, np.integer),
+}
+_TEXT = (str, None)
+MANIFEST = {
+    "name?": str, "resolution?": (int, None), "count?": (int, None), "source?": {"probe?": _TEXT}, "features?": _TEXT,
+    "weights?": _TEXT, "version?": _TEXT,
+}  # fmt: skip
 
 
 @dataclass
@@ -70,6 +91,7 @@ def data_reference(
         InputError: when the cache cannot be written, or an image not be read.
     """
     shards = Shards(cache, source, extractor)
+    refuse_links(cache, (shards.folder.name,))
     path = cache / f"{shards.folder.name}.npz"
     if not path.exists():
         shards.make(state, batch_size, f"reference {source.data.name}")
@@ -118,30 +140,68 @@ def read_reference(path: Path, features: str) -> Reference:
         InputError: when the file holds no mean and covariance that fit each other.
     """
     found = _read_pickle(path, features) if path.suffix == ".pkl" else _read_npz(path)
+    try:
+        return _checked(found, path.name)
+    except ValueError as error:
+        raise InputError(f"Cannot use the reference statistics in {path}: {error}.") from error
+
+
+def _checked(found: dict[str, Any], name: str) -> Reference:
+    """The statistics among what a file holds; a ValueError says what is wrong with them."""
     if "mu" not in found or "sigma" not in found:
-        raise InputError(
-            f"{path} holds {', '.join(sorted(found)) or 'nothing'}; reference statistics are `mu` and `sigma`."
+        raise ValueError(
+            f"it holds {', '.join(sorted(map(str, found))) or 'nothing'}; reference statistics are `mu` and `sigma`"
         )
-    mean, covariance = (np.asarray(found[name], dtype=np.float64) for name in ("mu", "sigma"))
-    if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
-        raise InputError(
-            f"{path} holds mu of shape {mean.shape} and sigma of shape {covariance.shape}; (D,) and (D, D) are needed."
+    mean = _real("mu", found["mu"], LARGEST_FEATURE).astype(np.float64)
+    covariance = _real("sigma", found["sigma"], LARGEST_FEATURE**2).astype(np.float64)
+    if mean.ndim != 1 or not len(mean) or covariance.shape != (len(mean), len(mean)):
+        raise ValueError(
+            f"it holds mu of shape {mean.shape} and sigma of shape {covariance.shape}; (D,) and (D, D) are needed"
         )
-    if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
-        raise InputError(f"{path} holds values that are not finite.")
-    manifest = json.loads(str(found["manifest"])) if "manifest" in found else {}
+    _check_covariance(covariance)
+    manifest = parse_json(str(found["manifest"]), MANIFEST) if "manifest" in found else {}
     if "shape" in found:  # ADM's reference batches carry their images
         manifest |= {"count": found["shape"][0], "resolution": found["shape"][1]}
+    count, features, indices, labels = manifest.get("count"), *map(found.get, ("features", "indices", "labels"))
+    if count is not None and not 1 <= count <= MOST_IMAGES:
+        raise ValueError(f"it is said to be of {count:,} images, and 1 to {MOST_IMAGES:,} can be compared with")
+    if features is not None and (features.shape[1:] != mean.shape or not len(features)):
+        raise ValueError(
+            f"it holds features of shape {features.shape} and mu of {mean.shape}; (M, D) and (D,) are needed"
+        )
+    if indices is not None:
+        images = min(count or MOST_IMAGES, MOST_IMAGES if labels is None else len(labels))
+        if features is None or len(indices) != len(features) or indices.min() < 0 or indices.max() >= images:
+            raise ValueError(f"its indices do not say, for each of its features, which of {images:,} images it is of")
     return Reference(
-        name=manifest.get("name", path.name),
+        name=manifest.get("name", name),
         mean=mean,
         covariance=covariance,
-        count=manifest.get("count"),
+        count=count,
         manifest=manifest,
-        features=torch.from_numpy(found["features"]) if "features" in found else None,
-        indices=found.get("indices"),
-        labels=found["labels"].tolist() if "labels" in found else None,
+        features=None if features is None else torch.from_numpy(_real("features", features, LARGEST_FEATURE)),
+        indices=indices,
+        labels=None if labels is None else labels.tolist(),
     )
+
+
+def _real(name: str, values: Any, largest: float) -> np.ndarray:
+    values = np.asarray(values)
+    if not any(np.issubdtype(values.dtype, kind) for kind in REAL):
+        raise ValueError(f"it holds {name} of {values.dtype}, and real numbers are needed")
+    if values.size and not max(values.max(), -float(values.min())) <= largest:
+        raise ValueError(f"it holds values of {name} that are not finite, or beyond ±{largest:g}")
+    return values
+
+
+def _check_covariance(covariance: np.ndarray) -> None:
+    slack = ROUNDING * np.abs(covariance).max()
+    if np.abs(covariance - covariance.T).max() > slack:
+        raise ValueError("its sigma is not symmetric, and no covariance")
+    try:
+        np.linalg.cholesky(covariance + (slack + np.finfo(np.float64).tiny) * np.eye(len(covariance)))
+    except np.linalg.LinAlgError:
+        raise ValueError("its sigma has negative eigenvalues, and no covariance does") from None
 
 
 def _read_pickle(path: Path, features: str) -> dict[str, Any]:
@@ -150,29 +210,27 @@ def _read_pickle(path: Path, features: str) -> dict[str, Any]:
     if not isinstance(found, dict) or not isinstance(found.get(wanted), dict):
         names = ", ".join(map(str, found)) if isinstance(found, dict) else type(found).__name__
         raise InputError(f"{path} holds {names}, but no statistics of {features}.")
-    return found[wanted]
+    statistics = found[wanted]
+    names = ("mu", "sigma")
+    return {name: statistics[name] for name in names} if set(names) <= statistics.keys() else statistics
 
 
 def _read_npz(path: Path) -> dict[str, Any]:
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            found = {name: file[name] for name in file.files if name != "arr_0"}
-            found |= {"shape": _shape_of_images(path)} if "arr_0" in file.files else {}
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        raise InputError(f"Cannot read reference statistics from {path}: {error}") from error
-    return found
-
-
-def _shape_of_images(path: Path) -> tuple[int, ...]:
-    """The shape of `arr_0` from its header: the images themselves may be gigabytes."""
-    with zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as file:
-        version = np.lib.format.read_magic(file)
-        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        return read(file)[0]
+    with open_npz(path, "reference statistics") as file:
+        found: dict[str, Any] = {name: file.read(name, *ARRAYS[name]) for name in ARRAYS if name in file.names}
+        if "arr_0" in file.names:  # only its shape: the images themselves may be gigabytes
+            found["shape"] = file.shape("arr_0", 4, np.uint8)
+        return found if {"mu", "sigma"} <= found.keys() else dict.fromkeys(file.names)
 
 
 def check_reference(
-    reference: Reference, path: str, extractor: Extractor, channels: int, size: int, data: DatasetSource | None
+    reference: Reference,
+    path: str,
+    extractor: Extractor,
+    channels: int,
+    size: int,
+    data: DatasetSource | None,
+    height: int | None = None,
 ) -> None:
     """Refuses statistics of other features, another resolution or other data than what is evaluated.
 
@@ -181,12 +239,14 @@ def check_reference(
         extractor: of the evaluated images.
         channels, size: of the evaluated images.
         data: the data set that gives the class balance, if one does.
+        height: of the evaluated images, where it is not their `size`.
 
     Raises:
         InputError: says what differs. A published file without a manifest says nothing of weights, and of the resolution
             only if it carries its images: then only the number of features can be compared.
     """
-    width = extractor(torch.zeros(1, channels, size, size, dtype=torch.uint8))[0].shape[1]
+    height = size if height is None else height
+    width = extractor(torch.zeros(1, channels, height, size, dtype=torch.uint8))[0].shape[1]
     if width != len(reference.mean):
         raise InputError(
             f"The reference {path} has {len(reference.mean)} features and {extractor.name} gives {width}: choose the "
@@ -199,10 +259,14 @@ def check_reference(
                 f"The reference {path} was made with {key} {found[key]!r}, but now {key} is {now!r}: results would not be "
                 "comparable. Use the same, or compute the statistics again from `data`."
             )
-    if "resolution" in found and found["resolution"] != size:
+    if found.get("resolution") is not None and {found["resolution"]} != {size, height}:
         raise InputError(
             f"The reference {path} was made from images of {found['resolution']}×{found['resolution']} pixels, but the "
-            f"evaluated ones are {size}×{size}: these two do not compare."
+            f"evaluated ones are {size}×{height}: these two do not compare."
+        )
+    if data is not None and reference.indices is not None and reference.indices.max() >= len(data):
+        raise InputError(
+            f"The reference {path} has features of more images than the {len(data):,} of `data`: leave one of them out."
         )
     known = found.get("source", {})
     if data is not None and known:

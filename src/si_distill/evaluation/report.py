@@ -1,8 +1,8 @@
 """Evaluation of students, teachers and finished images against real ones: a JSON file, a table, three pictures."""
 
 import json
-import shutil
 import time
+from collections.abc import Iterable
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from accelerate import PartialState
 
 from ..data import DataConfig, load_images
 from ..errors import InputError
-from ..files import write_text
+from ..files import FolderLock, delete, refuse_links, write_text
 from ..launching import join_processes
 from ..settings import settings_to_dict
 from .classifier import DigitsClassifier
@@ -25,7 +25,7 @@ from .neighbours import Neighbours
 from .pictures import COLUMNS_OF_PICTURES, draw_neighbours, draw_quality, draw_samples
 from .reference import Reference, check_reference, data_reference, read_reference
 from .samples import DatasetSource, FileSource
-from .shards import Shards, slug
+from .shards import Shards, is_own, slug
 from .table import format_table
 
 
@@ -36,16 +36,26 @@ def evaluate(settings: EvaluationConfig) -> dict[str, Any] | None:
         The contents of evaluation.json: how it was measured, and `rows`. None on all processes but the first.
 
     Raises:
-        InputError: when a pipeline, the data or the features cannot be loaded, or they do not fit each other.
+        InputError: when a pipeline, the data or the features cannot be loaded, or they do not fit each other, or when
+            another evaluation writes to the same output.
     """
     started = time.perf_counter()
     evaluation = _Evaluation(settings, join_processes())
+    evaluation.claim()
+    try:
+        return _measure(evaluation, settings, started)
+    finally:
+        evaluation.lock.release()
+
+
+def _measure(evaluation: "_Evaluation", settings: EvaluationConfig, started: float) -> dict[str, Any] | None:
     shards = evaluation.make_features()
     if not evaluation.state.is_main_process:
         return None  # what follows is quick next to the sampling, and needs no other process
     judge = Judge(settings, evaluation.reference, evaluation.class_names, evaluation.state.device)
     rows = [judge.row(*row) for row in zip(evaluation.generators, (made.collect() for made in shards), strict=True)]
-    if evaluation.reference.features is not None:
+    features = evaluation.reference.features
+    if features is not None and len(features) >= 4:  # a half of two has a variance
         rows.append(judge.floor())
     result = {
         **evaluation.how(),
@@ -70,6 +80,10 @@ class _Evaluation:
 
     def __init__(self, settings: EvaluationConfig, state: PartialState):
         self.settings, self.state, self.output = settings, state, output_path(settings)
+        #: Of the features; others of the same folder may be evaluated at the same time, and trained.
+        self.lock = FolderLock(self.next_to("_features"))
+        self._check_writes((".json", ".md", ".png", "_quality.png", "_neighbours.png"), ("_features",))
+        self.lock.check()
         with state.main_process_first():  # a download is made once
             self.extractor = load_extractor(settings.features, settings.feature_weights, state.device)
             # Published statistics stand for the data set, unless its class balance is wanted.
@@ -94,21 +108,44 @@ class _Evaluation:
         self.generators = build_generators(
             settings, self.pipelines, self.files, self._labels(), self.count, self.inputs
         )
+        names = [f"_{slug(generator.name)}" for generator in self.generators]
+        self._check_writes(
+            [f"{name}.npz" for name in names if settings.save_npz], names if settings.save_images else []
+        )
         is_digits = data is not None and data.name == "sklearn-digits" and data.class_names
         # Trained on all of them, also when the reference is a part.
         self.classifier = DigitsClassifier(*load_images(DataConfig()).read_all()) if is_digits else None
 
+    def _check_writes(self, files: Iterable[str], folders: Iterable[str]) -> None:
+        """Refuses links, and folders in place of files, among what is written next to the output."""
+        for endings, kind in ((files, Path.is_file), (folders, Path.is_dir)):
+            for path in map(self.next_to, endings):
+                refuse_links(path.parent, (path.name,))
+                if path.exists() and not kind(path):
+                    wanted = "a file" if kind is Path.is_file else "a folder"
+                    raise InputError(f"{path} is to be written and is not {wanted}: move it, or give another `output`.")
+
+    def claim(self) -> None:
+        """Takes the folder of the features for this evaluation until `lock.release`; the main process does, for all."""
+        if self.state.is_main_process:
+            try:
+                self.lock.acquire()
+            except OSError as error:
+                raise InputError(f"Cannot write {self.lock.file}: {error.strerror}. Give another `output`.") from error
+
     def _check_fits(self) -> None:
         """Refuses images of another shape or other classes than the real ones."""
         files, data, pipelines = self.files, self.data, self.pipelines
-        if self.shape and files and self.shape[-1] != files.size:
+        shown = f"{files.width}×{files.height}" if files else ""
+        if self.shape and files and self.shape[1:] != (files.height, files.width):
+            height, width = self.shape[1:]
             raise InputError(
-                f"The pipeline makes images of {self.shape[-1]} pixels and the finished images have {files.size}."
+                f"The pipeline makes images of {width}×{height} pixels and the finished images have {shown}."
             )
         try:
-            if data and files and files.size != data.size:
+            if data and files and (files.width, files.height) != (data.size, data.size):
                 raise InputError(
-                    f"The finished images have {files.size}×{files.size} pixels and the reference {data.name} has "
+                    f"The finished images have {shown} pixels and the reference {data.name} has "
                     f"{data.size}×{data.size}: set `data.image_size`."
                 )
             if data and pipelines.any:
@@ -119,6 +156,16 @@ class _Evaluation:
             raise InputError(
                 f"{error} (`data` gives the balance of classes here; --class_balance uniform does without it.)"
             ) from None
+        if files and len(files) < 2:
+            raise InputError(
+                f"{files.path} holds one image, and the figures are of many: give at least 2, better thousands."
+            )
+        classes = len(data.class_names) if data and data.class_names else pipelines.num_classes
+        if classes and files and files.labels and not 0 <= min(files.labels) <= max(files.labels) < classes:
+            raise InputError(
+                f"The labels in {files.path} run from {min(files.labels)} to {max(files.labels)}, but there are {classes} "
+                f"classes, 0 to {classes - 1}: leave `arr_1` out, or give the `data` that the classes are of."
+            )
 
     def _load_reference(self) -> Reference:
         """The statistics to compare with: those of a file, or of the data set."""
@@ -126,8 +173,8 @@ class _Evaluation:
         if not s.reference:
             return data_reference(self.real, extractor, Path(s.cache_dir).expanduser(), self.state, s.batch_size)
         reference = read_reference(Path(s.reference), extractor.name)
-        size = self.shape[-1] if self.shape else self.files.size
-        check_reference(reference, s.reference, extractor, self.channels, size, self.real)
+        height, size = self.shape[1:] if self.shape else (self.files.height, self.files.width)
+        check_reference(reference, s.reference, extractor, self.channels, size, self.real, height)
         return reference
 
     def _labels(self) -> list[int] | None:
@@ -225,5 +272,5 @@ def _forget_others(shards: list[Shards]) -> None:
     """Deletes features that no row of this result uses: those of weights that were since trained on, for instance."""
     used = {made.folder for made in shards}
     for folder in shards[0].folder.parent.iterdir():
-        if folder.is_dir() and folder not in used:
-            shutil.rmtree(folder, ignore_errors=True)
+        if folder not in used and is_own(folder):
+            delete(folder)

@@ -1,7 +1,6 @@
 """Where evaluated images come from: a pipeline, a folder or file of images, or a data set; all read by index."""
 
 import time
-import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +19,7 @@ from ..sample_noise import SampleNoise, sample_seed
 from ..visualization import to_uint8
 from .formulas import peak_signal_to_noise, spread
 from .inputs import Inputs
+from .npz import open_npz
 
 #: Of the first inputs, so many images are made of each, to see how they differ.
 SPREAD_INPUTS, SPREAD_DRAWS = 64, 8
@@ -225,11 +225,13 @@ class FileSource:
             self._files = sorted(p for p in self.path.rglob("*") if p.suffix.lower() in SUFFIXES)
             if not self._files:
                 raise InputError(f"The folder {path} holds no images ({', '.join(SUFFIXES)}).")
+            if odd := [p for p in self._files if not p.is_file()]:  # a pipe would never end
+                raise InputError(f"{odd[0]} is named as an image and cannot be read: it is not a file. Remove it.")
         elif self.path.suffix == ".npz" and self.path.is_file():
             self._arrays, self.labels = _read_npz(self.path)
         else:
             raise InputError(f"`images` {path} is neither a folder of images nor an .npz file of samples.")
-        self.size = self.read([0]).images.shape[-1]
+        self.height, self.width = self.read([0]).images.shape[-2:]
 
     def __len__(self) -> int:
         return len(self._files) if self._arrays is None else len(self._arrays)
@@ -263,16 +265,16 @@ def _of(labels: list[int] | None, indices: Sequence[int]) -> list[int] | None:
 
 
 def _read_npz(path: Path) -> tuple[np.ndarray, list[int] | None]:
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            images, labels = file["arr_0"], file["arr_1"].tolist() if "arr_1" in file else None
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
-        raise InputError(
-            f"Cannot read samples from {path}: {error}. `arr_0` (N, H, W, C), uint8, is needed."
-        ) from error
-    if images.ndim != 4 or images.dtype != np.uint8 or (labels is not None and len(labels) != len(images)):
-        raise InputError(f"{path} holds arr_0 of {images.dtype} {images.shape}; uint8 (N, H, W, C) is needed.")
-    return images, labels
+    with open_npz(path, "samples") as file:
+        if "arr_0" not in file.names:
+            raise ValueError("it has no `arr_0`, and uint8 images (N, H, W, C) are needed")
+        shape = file.shape("arr_0", 4, np.uint8)
+        if 0 in shape or shape[-1] not in (1, 3):
+            raise ValueError(f"it holds arr_0 of {shape}, and images (N, H, W, 1 or 3) are needed")
+        labels = file.read("arr_1", 1, np.integer).tolist() if "arr_1" in file.names else None
+        if labels is not None and len(labels) != shape[0]:
+            raise ValueError(f"it holds {shape[0]} images and {len(labels)} labels")
+        return file.read("arr_0", 4, np.uint8), labels
 
 
 def _with_channels(images: torch.Tensor, channels: int) -> torch.Tensor:

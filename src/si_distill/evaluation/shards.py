@@ -20,14 +20,28 @@ from tqdm.auto import tqdm
 
 from .. import fingerprints
 from ..errors import InputError
-from ..files import whole_file
+from ..files import whole_file, write_text
+from ..reading import read_json
 from .classifier import DigitsClassifier
 from .features import Extractor
+from .npz import REAL, open_npz
 from .samples import Source
 
 #: Images in a shard; a batch never crosses its border.
 SHARD = 512
 MANIFEST = "manifest.json"
+#: What a shard may hold: dimensions and types.
+ARRAYS = {
+    "features": (2, *REAL),
+    "logits": (2, np.floating),
+    "labels": (1, np.integer),
+    "predicted": (1, np.integer),
+    "images": (4, np.uint8),
+    "psnr": (1, np.floating),
+    "spread": (1, np.floating),
+    "rows": (0, np.integer),
+    "seconds": (0, np.floating),
+}
 #: Figures of single images next to their inputs' truth.
 COMPARED = ("psnr", "spread")
 
@@ -100,7 +114,7 @@ class Shards:
         try:
             if state.is_main_process:
                 self.folder.mkdir(parents=True, exist_ok=True)
-                (self.folder / MANIFEST).write_text(json.dumps(self.identity, indent=1), encoding="utf-8")
+                write_text(self.folder / MANIFEST, json.dumps(self.identity, indent=1))
             state.wait_for_everyone()
             missing = [shard for shard in range(len(self)) if not self._is_made(shard)]
             state.wait_for_everyone()  # nobody writes before everybody has looked
@@ -157,12 +171,14 @@ class Shards:
         if self.pictures is not None and not all(self._picture(i).exists() for i in indices):
             return False
         try:
-            with np.load(self.path(shard), allow_pickle=False) as file:
-                if "images" not in file and self.keep_images:
+            with open_npz(self.path(shard), "features") as file:
+                if "images" not in file.names and self.keep_images:
                     return False
                 wanted = None if self.source.labels is None else [self.source.labels[i] for i in indices]
-                return len(file["features"]) == len(indices) and (wanted is None or file["labels"].tolist() == wanted)
-        except (OSError, ValueError, KeyError, zipfile.BadZipFile):
+                return len(file.read("features", *ARRAYS["features"])) == len(indices) and (
+                    wanted is None or file.read("labels", *ARRAYS["labels"]).tolist() == wanted
+                )
+        except InputError:
             return False
 
     def _picture(self, index: int) -> Path:
@@ -171,13 +187,16 @@ class Shards:
     def _write_pictures(self, first: int, images: torch.Tensor) -> None:
         self.pictures.mkdir(parents=True, exist_ok=True)
         for offset, image in enumerate(images.permute(0, 2, 3, 1).numpy()):
-            Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image).save(self._picture(first + offset))
+            # Unsynced, which takes as long as sampling them: the shard that follows says that they are made.
+            with whole_file(self._picture(first + offset), sync=False) as file:
+                Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image).save(file, "PNG")
 
     def arrays(self, *names: str) -> Iterator[dict[str, np.ndarray]]:
         """The named arrays of one shard after the other; a shard lacks those that nobody wrote."""
         for shard in range(len(self)):
-            with np.load(self.path(shard), allow_pickle=False) as file:
-                yield {name: file[name] for name in names if name in file}
+            with open_npz(self.path(shard), "features") as file:
+                found = {name: file.read(name, *ARRAYS[name]) for name in names if name in file.names}
+            yield found
 
     def collect(self) -> Collected:
         """Everything but the images."""
@@ -214,6 +233,14 @@ class Shards:
             if labels:
                 with archive.open("arr_1.npy", "w") as file:
                     np.lib.format.write_array(file, np.concatenate(labels), allow_pickle=False)
+
+
+def is_own(folder: Path) -> bool:
+    """Whether `Shards` made a folder: its name is the hash of the manifest in it."""
+    try:
+        return not folder.is_symlink() and fingerprints.of_values(read_json(folder / MANIFEST)) == folder.name
+    except InputError:
+        return False
 
 
 def slug(name: str) -> str:
