@@ -256,6 +256,23 @@ def test_a_second_evaluation_with_the_same_output_is_refused(student_folder, tmp
 
 
 @pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ("ema_decay: fast", "`ema_decay` must be a number, got 'fast'"),
+        ("ema_decay: null", "`ema_decay` must be a number, got None"),
+        ("ema_decay: .nan", "`ema_decay` is nan"),
+        (f"ema_decay: 1{'0' * 399}", "`ema_decay` is 1"),
+        ("ema_halflife_images: [1]", "`ema_halflife_images` must be a number"),
+        ("guidance_scale: .inf", "`guidance_scale` is inf"),
+    ],
+)
+def test_settings_of_a_run_that_say_nothing_are_refused(student_folder, values, words):
+    (student_folder / "config.yaml").write_text(values)
+    with pytest.raises(InputError, match=f"config.yaml, {words}"):
+        evaluate(quick(pipeline=str(student_folder), num_samples=4))
+
+
+@pytest.mark.parametrize(
     ("shape", "labels", "words"),
     [
         ((1, 8, 8, 1), None, "holds one image"),

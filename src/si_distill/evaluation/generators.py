@@ -11,7 +11,7 @@ from ..data import DataConfig, ImageDataset
 from ..errors import InputError
 from ..loading import load_pipeline
 from ..pipelines import InterpolantPipeline, OneStepInterpolantPipeline
-from ..settings import read_yaml
+from ..reading import check_arguments, read_yaml
 from .config import EvaluationConfig
 from .inputs import Inputs
 from .samples import FileSource, InputSource, PipelineSource, Source
@@ -228,6 +228,16 @@ def build_generators(
     return rows
 
 
+class _Run:
+    """What is looked up of a run's settings."""
+
+    ema_decay: float
+    ema_halflife_images: float | None
+    objective: str
+    max_steps: int
+    guidance_scale: float
+
+
 def _facts(name: str, pipeline: Pipeline) -> dict[str, Any]:
     """What a run folder says of the weights: the average that the pipeline holds, the student's guidance, the step."""
     facts: dict[str, Any] = {"dtype": str(pipeline.transformer.dtype).removeprefix("torch."), "ema": None}
@@ -235,6 +245,10 @@ def _facts(name: str, pipeline: Pipeline) -> dict[str, Any]:
     if not config.is_file():
         return facts  # of another make, or from the Hub: nothing is known
     run = read_yaml(config)
+    try:
+        check_arguments(_Run, run)
+    except ValueError as error:
+        raise InputError(f"Cannot say how the weights in {name} were made: in {config}, {error}. Correct it.") from None
     if run.get("ema_halflife_images") is not None:
         facts["ema"] = f"half-life of {run['ema_halflife_images']:g} images"
     elif "ema_decay" in run:
