@@ -96,7 +96,7 @@ MEASURED = dict(features=np.zeros((4, 3), np.float32), indices=np.arange(4), lab
 @pytest.mark.parametrize(
     ("values", "words"),
     [
-        (dict(manifest="nope"), "Expecting value"),
+        (dict(manifest="nope"), "of its manifest, Expecting value"),
         (dict(manifest="[1]"), "must be a mapping"),
         (dict(manifest='{"source": 3}'), "source must be a mapping"),
         (dict(manifest='{"count": "many"}'), "count must be a whole number, got 'many'"),

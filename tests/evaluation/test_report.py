@@ -288,6 +288,7 @@ def test_samples_that_fit_nothing_are_refused(student_folder, tmp_path, shape, l
         evaluate(quick(images=str(tmp_path / "a.npz"), pipeline=str(student_folder), num_samples=4))
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
 def test_a_figure_that_is_not_finite_is_none():
     features = torch.full((8, 2), 1e12)
     comparison = Comparison(features, features, (np.zeros(2), np.eye(2)), kid_subsets=1)

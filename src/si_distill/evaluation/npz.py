@@ -11,6 +11,8 @@ import numpy as np
 from ..conversion.pickles import reason_of
 from ..errors import InputError
 
+#: Ends the errors.
+REMEDY = "Give another file, or make it again."
 #: Types of numbers that torch computes with.
 REAL = (np.floating, np.integer)
 #: What a compressed array may unpack to: so many bytes, or so many times those that it takes in the file.
@@ -87,4 +89,4 @@ def open_npz(path: Path, what: str) -> Iterator[NpzFile]:
     except InputError:
         raise
     except Exception as error:  # a damaged file, or a hostile one, fails in any of the ways that a parser can
-        raise InputError(f"Cannot read {what} from {path}: {reason_of(error)}.") from error
+        raise InputError(f"Cannot read {what} from {path}: {reason_of(error)}. {REMEDY}") from error

@@ -16,7 +16,7 @@ from ..files import refuse_links, whole_file
 from ..reading import parse_json
 from .features import INCEPTION, Extractor
 from .formulas import Moments
-from .npz import REAL, open_npz
+from .npz import REAL, REMEDY, open_npz
 from .samples import DatasetSource
 from .shards import Shards
 
@@ -143,7 +143,7 @@ def read_reference(path: Path, features: str) -> Reference:
     try:
         return _checked(found, path.name)
     except ValueError as error:
-        raise InputError(f"Cannot use the reference statistics in {path}: {error}.") from error
+        raise InputError(f"Cannot use the reference statistics in {path}: {error}. {REMEDY}") from error
 
 
 def _checked(found: dict[str, Any], name: str) -> Reference:
@@ -159,7 +159,10 @@ def _checked(found: dict[str, Any], name: str) -> Reference:
             f"it holds mu of shape {mean.shape} and sigma of shape {covariance.shape}; (D,) and (D, D) are needed"
         )
     _check_covariance(covariance)
-    manifest = parse_json(str(found["manifest"]), MANIFEST) if "manifest" in found else {}
+    try:
+        manifest = parse_json(str(found["manifest"]), MANIFEST) if "manifest" in found else {}
+    except ValueError as error:
+        raise ValueError(f"of its manifest, {error}") from None
     if "shape" in found:  # ADM's reference batches carry their images
         manifest |= {"count": found["shape"][0], "resolution": found["shape"][1]}
     count, features, indices, labels = manifest.get("count"), *map(found.get, ("features", "indices", "labels"))
