@@ -1,7 +1,7 @@
 """Reading of foreign PyTorch checkpoints, without executing anything that they hold, and comparison of their tensors."""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 from ..errors import InputError
 from .pickles import read_torch_file, reason_of
+from .shown import printable, some
 
 StateDict = dict[str, torch.Tensor]
 #: Types of weights that become float32 and mean the same.
@@ -36,8 +37,12 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         raise InputError(f"There is no checkpoint file {path}.")
     try:
         content = load_file(path) if path.suffix == ".safetensors" else read_torch_file(path)
-    except (MemoryError, SafetensorError) as error:
-        raise InputError(f"Cannot read {path}: {error}.") from error
+    except MemoryError as error:
+        raise InputError(
+            f"Cannot read {path} ({path.stat().st_size:,} bytes): {reason_of(error)}. Free some, or use a larger machine."
+        ) from error
+    except SafetensorError as error:
+        raise InputError(f"Cannot read {path}: {reason_of(error)}.") from error
     except Exception as error:  # a file that is no checkpoint fails in any of the ways a parser can
         foreign = re.search(r"would use (\S+)\. ", str(error))
         if foreign:
@@ -92,23 +97,23 @@ def choose_weights(content: dict[str, Any], which: str | None, ema_decay: str | 
     if name in SEVERAL:
         decays = [str(key) for key in weights]
         if ema_decay is None and len(decays) > 1:
-            raise InputError(f"{name!r} holds averages of the decays {', '.join(decays)}: choose one with --ema_decay.")
+            raise InputError(f"{name!r} holds averages of the decays {some(decays, 9)}: choose one with --ema_decay.")
         decay = decays[0] if ema_decay is None and decays else ema_decay
         if decay not in decays:
-            raise InputError(f"{name!r} has no average of decay {decay}. It has: {', '.join(decays) or 'none'}.")
-        weights, place = weights[list(weights)[decays.index(decay)]], f"{name} {decay}"
+            raise InputError(f"{name!r} has no average of decay {decay}. It has: {some(decays, 9) or 'none'}.")
+        weights, place = weights[list(weights)[decays.index(decay)]], f"{name} {printable(decay)}"
     return place, _tensors(weights, f"The entry {place!r}")
 
 
 def _what_is_there(content: dict[str, Any], there: list[str]) -> str:
     if there:
         return f"It has: {', '.join(there)}."
-    return f"It is a state dictionary itself or no checkpoint of a known form; it begins with {_some(content)}."
+    return f"It is a state dictionary itself or no checkpoint of a known form; it begins with {some(content)}."
 
 
 def _tensors(weights: Any, what: str) -> StateDict:
     if not isinstance(weights, dict) or not weights or not all(torch.is_tensor(value) for value in weights.values()):
-        keys = f" It begins with {_some(weights)}." if isinstance(weights, dict) and weights else ""
+        keys = f" It begins with {some(weights)}." if isinstance(weights, dict) and weights else ""
         raise InputError(f"{what} is no state dictionary, a mapping of names to tensors.{keys}")
     found = {
         str(name): tensor for name, tensor in weights.items() if name != "n_averaged"
@@ -178,7 +183,7 @@ def check_tensors(found: StateDict, layout: Layout, network: torch.nn.Module, wh
     ]
     types = [f"{name} is {str(t.dtype).removeprefix('torch.')}" for name, t in found.items() if t.dtype not in DTYPES]
     problems = [
-        f"{len(names)} {kind}: {_some(names)}"
+        f"{len(names)} {kind}: {some(names)}"
         for names, kind in (
             (missing, "missing"),
             (left_over, "not part of it"),
@@ -193,10 +198,5 @@ def check_tensors(found: StateDict, layout: Layout, network: torch.nn.Module, wh
     damaged = [name for name, tensor in found.items() if not tensor.sum(dtype=torch.float64).isfinite()]
     if damaged:
         raise InputError(
-            f"The checkpoint's weights are damaged: {len(damaged)} tensors are not finite: {_some(damaged)}."
+            f"The checkpoint's weights are damaged: {len(damaged)} tensors are not finite: {some(damaged)}."
         )
-
-
-def _some(names: Iterable[Any], count: int = 4) -> str:
-    names = [str(name) for name in names]
-    return ", ".join(names[:count]) + (", …" if len(names) > count else "")

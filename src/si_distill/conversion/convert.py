@@ -11,6 +11,7 @@ from .diffusers_teachers import convert_diffusers, saved_class
 from .edm import convert_edm
 from .output import check_output, fitting_vae, load_id2label, write_pipeline
 from .pickles import reason_of
+from .shown import some
 from .sit import convert_sit, is_sit
 from .torchcfm import convert_torchcfm, is_torchcfm
 
@@ -60,7 +61,7 @@ def _convert_file(settings: ConvertConfig) -> Converted:
         kind = "sit" if is_sit(weights) else "torchcfm" if is_torchcfm(weights) else "auto"
     if kind == "auto":
         raise InputError(
-            f"{settings.source} is of no known kind: its tensors are named {', '.join(list(weights)[:3])}, …. Known are SiT "
+            f"{settings.source} is of no known kind: its tensors are named {some(weights, 3)}. Known are SiT "
             "and REPA (x_embedder.proj.weight, …), torchcfm and RealUID (input_blocks.0.0.weight, …), and "
             ".pkl files of EDM, EDM2, SiD and SiDA."
         )
@@ -109,7 +110,7 @@ def describe(converted: Converted, folder: Path, rms: float) -> str:
         "images": f"{channels} × {height} × {width}, {classes}{null}",
         "path": f"{scheduler.config.interpolant}, prediction {scheduler.config.prediction_type}",
         "time": "data at t = 1, as the network was trained" if scheduler.config.reversed_time else "",
-        "ignored": f"{len(converted.ignored)} tensors: {', '.join(ignored)}" if ignored else "nothing",
+        "ignored": f"{len(converted.ignored)} tensors: {some(ignored)}" if ignored else "nothing",
         "kept": "the log-variance, for critics with critic_log_variance" if converted.log_variance else "",
         "vae": vae,
         "check": f"saved and loaded alike; x̂0 of noise has RMS {rms:.3f} (0.3 to 1.2 for a trained network)",

@@ -6,7 +6,6 @@ ours with the same tensors.
 """
 
 from collections.abc import Callable, Mapping
-from reprlib import repr as shown  # bounded, whatever a file holds
 from typing import Any
 
 import torch
@@ -19,7 +18,8 @@ from ..schedulers.scheduling_stochastic_interpolant import StochasticInterpolant
 from .checkpoints import check_tensors
 from .config import ConvertConfig
 from .converted import Converted
-from .pickles import PickledObject, load_plain_pickle
+from .pickles import PickledObject, load_plain_pickle, reason_of
+from .shown import printable, shown, some
 
 #: Where the weights are: EDM, EDM2, SiD and SiDA write the average as `ema`; SiD's training states call it `G_ema`.
 WEIGHTS = ("ema", "G_ema")
@@ -142,7 +142,7 @@ def _preconditioning(content: Any, path: str) -> tuple[PickledObject, str]:
     place = next((key for key in WEIGHTS if key in keys), "")
     found = content[place] if place else content
     if not isinstance(found, PickledObject):
-        what = f"a dictionary of {', '.join(map(str, keys))}" if keys else f"a {type(content).__name__}"
+        what = f"a dictionary of {some(keys, 9)}" if keys else f"a {type(content).__name__}"
         raise InputError(f"{path} holds {what}, not a network under one of: {', '.join(WEIGHTS)}.")
     known = (*_TEACHERS, *_STUDENTS)
     if found.class_name not in known:
@@ -183,7 +183,7 @@ def _network(preconditioning: PickledObject, path: str) -> tuple[ModelMixin, lis
         raise
     except (TypeError, ValueError, ArithmeticError, RuntimeError) as error:
         raise InputError(
-            f"The {module.class_name} in {path} cannot be built from {shown(arguments)}: {error}"
+            f"The {module.class_name} in {path} cannot be built from {shown(arguments)}: {reason_of(error)}."
         ) from error
     # EDM2's log-variance is a weight of its training loss; no prediction needs it (see `_log_variance`).
     ignored = [name for name in tensors if name.startswith("logvar_")]
@@ -228,7 +228,7 @@ class _Arguments:
             if name not in fixed or value != fixed[name]:
                 known = f" instead of {fixed[name]!r}" if name in fixed else ""
                 raise InputError(
-                    f"{self.what} has {name} = {shown(value)}{known}, which this library's network does not have."
+                    f"{self.what} has {printable(name)} = {shown(value)}{known}, which this library's network does not have."
                 )
 
 

@@ -5,14 +5,26 @@ They build tensors, arrays, plain containers, or a record of an object's attribu
 
 import math
 import pickle
-from collections.abc import Callable
-from reprlib import repr as shown  # bounded, whatever a file holds
+import re
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from ..errors import InputError
+from .shown import printable, shown
+
+#: How many times larger than the file its tensors, arrays and containers may be together: weights are sometimes shared.
+MAX_GROWTH = 8
+#: Instructions, arguments and keys that may be handled; EDM2's largest files have 100,000 instructions.
+MAX_WORK = 5_000_000
+#: About how many bytes a tensor takes besides its values.
+TENSOR = 256
+#: Items of a tuple that is a key.
+MAX_KEY = 16
+#: Letters of the names of the modules around a tensor, which are written anew for each tensor.
+MAX_PREFIX = 300
 
 
 class PickledObject:
@@ -29,7 +41,7 @@ class PickledObject:
         self.state = {} if state is None else state
 
     def __repr__(self) -> str:
-        return f"PickledObject({self.class_name!r}, {list(self.state)})"
+        return f"PickledObject({self.class_name!r}, {shown(list(self.state))})"
 
     def tensors(self, prefix: str = "") -> dict[str, torch.Tensor]:
         """The parameters and buffers of a pickled module by the names of its `state_dict`.
@@ -42,16 +54,23 @@ class PickledObject:
             for name, value in self._children(kind, prefix):
                 if not torch.is_tensor(value):
                     raise InputError(
-                        f"{prefix}{name} in the pickle should be a tensor, but is a {type(value).__name__}."
+                        f"{printable(f'{prefix}{name}')} in the pickle should be a tensor, but is a {type(value).__name__}."
                     )
                 found[prefix + str(name)] = value
         for name, module in self._children("_modules", prefix):
             if not isinstance(module, PickledObject):
-                raise InputError(f"{prefix}{name} in the pickle should be a module, but is a {type(module).__name__}.")
+                raise InputError(
+                    f"{printable(f'{prefix}{name}')} in the pickle should be a module, but is a {type(module).__name__}."
+                )
             found |= module.tensors(f"{prefix}{name}.")
         return found
 
     def _children(self, kind: str, prefix: str) -> list[tuple[Any, Any]]:
+        if len(prefix) > MAX_PREFIX:
+            raise InputError(
+                f"The name {printable(prefix, 40)!r} of a module in the pickle has {len(prefix):,} letters; up to "
+                f"{MAX_PREFIX} are read. No network of EDM's has such names: use the original file."
+            )
         children = self.state.get(kind)
         if not isinstance(children, dict):
             raise InputError(
@@ -93,6 +112,63 @@ def need(condition: bool, problem: str) -> None:
         raise PickleError(problem)
 
 
+class Budget:
+    """
+    What the reading of a file may take in all, with the checkpoints that are in its bytes.
+
+    Args:
+        size: bytes of the file.
+    """
+
+    def __init__(self, size: int):
+        self.limit, self.size, self.work = MAX_GROWTH * size + 2**20, 0, 0
+
+    def take(self, size: int = 0, work: int = 0) -> None:
+        """Before anything is made or done: bytes of memory, and how many things are handled."""
+        self.size += size
+        self.work += work
+        if self.size > self.limit:
+            raise PickleError(f"it stands for more than {self.limit:,} bytes, {MAX_GROWTH} times its own size")
+        if self.work > MAX_WORK:
+            raise PickleError(f"it takes more than {MAX_WORK:,} steps to read")
+
+    def take_call(self, arguments: tuple) -> None:
+        """Of a call, which makes at most copies of its arguments; tensors it does not copy."""
+        self.take(0, len(arguments))
+        for value in arguments:
+            if isinstance(value, (str, bytes)):
+                self.take(len(value))
+            elif isinstance(value, (list, tuple)):
+                self.take(64 * len(value), len(value))
+
+    def keys(self, keys: Sequence[Any], held: int = 0) -> Sequence[Any]:
+        """
+        Keys of a dict or members of a set, checked before they are hashed: to hash a tuple that is nested 200,000 deep
+        ends the process.
+
+        Args:
+            keys: they are returned.
+            held: how many the dict or set has already.
+        """
+        letters = numbers = 0
+        for key in keys:
+            parts = key if type(key) is tuple else (key,)
+            if len(parts) > MAX_KEY:
+                raise PickleError(f"a tuple of {len(parts):,} items as a key")
+            for part in parts:
+                if isinstance(part, (str, bytes)):
+                    letters += len(part)
+                elif type(part) is int and not -(2**63) <= part < 2**63:
+                    raise PickleError("a number of more than 64 bits as a key")  # multiples of 2⁶¹ − 1 have one hash
+                elif not isinstance(part, (int, float, type(None))):
+                    raise PickleError(f"a {type(part).__name__} as a key")
+            numbers += not isinstance(key, (str, bytes))
+        # Text is compared letter by letter. Hashes of text are random, but numbers and tuples of them can be chosen so that
+        # each meets all others.
+        self.take(0, len(keys) + letters // 1000 + numbers * (held + len(keys)) // 1000)
+        return keys
+
+
 # Storages and tensors of PyTorch. A storage is a one-dimensional tensor.
 
 STORAGES = {
@@ -108,7 +184,8 @@ _DTYPES = {name: value for name, value in vars(torch).items() if isinstance(valu
 
 def _tensor(storage: Any, offset: Any, size: Any, stride: Any, *_: Any) -> torch.Tensor:
     need(torch.is_tensor(storage) and storage.ndim == 1, f"a tensor on a {type(storage).__name__}, not a storage")
-    need(isinstance(size, tuple) and isinstance(stride, tuple) and len(size) == len(stride), "a tensor without shape")
+    need(isinstance(size, tuple) and isinstance(stride, tuple), "a tensor without shape")
+    need(len(size) == len(stride) <= 64, f"a tensor of {len(size)} axes with {len(stride)} strides")
     numbers = (offset, *size, *stride)
     need(
         all(type(number) is int and 0 <= number < 2**62 for number in numbers),
@@ -161,22 +238,15 @@ def _number(dtype: Any, raw: Any) -> Any:
 # Plain containers and records.
 
 
-def _dict(items: Any = (), *_: Any) -> dict:
+def make_dict(budget: Budget, items: Any = (), *_: Any) -> dict:
     need(isinstance(items, (list, tuple)), f"a dict of a {type(items).__name__}")
-    return {hashable(key): value for key, value in items}
+    need(all(isinstance(item, (list, tuple)) and len(item) == 2 for item in items), "a dict of what are no pairs")
+    return dict(zip(budget.keys([key for key, _ in items]), [value for _, value in items], strict=True))
 
 
-def _set(items: Any = ()) -> set:
+def make_set(budget: Budget, items: Any = ()) -> set:
     need(isinstance(items, (list, tuple)), f"a set of a {type(items).__name__}")
-    return set(map(hashable, items))
-
-
-def hashable(value: Any) -> Any:
-    """A key of a dict or member of a set. Hashing a tuple that is nested 200,000 deep would end the process."""
-    plain = (str, bytes, int, float, bool, type(None))
-    if isinstance(value, plain) or (type(value) is tuple and all(isinstance(item, plain) for item in value)):
-        return value
-    raise PickleError(f"a {type(value).__name__} as a key")
+    return set(budget.keys(items))
 
 
 def _bytes(text: Any, encoding: Any) -> bytes:
@@ -190,15 +260,19 @@ def _size(size: Any) -> tuple:
     return tuple(size)
 
 
-def _device(*name: Any) -> str:
-    need(all(type(part) in (str, int) for part in name), "a device without a name")
-    return ":".join(map(str, name))
+def _device(kind: Any, *index: Any) -> str:
+    need(type(kind) is str and all(type(number) is int for number in index), "a device without a name")
+    name = ":".join(map(str, (kind, *index)))
+    # The name of a device is text, which could be that of a device again, twice as long each time.
+    need(re.fullmatch("[a-z_0-9]{1,20}(:[0-9]{1,5})?", name) is not None, f"the device {shown(name)}")
+    return name
 
 
 def _persistent_object(meta: Any) -> PickledObject:
     """An object of EDM's `torch_utils.persistence`; the source code in `meta` is not looked at."""
     name, state = (meta.get("class_name"), meta.get("state")) if isinstance(meta, dict) else (None, None)
-    need(isinstance(name, str), "a persistent object without the name of its class")
+    named = isinstance(name, str) and len(name) < 100 and name.isidentifier()
+    need(named, "a persistent object without the name of its class")
     need(isinstance(state, dict), f"the attributes of a {name} are a {type(state).__name__}, not a dict")
     return PickledObject(name, state)
 
@@ -215,7 +289,7 @@ TENSOR_CALLS: dict[tuple[str, str], Callable[..., Any]] = {
     ("torch._utils", "_rebuild_parameter_with_state"): _parameter,
     ("torch", "Size"): _size,
     ("torch", "device"): _device,
-    ("collections", "OrderedDict"): _dict,
+    ("collections", "OrderedDict"): make_dict,
 }
 CALLS = {
     **TENSOR_CALLS,
@@ -223,9 +297,9 @@ CALLS = {
     ("torch.nn.modules.container", "ModuleList"): _record("ModuleList"),
     ("torch.nn.modules.container", "Sequential"): _record("Sequential"),
     ("torch_utils.persistence", "_reconstruct_persistent_obj"): _persistent_object,
-    ("dnnlib.util", "EasyDict"): _dict,  # a dict with attribute access
+    ("dnnlib.util", "EasyDict"): make_dict,  # a dict with attribute access
     ("argparse", "Namespace"): _record("Namespace"),
-    ("builtins", "set"): _set,
+    ("builtins", "set"): make_set,
     ("builtins", "getattr"): lambda *_: None,  # a hook, pickled as a method of its module; it is left out
     ("_codecs", "encode"): _bytes,
     ("numpy", "dtype"): _array_type,

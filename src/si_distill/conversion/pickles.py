@@ -11,10 +11,11 @@ object's attributes. Every other name and every other instruction is an error.
 import mmap
 import pickletools
 import struct
+import sys
 import zipfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
+from itertools import chain
 from pathlib import Path
-from reprlib import repr as shown  # bounded, whatever a file holds
 from typing import Any
 
 import numpy as np
@@ -25,25 +26,29 @@ from .pickle_values import (
     ARGUMENTS,
     CALLS,
     STORAGES,
+    TENSOR,
     TENSOR_CALLS,
     ArrayType,
+    Budget,
     Name,
     PickledObject,
     PickleError,
     Unfilled,
-    hashable,
+    make_dict,
+    make_set,
     need,
     with_state,
 )
+from .shown import printable, shown
 
-#: Limits of what a file may ask for: instructions, and containers inside each other. EDM2's largest have 100,000 and 30.
-MAX_INSTRUCTIONS, MAX_DEPTH = 5_000_000, 200
+#: Containers inside each other; EDM2's largest have 30.
+MAX_DEPTH = 200
 #: Values that a file may stand for when everything shared is counted each time that it occurs.
 MAX_VALUES = 5_000_000
-#: How many times larger than the file its tensors, arrays and containers may be together: weights are sometimes shared.
-MAX_GROWTH = 8
+#: About how many bytes an item takes in a list, and in a table by keys.
+LIST_ITEM, TABLE_ITEM = 8, 32
 
-_CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
+_CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
 _VALUES = set(
     "BININT BININT1 BININT2 LONG1 BINFLOAT SHORT_BINUNICODE BINUNICODE BINUNICODE8 SHORT_BINBYTES BINBYTES BINBYTES8".split()
 )
@@ -52,7 +57,7 @@ _VALUES = set(
 def read_pickle(
     file: "_Bytes",
     calls: dict[tuple[str, str], Callable[..., Any]],
-    size: int,
+    budget: Budget,
     storage: Callable[[Any], torch.Tensor] | None = None,
 ) -> Any:
     """
@@ -61,13 +66,12 @@ def read_pickle(
     Args:
         file: of which it is a part.
         calls: what may be called.
-        size: bytes of the whole file, with the storages outside the pickle.
+        budget: of the whole file, which the pickles in it share.
         storage: gives the tensor's storage for a "persistent id" of PyTorch's.
 
     Raises:
         Exception: of nearly any type, for what is no pickle, or not of plain content.
     """
-    limit, made = MAX_GROWTH * size + 2**20, 0
     stack: list[Any] = []
     marks: list[int] = []
     memo: dict[int, Any] = {}
@@ -86,16 +90,16 @@ def read_pickle(
             return ARGUMENTS[module, name]
         raise PickleError(
             f"it holds more than tensors, arrays and plain containers: loading it would use "
-            f"{module[:99]}.{name[:99]}. That is refused, because it can run any code"
+            f"{printable(module, 99)}.{printable(name, 99)}. That is refused, because it can run any code"
         )
 
-    def allow(value: Any) -> None:
-        nonlocal made
-        made += _bytes_of(value)
-        need(made <= limit, f"it stands for more than {limit:,} bytes, {MAX_GROWTH} times its own size")
+    def put(value: Any) -> None:
+        """A container that the instruction made."""
+        budget.take(sys.getsizeof(value))
+        stack.append(value)
 
-    for count, (instruction, argument, _) in enumerate(pickletools.genops(file)):
-        need(count < MAX_INSTRUCTIONS, f"it has more than {MAX_INSTRUCTIONS:,} instructions")
+    for instruction, argument, _ in pickletools.genops(file):
+        budget.take(work=1)
         op = instruction.name
         if op == "MEMOIZE":
             op, argument = "BINPUT", len(memo)
@@ -104,6 +108,7 @@ def read_pickle(
         elif op in _CONSTANTS:
             stack.append(_CONSTANTS[op])
         elif op in ("BINPUT", "LONG_BINPUT"):
+            budget.take(TABLE_ITEM * (argument not in memo))
             memo[argument] = stack[-1]
             if isinstance(stack[-1], Unfilled):
                 stack[-1].places.append(argument)
@@ -111,27 +116,33 @@ def read_pickle(
             stack.append(memo[argument])
         elif op == "MARK":
             marks.append(len(stack))
-        elif op in ("EMPTY_DICT", "EMPTY_LIST", "EMPTY_SET", "EMPTY_TUPLE"):
-            stack.append({"EMPTY_DICT": dict, "EMPTY_LIST": list, "EMPTY_SET": set, "EMPTY_TUPLE": tuple}[op]())
-        elif op in ("TUPLE", "FROZENSET"):
-            items = since_mark()
-            stack.append(tuple(items) if op == "TUPLE" else frozenset(map(hashable, items)))
+        elif op in ("EMPTY_DICT", "EMPTY_LIST", "EMPTY_SET"):
+            put({"EMPTY_DICT": dict, "EMPTY_LIST": list, "EMPTY_SET": set}[op]())
+        elif op == "TUPLE":
+            put(tuple(since_mark()))
+        elif op == "FROZENSET":
+            put(frozenset(budget.keys(since_mark())))
         elif op in ("TUPLE1", "TUPLE2", "TUPLE3"):
             length = int(op[-1])
             need(len(stack) >= length, "a tuple of nothing")
-            stack[-length:] = [tuple(stack[-length:])]
+            items = tuple(stack[-length:])
+            del stack[-length:]
+            put(items)
         elif op in ("APPEND", "APPENDS"):
             items = since_mark() if op == "APPENDS" else [stack.pop()]
             need(type(stack[-1]) is list, f"it appends to a {type(stack[-1]).__name__}")
+            budget.take(LIST_ITEM * len(items))
             stack[-1] += items
         elif op in ("SETITEM", "SETITEMS"):
             items = since_mark() if op == "SETITEMS" else [stack.pop(-2), stack.pop()]
             need(type(stack[-1]) is dict and len(items) % 2 == 0, f"it sets items of a {type(stack[-1]).__name__}")
-            stack[-1].update((hashable(key), value) for key, value in zip(items[::2], items[1::2], strict=True))
+            budget.take(TABLE_ITEM * len(items) // 2)
+            stack[-1].update(zip(budget.keys(items[::2], len(stack[-1])), items[1::2], strict=True))
         elif op == "ADDITEMS":
             items = since_mark()
             need(type(stack[-1]) is set, f"it adds to a {type(stack[-1]).__name__}")
-            stack[-1].update(map(hashable, items))
+            budget.take(TABLE_ITEM * len(items))
+            stack[-1].update(budget.keys(items, len(stack[-1])))
         elif op == "GLOBAL":
             stack.append(name(*argument.split(" ", 1)))
         elif op == "STACK_GLOBAL":
@@ -140,20 +151,26 @@ def read_pickle(
             function, arguments = stack[-2:]
             need(isinstance(function, Name) and function in calls, f"it calls a {type(function).__name__}")
             need(type(arguments) is tuple, f"{function} with a {type(arguments).__name__} of arguments")
-            stack[-2:] = [calls[function](*arguments)]
-            allow(stack[-1])
+            budget.take_call(arguments)
+            call = calls[function]
+            stack[-2:] = [call(budget, *arguments) if call in _WITH_BUDGET else call(*arguments)]
+            if call is not _storage_in_bytes:  # which gives what it read of its argument
+                budget.take(_bytes_of(stack[-1]))
         elif op == "BUILD":
             state, old = stack.pop(), stack[-1]
+            if isinstance(old, Unfilled) and isinstance(state, tuple):
+                budget.take_call(state)
             new = stack[-1] = with_state(old, state)
             if isinstance(old, Unfilled):
                 memo.update(dict.fromkeys(old.places, new))
-                allow(new)
+                old.places.clear()
         elif op == "BINPERSID":
             need(storage is not None, "it refers to something outside itself")
+            budget.take(TENSOR)
             stack.append(storage(stack.pop()))
         elif op == "STOP":
             (value,) = stack
-            _check_extent(value)
+            _check_extent(value, budget.limit)
             return value
         elif op == "PROTO":
             need(argument <= 5, f"its protocol is {argument}")
@@ -163,38 +180,42 @@ def read_pickle(
 
 
 def _bytes_of(value: Any) -> int:
-    """About how much memory the result of a call takes."""
-    if isinstance(value, (torch.Tensor, np.ndarray)):
-        return 64 + value.nbytes
-    return (
-        64 * (1 + len(value))
-        if isinstance(value, (dict, set, tuple))
-        else len(value)
-        if isinstance(value, bytes)
-        else 0
-    )
+    """About how much memory the result of a call takes besides that of its arguments."""
+    if isinstance(value, torch.Tensor):
+        return TENSOR + value.nbytes  # a view, but readers copy it
+    if isinstance(value, (np.ndarray, dict, set, tuple)):
+        return 64
+    if isinstance(value, (PickledObject, Unfilled, ArrayType)):
+        return 128
+    need(isinstance(value, (str, bytes, int, float, complex, type(None))), f"a call made a {type(value).__name__}")
+    return 32
 
 
-def _check_extent(value: Any) -> None:
-    """Refuses containers that are nested too deep, or in themselves, or that stand for too many values: lists that share
-    one another forty deep are a hundred bytes, and 2⁴⁰ values to whoever goes through them.
+def _check_extent(value: Any, max_text: int) -> None:
+    """Refuses containers that are nested too deep, or in themselves, or that stand for too many values or too much text:
+    lists that share one another forty deep are a hundred bytes, and 2⁴⁰ values to whoever goes through them.
     """
-    known: dict[int, int] = {}
+    known: dict[int, tuple[int, int, int]] = {}
 
-    def extent(value: Any, depth: int) -> int:
+    def extent(value: Any, depth: int) -> tuple[int, int, int]:
+        """How deep it is, and how many values and letters, each time that they occur."""
         value = value.state if isinstance(value, PickledObject) else value
         need(not isinstance(value, (Name, ArrayType, Unfilled)), "it holds a part of a call by itself")
-        if not isinstance(value, (dict, list, tuple)):
-            return 1
+        if not isinstance(value, (dict, list, tuple, set, frozenset)):
+            return 0, 1, len(value) if isinstance(value, (str, bytes)) else 0
+        inside, values, letters = known.get(id(value), (0, 1, 0))
+        if depth + inside >= MAX_DEPTH:
+            raise PickleError(f"its containers are nested in each other more than {MAX_DEPTH} deep, or in themselves")
         if id(value) not in known:
-            need(
-                depth < MAX_DEPTH,
-                f"its containers are nested in each other more than {MAX_DEPTH} deep, or in themselves",
-            )
-            items: Iterable[Any] = value.values() if isinstance(value, dict) else value
-            known[id(value)] = 1 + sum([extent(item, depth + 1) for item in items])
-            need(known[id(value)] < MAX_VALUES, f"it stands for more than {MAX_VALUES:,} values")
-        return known[id(value)]
+            for item in chain(value, value.values()) if isinstance(value, dict) else value:
+                found = extent(item, depth + 1)
+                inside, values, letters = max(inside, found[0]), values + found[1], letters + found[2]
+            known[id(value)] = inside, values, letters
+            if values >= MAX_VALUES:
+                raise PickleError(f"it stands for more than {MAX_VALUES:,} values")
+            if letters > max_text:
+                raise PickleError(f"it stands for more than {max_text:,} bytes of text")
+        return inside + 1, values, letters
 
     extent(value, 0)
 
@@ -227,19 +248,20 @@ class _Bytes:
         )  # fmt: skip
 
 
-def _read_torch(data: memoryview, calls: dict[tuple[str, str], Callable[..., Any]]) -> Any:
+def _read_torch(data: memoryview, calls: dict[tuple[str, str], Callable[..., Any]], budget: Budget) -> Any:
     """What a file of `torch.save` holds, in the format of today (zip) or the one before it."""
-    return (_read_zip if data[:2] == b"PK" else _read_legacy)(_Bytes(data), calls)
+    return (_read_zip if data[:2] == b"PK" else _read_legacy)(_Bytes(data), calls, budget)
 
 
-def _storage_in_bytes(data: Any) -> torch.Tensor:
+def _storage_in_bytes(budget: Budget, data: Any) -> Any:
     """The bytes of a tensor are a checkpoint of their own: a pickle in the pickle, which may not hold a third."""
     need(isinstance(data, bytes), "a storage without bytes")
-    return _read_torch(memoryview(bytearray(data)), TENSOR_CALLS)
+    return _read_torch(memoryview(bytearray(data)), TENSOR_CALLS, budget)
 
 
 #: What a pickle may call.
 _ALL_CALLS = {**CALLS, ("torch.storage", "_load_from_bytes"): _storage_in_bytes}
+_WITH_BUDGET = (make_dict, make_set, _storage_in_bytes)
 
 
 def _storage_id(value: Any) -> tuple[torch.dtype, str, int]:
@@ -273,20 +295,21 @@ class _View:
         return True
 
 
-def _read_zip(file: _Bytes, calls: dict[tuple[str, str], Callable[..., Any]]) -> Any:
+def _read_zip(file: _Bytes, calls: dict[tuple[str, str], Callable[..., Any]], budget: Budget) -> Any:
     """PyTorch stores its records uncompressed, so that a record is a part of the file; nothing is ever unpacked."""
     with zipfile.ZipFile(_View(file.data)) as archive:
         records = {record.filename: record for record in archive.infolist()}
+    budget.take(work=len(records))
     names = [name for name in records if name.split("/")[1:] == ["data.pkl"]]
     need(len(names) == 1, "it is an archive, but not one of PyTorch's")
     root = names[0].split("/")[0]
 
     def part(name: str) -> tuple[int, int]:
         record = records.get(name)
-        need(record is not None, f"its record {name!r} is missing")
+        need(record is not None, f"its record {shown(name)} is missing")
         if record.compress_type != zipfile.ZIP_STORED or record.file_size > len(file.data):
             raise PickleError(
-                f"its record {name!r} of {record.compress_size:,} bytes would unpack to {record.file_size:,}"
+                f"its record {shown(name)} of {record.compress_size:,} bytes would unpack to {record.file_size:,}"
             )
         header = file.data[record.header_offset : record.header_offset + 30]
         return record.header_offset + 30 + sum(struct.unpack("<HH", header[26:30])), record.file_size
@@ -302,13 +325,13 @@ def _read_zip(file: _Bytes, calls: dict[tuple[str, str], Callable[..., Any]]) ->
         return file.storage(dtype, start, size)
 
     start, size = part(names[0])
-    return read_pickle(_Bytes(file.data[start : start + size]), calls, len(file.data), storage)
+    return read_pickle(_Bytes(file.data[start : start + size]), calls, budget, storage)
 
 
-def _read_legacy(file: _Bytes, calls: dict[tuple[str, str], Callable[..., Any]]) -> Any:
+def _read_legacy(file: _Bytes, calls: dict[tuple[str, str], Callable[..., Any]], budget: Budget) -> Any:
     """Three pickles of its version, the content, the keys of its storages, then their bytes."""
     length = len(file.data)
-    magic, version, system = (read_pickle(file, {}, length) for _ in range(3))
+    magic, version, system = (read_pickle(file, {}, budget) for _ in range(3))
     if magic != torch.serialization.MAGIC_NUMBER or version != torch.serialization.PROTOCOL_VERSION:
         raise PickleError("it is no file of torch.save")
     need(isinstance(system, dict) and system.get("little_endian") is True, "its numbers are in another byte order")
@@ -325,9 +348,10 @@ def _read_legacy(file: _Bytes, calls: dict[tuple[str, str], Callable[..., Any]])
         need((storages[key].dtype, len(storages[key])) == (dtype, count), f"two storages of the key {shown(key)}")
         return storages[key]
 
-    content = read_pickle(file, calls, length, storage)
-    keys = read_pickle(file, {}, length)
-    need(isinstance(keys, list) and sorted(map(str, keys)) == sorted(storages), "storages without bytes")
+    content = read_pickle(file, calls, budget, storage)
+    keys = read_pickle(file, {}, budget)
+    need(isinstance(keys, list) and len(keys) == len(storages), "storages without bytes")
+    need(all(isinstance(key, str) and key in storages for key in keys), "storages without bytes")
     for key in keys:
         (count,) = struct.unpack("<q", file.read(8))
         need(count == len(storages[key]), f"a storage of {len(storages[key])} values with {count}")
@@ -344,7 +368,9 @@ def _mapped(path: Path) -> memoryview:
 
 def reason_of(error: Exception) -> str:
     """The first line of what an error says."""
-    return (str(error).strip().splitlines()[:1] or [type(error).__name__])[0].rstrip(".")
+    if isinstance(error, MemoryError):
+        return "it needs more memory than there is"
+    return printable((str(error).strip().splitlines()[:1] or [type(error).__name__])[0].rstrip("."), 500)
 
 
 def read_torch_file(path: Path) -> Any:
@@ -354,7 +380,8 @@ def read_torch_file(path: Path) -> Any:
     Raises:
         Exception: of nearly any type, for another file, or a hostile one.
     """
-    return _read_torch(_mapped(path), _ALL_CALLS)
+    data = _mapped(path)
+    return _read_torch(data, _ALL_CALLS, Budget(len(data)))
 
 
 def load_plain_pickle(path: str | Path) -> Any:
@@ -374,7 +401,7 @@ def load_plain_pickle(path: str | Path) -> Any:
         raise InputError(f"There is no pickle file {path}.")
     try:
         file = _Bytes(_mapped(path))
-        return read_pickle(file, _ALL_CALLS, len(file.data))
+        return read_pickle(file, _ALL_CALLS, Budget(len(file.data)))
     except Exception as error:  # a file that is no pickle, or a hostile one, fails in any of the ways that a parser can
         raise InputError(
             f"{path} ({path.stat().st_size} bytes) cannot be read as a pickle: {reason_of(error)}. "

@@ -2,7 +2,6 @@
 
 import math
 import re
-from reprlib import repr as shown  # bounded, whatever a file holds
 from typing import Any
 
 import torch
@@ -15,6 +14,7 @@ from .checkpoints import StateDict, check_tensors, choose_weights, find_tensor
 from .config import ConvertConfig
 from .converted import Converted
 from .pickles import PickledObject
+from .shown import shown
 
 #: Our names of what the training scripts call `path_type` and `prediction`.
 PATHS = {"Linear": "linear", "GVP": "trigonometric", "VP": "vp", "linear": "linear", "cosine": "trigonometric"}
@@ -279,9 +279,9 @@ def _our_names(weights: StateDict, network: SiTTransformer2DModel) -> StateDict:
     return state
 
 
-def _choice(name: str, given: str | None, names: dict[str, str], saved: str | None, default: str) -> str:
+def _choice(name: str, given: str | None, names: dict[str, str], saved: Any, default: str) -> str:
     """The user's choice, or the checkpoint's, which must not contradict each other."""
-    known = names.get(str(saved))
+    known = names.get(saved) if isinstance(saved, str) else None
     if saved is not None and given is None and known is None:
         raise InputError(
             f"The checkpoint was trained with {shown(saved)}, which is not known here: say what it is with --{name}."
