@@ -18,8 +18,10 @@ from edm_pickles import Persistent, module_tree, write
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from si_distill.conversion.checkpoints import read_checkpoint
+from si_distill.conversion import checkpoints, pickle_values
+from si_distill.conversion.checkpoints import choose_weights, read_checkpoint
 from si_distill.conversion.pickles import PickledObject, load_plain_pickle
+from si_distill.conversion.shown import printable, shown, some
 from si_distill.errors import InputError
 
 
@@ -335,6 +337,110 @@ def test_attacks_end_in_a_sentence(tmp_path):
     names = list(ATTACKS)
     read = {names[int(line[:2])]: line.split()[-1] for line in lines if " READ " in line}
     assert read == {"a jump in the memo": "None"}  # which is a dictionary here, with one entry
+
+
+def text(letters: str) -> bytes:
+    return b"X" + struct.pack("<I", len(letters)) + letters.encode()
+
+
+def nested(content) -> bytes:
+    """The call that reads a checkpoint in bytes, and its argument, as numbers 0 and 1 of the memo."""
+    data = legacy_bytes(content)
+    return P2 + b"(ctorch.storage\n_load_from_bytes\nq\0B" + struct.pack("<I", len(data)) + data + b"\x85q\1"
+
+
+NUMBERS = b"".join(b"M" + struct.pack("<H", n) + b"N" for n in range(3000))
+GROWTH, STEPS = "bytes, 8 times its own size", "more than 30,000 steps"
+#: Programs that few bytes make large or slow, and what refuses them, where 30,000 steps are allowed.
+GROWING = {
+    "devices of devices": (
+        P2 + b"(ctorch\ndevice\nq\0" + text("a" * 10) + b"q\1" + b"h\0h\1h\1\x86Rq\1" * 28 + b"t.", "a device",
+    ),
+    "a device of many letters": (P2 + b"ctorch\ndevice\n" + text("a" * 21) + b"\x85R.", "the device 'aaa"),
+    "copies of a tensor's bytes": (nested([torch.zeros(2**14)[:1]]) + b"h\0h\1R" * 100 + b"t.", GROWTH),
+    "steps in a tensor's bytes": (nested([0] * 1000) + b"h\0h\1R" * 100 + b"t.", STEPS),
+    "a long tuple as a key": (P2 + b"}(" + b"N" * 17 + b"tNs.", "a tuple of 17 items as a key"),
+    "a long number as a key": (P2 + b"}\x8a\x0c" + b"\1" * 12 + b"Ns.", "more than 64 bits as a key"),
+    "a number among many": (P2 + b"}(" + NUMBERS + b"u" + b"K\0Ns" * 3000 + b".", STEPS),
+    "long keys that are equal": (
+        P2 + b"](" + text("a" * 20_000) + b"q\0" + text("a" * 20_000) + b"q\1}" + b"h\0Nsh\1Ns" * 1000 + b"e.", STEPS,
+    ),
+    "a list as many sets": (P2 + b"](cbuiltins\nset\nq\0](" + b"N" * 999 + b"e\x85q\1" + b"h\0h\1R" * 50 + b"e.", STEPS),
+    "text in many keys": (
+        P2 + b"}(" + text("a" * 10**5) + b"q\0N" + b"".join(b"(K%ch\0h\0tN" % n for n in range(50)) + b"u.", "bytes of text",
+    ),
+    "text in many places": (P2 + b"](" + text("a" * 10**5) + b"q\0" + b"h\0" * 50 + b"e.", "bytes of text"),
+    "empty sets": (b"\x80\4](" + b"\x8f" * 25_000 + b"e.", GROWTH),
+    "a tower of tuples, by its floors": (P2 + b"](N\x85q\0" + (b"h\0" + b"\x85" * 190 + b"q\0") * 2 + b"e.", "200 deep"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", GROWING)
+def test_what_grows_is_refused_before_it_has_grown(case, tmp_path, monkeypatch):
+    monkeypatch.setattr(pickle_values, "MAX_WORK", 30_000)
+    program, refusal = GROWING[case]
+    for read, data in ((load_plain_pickle, program), (read_checkpoint, rezipped({"a": 1}, **{"data.pkl": program}))):
+        (tmp_path / "growing").write_bytes(data)
+        with pytest.raises(InputError, match=refusal):
+            read(tmp_path / "growing")
+
+
+def test_keys_of_text_cost_one_step_however_many(tmp_path, monkeypatch):
+    monkeypatch.setattr(pickle_values, "MAX_WORK", 30_000)
+    content = {f"blocks.{n}.weight": n for n in range(3000)}
+    (tmp_path / "names.pkl").write_bytes(pickle.dumps([content, content]))
+    assert load_plain_pickle(tmp_path / "names.pkl") == [content, content]
+
+
+TITLE = "\x1b]0;title\x07"
+
+
+def test_errors_are_short_and_printable(tmp_path):
+    path = tmp_path / "weights.pt"
+
+    def reason(content) -> str:
+        torch.save(content, path)
+        with pytest.raises(InputError) as error:
+            choose_weights(read_checkpoint(path), None, None)
+        assert str(error.value).isprintable()
+        assert len(str(error.value)) < 2000
+        return str(error.value)
+
+    assert "begins with \\x1b]0;title\\x07." in reason({TITLE: 1})
+    assert "decays \\x1b" in reason({"ema_models": {TITLE: {}, "0.9": {}}})
+    reason({"a" * 10**5: 1, ("b" * 10**5, 2): 1})
+    path.write_bytes(P2 + f"cos{TITLE}\nsystem\n.".encode())
+    with pytest.raises(InputError, match=r"would use os\\x1b\]0;title\\x07\.system"):
+        load_plain_pickle(path)
+
+
+def test_shown():
+    assert printable("a\x1b\n\u202eé") == "a\\x1b\\n\\u202eé"
+    assert printable("a" * 1000) == "a" * 300 + "…"
+    assert some(["a", 1, ("b",), 2.5, "c"]) == "a, 1, ('b',), 2.5, …"
+    assert some(["a"]) == "a"
+    for value in (b"\x1b" * 10**6, {"\x1b" * 10**6}, set(range(10**6)), dict.fromkeys(range(10**6), "\x1b")):
+        assert len(shown(value)) < 300
+        assert shown(value).isprintable()
+
+
+def test_names_of_modules_do_not_multiply(tmp_path):
+    """Each tensor's name has the names of all modules around it."""
+    read = load_plain_pickle(
+        write(tmp_path / "a.pkl", module_tree(Persistent("Net"), {"a" * 301 + ".weight": torch.ones(1)}))
+    )
+    with pytest.raises(InputError, match="has 302 letters"):
+        read.tensors()
+
+
+def test_too_little_memory_is_said(tmp_path, monkeypatch):
+    def read(path):
+        raise MemoryError
+
+    monkeypatch.setattr(checkpoints, "read_torch_file", read)
+    (tmp_path / "dev.pt").write_bytes(b"")
+    with pytest.raises(InputError, match="it needs more memory than there is"):
+        read_checkpoint(tmp_path / "dev.pt")
 
 
 def changed_pickle(content, old: bytes, new: bytes) -> bytes:

@@ -19,8 +19,6 @@ from .shown import printable, shown
 MAX_GROWTH = 8
 #: Instructions, arguments and keys that may be handled; EDM2's largest files have 100,000 instructions.
 MAX_WORK = 5_000_000
-#: About how many bytes a tensor takes besides its values.
-TENSOR = 256
 #: Items of a tuple that is a key.
 MAX_KEY = 16
 #: Letters of the names of the modules around a tensor, which are written anew for each tensor.

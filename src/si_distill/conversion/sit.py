@@ -97,9 +97,10 @@ def _saved_arguments(content: dict[str, Any]) -> dict[str, Any]:
         if not isinstance(value, dict) or depth > 6:  # groups in groups, as configs of YAML are
             return
         for name, item in value.items():
-            if name in TOLD and shown(found.setdefault(name, item)) != shown(item):
+            first = found.setdefault(name, item) if name in TOLD else item
+            if first is not item and shown(first) != shown(item):
                 raise InputError(
-                    f"The checkpoint says of its `{name}` both {shown(found[name])} and {shown(item)}: leave one out."
+                    f"The checkpoint says of its `{name}` both {shown(first)} and {shown(item)}: leave one out."
                 )
             collect(item, depth + 1)
 
