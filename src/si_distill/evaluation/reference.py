@@ -11,6 +11,7 @@ import torch
 from accelerate import PartialState
 
 from ..conversion.pickles import load_plain_pickle
+from ..conversion.shown import some
 from ..errors import InputError
 from ..files import refuse_links, whole_file
 from ..reading import parse_json
@@ -211,7 +212,7 @@ def _read_pickle(path: Path, features: str) -> dict[str, Any]:
     found = load_plain_pickle(path)
     wanted = EDM2_NAMES.get(features)
     if not isinstance(found, dict) or not isinstance(found.get(wanted), dict):
-        names = ", ".join(map(str, found)) if isinstance(found, dict) else type(found).__name__
+        names = some(found) if isinstance(found, dict) else type(found).__name__
         raise InputError(f"{path} holds {names}, but no statistics of {features}.")
     statistics = found[wanted]
     names = ("mu", "sigma")
