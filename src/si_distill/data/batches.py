@@ -118,8 +118,8 @@ class CorruptImages:
         if len(self.keys) > self.limit:
             raise TrainingStopped(
                 f"{len(self.keys)} images of {self.name} cannot be read (the last one: {list(found.values())[-1]}), more "
-                f"than `data.max_corrupt_images` = {self.limit}. Earlier checkpoints are whole: mend the data, or raise the "
-                "limit, and resume with --resume_from_checkpoint latest."
+                f"than `data.max_corrupt_images` = {self.limit}. Mend the data, or raise the limit; a run with "
+                "a checkpoint then goes on with --resume_from_checkpoint latest."
             )
 
 

@@ -225,7 +225,8 @@ class StreamBatches:
         self._corrupt.add(delivery.corrupt)
         if delivery.failure is not None:
             raise TrainingStopped(
-                f"{delivery.failure} Earlier checkpoints are whole: resume with --resume_from_checkpoint latest."
+                f"{delivery.failure} Once that is mended, a run with a checkpoint goes on with "
+                "--resume_from_checkpoint latest."
             )
         self._places[self._turn] = delivery.place
         self._turn = (self._turn + 1) % len(self._places)

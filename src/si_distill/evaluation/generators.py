@@ -103,6 +103,10 @@ def check_images(pipeline: Pipeline, data: ImageDataset, role: str) -> None:
         InputError: says what differs; the pipeline is named by its `role`.
     """
     channels, size, _ = image_shape(pipeline)
+    if channels > 3 and pipeline.vae is None:
+        raise InputError(
+            f"The {role} makes latents of {channels} channels, and its folder has no autoencoder to decode them."
+        )
     if (channels, size) != (data.channels, data.size):
         raise InputError(
             f"The {role} makes images of {size}×{size} pixels with {channels} channels, but the reference {data.name} has "
