@@ -1,7 +1,8 @@
 """The SiT network (Ma et al. 2024, "SiT: Exploring Flow and Diffusion-based Generative Models with Scalable Interpolant
 Transformers"), a DiT (Peebles & Xie 2023) on continuous times, as a Diffusers model.
 
-This file travels into the transformer folder of every saved pipeline: it imports only torch and diffusers.
+This file travels into the transformer folder of every saved pipeline: it imports only torch and diffusers, and no
+sibling, which diffusers would not fetch from the Hub.
 """
 
 from dataclasses import dataclass

@@ -5,7 +5,8 @@ It is the bare network F(c_in x, c_noise) inside EDM's preconditioning, which is
 (`prediction_type="edm"`, `timestep_type="log_sigma"`). Tensors are named as in the published checkpoints, so that these
 convert without renaming.
 
-This file travels into the transformer folder of every saved pipeline: it imports only torch and diffusers.
+This file travels into the transformer folder of every saved pipeline: it imports only torch and diffusers, and no
+sibling, which diffusers would not fetch from the Hub.
 """
 
 import math
