@@ -57,9 +57,9 @@ test-slow: .venv/.installed
 	$(BIN)/python -m pip install --disable-pip-version-check -e ".[demo,dev,space,space-test]"
 	touch $@
 
-# The Space on this machine, with the demo's student: http://127.0.0.1:7860
+# The Space on this machine, with the student of the repository: http://127.0.0.1:7860
 space: .venv/.space
-	$(BIN)/python pipelines/space/app.py --student $(RUNS)/digits-student --teacher $(RUNS)/digits-teacher
+	$(BIN)/python pipelines/space/app.py --student models/fashion-mnist-student --teacher models/fashion-mnist-teacher
 
 # In a real headless Chromium: Debian's (apt-get install chromium), or the one named by CHROMIUM.
 space-test: .venv/.space
