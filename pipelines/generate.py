@@ -113,7 +113,8 @@ def main(argv: list[str]) -> None:
                 teacher, labels, settings.images_per_label, settings.seed, settings.batch_size, **again
             )
     except ValueError as error:
-        raise InputError(str(error)) from error
+        also = " The teacher's steps are --teacher_steps." if settings.teacher and settings.num_inference_steps else ""
+        raise InputError(f"{error}{also}") from error
 
     def save(picture: Image.Image, path: Path) -> None:
         with whole_file(path) as file:

@@ -81,7 +81,8 @@ def draw(config: PlotConfig) -> None:
             for name, style in zip(names, STYLES, strict=False):
                 x, y = points(found.get(file, []), name, config.smooth)
                 if y:
-                    axes.plot(x, y, style, color=f"C{number}", label=f"{Path(run).name}: {name}", linewidth=1)
+                    marker = "." if len(y) < 30 else ""  # a single point has no line
+                    axes.plot(x, y, style + marker, color=f"C{number}", label=f"{Path(run).name}: {name}", linewidth=1)
         axes.set_yscale("log" if logarithmic else "linear")
         axes.xaxis.set_major_locator(MaxNLocator(5))
         axes.xaxis.set_major_formatter(EngFormatter())

@@ -106,3 +106,21 @@ def test_data_that_cannot_be_loaded_are_named(tmp_path):
     ):
         with pytest.raises(InputError, match=words):
             load_images(DataConfig(**{**vars(config), **change}))
+
+
+def test_a_struct_of_bytes_is_a_column_of_images(tmp_path):
+    """What `datasets` stores, written by somebody else: without its description of the features."""
+    import pyarrow as pa
+    import pyarrow.parquet as parquet
+
+    def encoded(value):
+        buffer = io.BytesIO()
+        Image.new("L", (8, 8), value).save(buffer, "PNG")
+        return {"bytes": buffer.getvalue(), "path": None}
+
+    kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    table = pa.table({"image": pa.array([encoded(20 * n) for n in range(4)], kind), "label": pa.array([0, 1, 0, 1])})
+    parquet.write_table(table, tmp_path / "a.parquet")
+    data = load_images(DataConfig(name="parquet", data_files=str(tmp_path / "a.parquet"), label_column="label"))
+    assert data.labels == [0, 1, 0, 1]
+    assert torch.equal(data.read(3), torch.full((1, 8, 8), 60, dtype=torch.uint8))

@@ -298,7 +298,7 @@ def test_what_a_stream_cannot_be_is_said_before_it_starts(files, tmp_path):
         (dict(data_files="nowhere-*.parquet"), 1, "Cannot load the data set 'parquet'"),
         (dict(split="test"), 1, "Cannot load the data set 'parquet'.*split='test'"),
         (dict(label_column="image"), 1, "classes are ClassLabel or integers"),
-        (dict(image_column="label"), 1, "The column 'label' holds ClassLabel.*, and no images"),
+        (dict(image_column="label"), 1, "The column 'label' holds ClassLabel.*, which is not read as images"),
     ):
         with pytest.raises(InputError, match=words):
             load_training_data(config(**{"files": files, **changes}) if "data_files" not in changes else config(

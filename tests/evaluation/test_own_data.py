@@ -43,6 +43,15 @@ def test_a_pipeline_that_is_no_run_keeps_the_settings(tmp_path, capsys):
     assert not capsys.readouterr().out
 
 
+def test_a_student_distilled_without_data_is_measured_on_its_teachers(run, tmp_path, capsys):
+    student = tmp_path / "student"
+    student.mkdir()
+    (student / "config.yaml").write_text(f"teacher: {run}\ndata: {{name: digits}}\n")
+    assert parsed(EvaluationConfig, "pipeline", student).data_files == "a.parquet"
+    (student / "config.yaml").write_text(f"teacher: {student}\ndata: {{name: digits}}\n")
+    assert parsed(EvaluationConfig, "pipeline", student).name == "digits"
+
+
 def test_a_damaged_run_is_named(run):
     (run / "config.yaml").write_text("data: {image_size: big}")
     with pytest.raises(InputError, match=r"`data\.image_size` must be a whole number"):

@@ -350,6 +350,21 @@ def test_weights_that_are_missing_in_a_checkpoint_are_a_sentence(teacher_folder,
         distillation(teacher_folder, folder, "--max_steps", 2, *RESUME).train()
 
 
+def test_a_checkpoint_past_the_end_is_not_finished_again(teacher_folder, tmp_path):
+    arguments = [teacher_folder, tmp_path / "run", "--lr_scheduler_type", "constant", "--max_steps"]
+    distillation(*arguments, 2).train()
+    with pytest.raises(InputError, match="is of step 2, past max_steps=1: give a larger max_steps"):
+        distillation(*arguments, 1, *RESUME).train()
+
+
+def test_a_student_that_no_update_reaches_is_said(teacher_folder, tmp_path, capsys):
+    distillation(teacher_folder, tmp_path / "run", "--max_steps", 1, "--generator_start_images", 100).train()
+    assert (
+        "the student is trained from image 100 on (`generator_start_images`), but this run makes 4"
+        in capsys.readouterr().out
+    )
+
+
 def test_a_finished_pipeline_is_not_deleted_because_its_checkpoints_are_gone(teacher_folder, folder):
     shutil.rmtree(folder / "checkpoints")
     with pytest.raises(InputError, match="holds the pipeline of this run but no checkpoint"):

@@ -191,10 +191,14 @@ def find_columns(config: DataConfig, features: dict[str, Any]) -> Columns:
         if column is not None and column not in features:
             raise InputError(f"The data set has no column {column!r}; its columns are {list(features)}.")
     others = {name: feature for name, feature in features.items() if name != reference}
-    image = config.image_column or _only(others, "image", datasets.Image)
+    pictures = {name: feature for name, feature in others.items() if _holds_images(feature)}
+    image = config.image_column or _only(pictures or others, "image", datasets.Image, dict)
     for column in filter(None, (image, reference)):
-        if not isinstance(features[column], datasets.Image) and features[column] != datasets.Value("binary"):
-            raise InputError(f"The column {column!r} holds {features[column]}, and no images.")
+        if not _holds_images(features[column]):
+            raise InputError(
+                f"The column {column!r} holds {features[column]}, which is not read as images: store the encoded files as "
+                "binary, or write the file with `datasets`, whose `Image` column says what it is."
+            )
     if config.label_column == "none":
         return Columns(image, None, [], reference)
     if label is None:
@@ -210,8 +214,19 @@ def find_columns(config: DataConfig, features: dict[str, Any]) -> Columns:
     return Columns(image, label, None, reference)
 
 
-def _only(features: dict[str, Any], kind: str, of: type) -> str:
-    found = [name for name, feature in features.items() if isinstance(feature, of)]
+def _holds_images(feature: Any) -> bool:
+    """Whether a column holds encoded images: `datasets`' own type, bytes, or the struct that this type is stored as."""
+    import datasets
+
+    content = feature.get("bytes") if isinstance(feature, dict) else feature
+    return isinstance(content, datasets.Image) or content == datasets.Value("binary")
+
+
+def _only(features: dict[str, Any], kind: str, *of: type) -> str:
+    """The only column of the first of these types that there is any of."""
+    found: list[str] = []
+    for each in of:
+        found = found or [name for name, feature in features.items() if isinstance(feature, each)]
     if len(found) != 1:
         raise InputError(
             f"{'No' if not found else 'More than one'} {kind} column among {list(features)}: "

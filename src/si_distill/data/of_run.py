@@ -2,7 +2,7 @@
 
 import os
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from ..reading import read_yaml
 from ..settings import given_settings, merge_settings, settings_from_dict
@@ -18,20 +18,18 @@ def with_data_of_run(cls: type[T], argv: list[str], description: str, *folders: 
     Args:
         cls: of the settings; has a section `data`.
         argv, description: of `parse_settings`.
-        folders: settings that may name the run; the first that is given counts.
+        folders: settings that may name the run, the first one that says its data counts. A student that was distilled
+            without data says none: then its teacher's count.
 
     Raises:
         InputError: as `parse_settings`, or when the run's config.yaml is damaged.
     """
     given = given_settings(cls, argv, description)
     settings = settings_from_dict(cls, given)
-    run = next((name for name in (getattr(settings, folder) for folder in folders) if name), "")
-    config = Path(run, CONFIG)
     asked = given.get("data", {})
-    if "name" in asked or not run or not config.is_file():
-        return settings
-    own = read_yaml(config, plain=True).get("data")
-    if not isinstance(own, dict) or settings_from_dict(DataConfig, own, "data.") == DataConfig():
+    runs = [str(name) for name in (getattr(settings, folder) for folder in folders) if name]
+    own = None if "name" in asked else next(filter(None, map(_data_of, runs)), None)
+    if own is None:
         return settings
     settings = settings_from_dict(cls, {**given, "data": merge_settings(own, asked)})
     if int(os.environ.get("RANK", "0")) == 0:
@@ -39,3 +37,15 @@ def with_data_of_run(cls: type[T], argv: list[str], description: str, *folders: 
         whose = f"the run's own {CONFIG}, {settings.data.name!r}{changed}"
         print(f"note: the real images are those of {whose}: --data.name chooses others.")
     return settings
+
+
+def _data_of(run: str, follow: bool = True) -> dict[str, Any] | None:
+    """What a run's config.yaml, or that of its teacher, says of data that are not the default."""
+    config = Path(run, CONFIG)
+    if not config.is_file():
+        return None
+    values = read_yaml(config, plain=True)
+    own, teacher = values.get("data"), values.get("teacher")
+    if isinstance(own, dict) and settings_from_dict(DataConfig, own, "data.") != DataConfig():
+        return own
+    return _data_of(teacher, follow=False) if follow and isinstance(teacher, str) else None

@@ -110,7 +110,8 @@ def check_images(pipeline: Pipeline, data: ImageDataset, role: str) -> None:
     if (channels, size) != (data.channels, data.size):
         raise InputError(
             f"The {role} makes images of {size}×{size} pixels with {channels} channels, but the reference {data.name} has "
-            f"{data.channels} channels of {data.size}×{data.size}: set `data.image_size`."
+            f"{data.channels} channel{'s' if data.channels > 1 else ''} of {data.size}×{data.size}: name your own images "
+            "with `data.name`, or set `data.image_size`."
         )
     classes = pipeline.network.num_classes
     if classes and classes != len(data.class_names):

@@ -315,6 +315,11 @@ class Trainer:
                 raise InputError(
                     f"The checkpoint {found} lacks a part of its state: {error}. Take another one."
                 ) from error
+            if self.step > settings.max_steps:
+                raise InputError(
+                    f"{found} is of step {self.step}, past max_steps={settings.max_steps}: give a larger max_steps, or "
+                    "an earlier checkpoint."
+                )
             self._resumed, self._data_state = True, self.checkpoints.rank_state(found)
             accelerator.print(f"Resumed from {found} at step {self.step}.")
         elif settings.resume_from_checkpoint:

@@ -80,6 +80,12 @@ class DistillationTrainer(Trainer):
         self._place_teacher()
         self._build_losses()
         self.health = HealthMonitor()
+        total, waits = settings.max_steps * self.global_batch_size, settings.generator_start_images
+        if total <= waits:
+            self.accelerator.print(
+                f"warning: the student is trained from image {waits:,} on (`generator_start_images`), but this run makes "
+                f"{total:,}: it will stay as it is. Raise max_steps, or lower it."
+            )
 
     def _build_trained(self, critic: CriticNetwork) -> None:
         """Critic and student with their optimizers, and the student's averages."""

@@ -177,7 +177,10 @@ def _updates(settings: DistillConfig) -> str:
     order = [f"{settings.critic_steps} of the critic", f"{settings.generator_steps} of the student"]
     order = order[::-1] if settings.generator_first else order
     frozen = settings.generator_start_images
-    waits = f"; the student's from {frozen:,} images on" if frozen else ""
+    total = settings.max_steps * settings.per_device_train_batch_size * settings.gradient_accumulation_steps
+    total *= Devices.of_launcher().count
+    never = f", which this run of {total:,} does not reach" if frozen >= total else ""
+    waits = f"; the student is trained from image {frozen:,} on{never}" if frozen else ""
     return f"{', then '.join(order)} in an iteration, {settings.critic_draws} draws{waits}"
 
 
