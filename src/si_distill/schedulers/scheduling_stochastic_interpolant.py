@@ -247,11 +247,13 @@ class StochasticInterpolantScheduler(InterpolantForwardMixin, SchedulerMixin, Co
             )
         if timesteps is None:
             least = 2 if self.diffusion else 1
-            if type(num_inference_steps) is not int or not least <= num_inference_steps <= MOST_STEPS:
+            if type(num_inference_steps) is not int or num_inference_steps < least:
                 raise ValueError(
                     f"`num_inference_steps` must be an integer of at least {least}"
-                    f"{' for an SDE' if self.diffusion else ''}, at most {MOST_STEPS:,}, got {num_inference_steps!r}."
+                    f"{' for an SDE' if self.diffusion else ''}, got {num_inference_steps!r}."
                 )
+            if num_inference_steps > MOST_STEPS:
+                raise ValueError(f"`num_inference_steps` must be at most {MOST_STEPS:,}, got {num_inference_steps:,}.")
             if num_inference_steps > self._max_steps:
                 raise ValueError(
                     f"`num_inference_steps` is {num_inference_steps}, but a network with discrete timesteps knows only "

@@ -84,7 +84,7 @@ def starting_student(settings: DistillConfig, teacher: InterpolantPipeline) -> S
     try:
         scheduler = type(teacher.scheduler).from_config(teacher.scheduler.config, **own)
     except ValueError as error:
-        raise InputError(f"`init_time` is {init_time:g}: {error}") from None
+        raise InputError(f"`init_time` is {init_time}: {error}") from None
     if settings.dropout is not None:
         set_dropout(network, settings.dropout)
     set_forced_normalization(network, settings.forced_weight_normalization)
