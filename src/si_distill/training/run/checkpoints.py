@@ -257,8 +257,9 @@ class Checkpoints:
         if state["step"] != said or said < 0:
             raise InputError(f"{path / STATE} is of step {state['step']} and {MANIFEST} of step {said}. {remedy}")
         try:
-            # Accelerate goes on without random states that it cannot read.
-            load(path / f"{RNG_STATE_NAME}_{self.accelerator.process_index}.pkl", map_location="cpu")
+            random_states = path / f"{RNG_STATE_NAME}_{self.accelerator.process_index}.pkl"
+            if random_states.exists():  # not of a rank that was not there when it was saved
+                load(random_states, map_location="cpu")  # Accelerate goes on without what it cannot read
             self.accelerator.load_state(str(path))
         except _DAMAGED as error:
             raise InputError(f"The checkpoint {path} does not fit this run: {error or type(error).__name__}") from error
