@@ -307,3 +307,13 @@ def test_an_error_does_not_write_to_the_terminal_what_a_name_holds(capsys):
         script_main(fail)
     assert "\x1b" not in (printed := capsys.readouterr().err)
     assert "The name \ufffd]0;owned\ufffd is wrong.\nTake another." in printed
+
+
+def test_an_error_of_one_process_alone_is_said(capsys, monkeypatch):
+    def fail(argv):
+        raise InputError("Its disk is full.")
+
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(SystemExit):
+        script_main(fail)
+    assert "error (process 1): Its disk is full." in capsys.readouterr().err

@@ -7,6 +7,7 @@ import itertools
 import os
 import reprlib
 import sys
+import time
 import types
 import typing
 from collections.abc import Iterator
@@ -168,9 +169,11 @@ def script_main(main: typing.Callable[[list[str]], None]) -> None:
         main(sys.argv[1:])
         return
     except (InputError, TrainingStopped, TrainingInterrupted, PublishError) as error:
-        if int(os.environ.get("RANK", "0")) == 0:
-            kind = "stopped" if isinstance(error, TrainingInterrupted) else "error"
-            print(f"\n{kind}: {_printable(str(error))}", file=sys.stderr, flush=True)
+        rank = int(os.environ.get("RANK", "0"))
+        if rank:
+            time.sleep(3)  # the launcher ends all processes when the first has failed: what all say, that one says
+        kind = "stopped" if isinstance(error, TrainingInterrupted) else "error"
+        print(f"\n{kind}{f' (process {rank})' if rank else ''}: {_printable(str(error))}", file=sys.stderr, flush=True)
         if isinstance(error, TrainingInterrupted):
             raise SystemExit(128 + error.signal_number) from None
         codes = {TrainingStopped: 3, PublishError: 4}

@@ -2,8 +2,10 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
+import sys
 import time
 
 import numpy as np
@@ -70,3 +72,28 @@ def test_a_student_of_several_steps_has_a_row_for_each(teacher_folder, tmp_path)
     for name, row in students.items():
         assert rows[7][name]["Fréchet distance"] == pytest.approx(row["Fréchet distance"], rel=1e-4)
     assert rows[64]["student, 1 step"]["Fréchet distance"] != rows[64]["student, 4 steps"]["Fréchet distance"]
+
+
+IDENTITY = """
+import json, sys
+from si_distill import InterpolantPipeline
+from si_distill.evaluation.samples import PipelineSource
+pipeline = InterpolantPipeline.from_pretrained(sys.argv[1])
+print(json.dumps(PipelineSource(pipeline, pipeline, [0], 0).identity))
+"""
+
+
+def test_processes_agree_on_what_a_row_is(teacher_folder, tmp_path):
+    """A scheduler saved by an earlier release lacks settings, which diffusers lists in an order of its own per process."""
+    folder = shutil.copytree(teacher_folder, tmp_path / "teacher")
+    file = folder / "scheduler/scheduler_config.json"
+    kept = ("_class_name", "_diffusers_version", "interpolant", "prediction_type", "init_time")
+    file.write_text(json.dumps({name: value for name, value in json.loads(file.read_text()).items() if name in kept}))
+    found = set()
+    for seed in ("1", "2", "3"):
+        environ = {**environment(), "PYTHONHASHSEED": seed}
+        done = subprocess.run(
+            [sys.executable, "-c", IDENTITY, folder], env=environ, cwd=ROOT, capture_output=True, text=True, check=True
+        )
+        found.add(done.stdout)
+    assert len(found) == 1

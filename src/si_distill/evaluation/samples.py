@@ -101,7 +101,10 @@ class PipelineSource:
         modules = {k: v for k, v in self.pipeline.components.items() if isinstance(v, torch.nn.Module)}
         return {
             "weights": {name: fingerprints.of_module(module) for name, module in modules.items()},
-            "scheduler": fingerprints.of_values(dict(self.pipeline.scheduler.config)),
+            # Without diffusers' own notes in it, such as a list in the order of a set: other in each process.
+            "scheduler": fingerprints.of_values(
+                {k: v for k, v in self.pipeline.scheduler.config.items() if not k.startswith("_")}
+            ),
             "sampler": self.settings,
             "seed": self.seed,
             "dtype": str(self.pipeline.transformer.dtype),
