@@ -158,7 +158,8 @@ def settings_to_dict(settings: Any) -> dict[str, Any]:
 
 
 def script_main(main: typing.Callable[[list[str]], None]) -> None:
-    """Runs a script's main function; user-facing errors are printed without a traceback, once per run.
+    """Runs a script's main function; user-facing errors are printed without a traceback, by the first process or by one that
+    fails alone.
 
     Exit codes: 0 done, 2 wrong input, 3 training had to stop, 4 not published, 128 + n after signal n.
     """
