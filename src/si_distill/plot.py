@@ -12,7 +12,7 @@ from typing import Any
 
 from .errors import InputError
 from .reading import read_json_lines
-from .settings import at_least, script_main, setting, settings_from_dict
+from .settings import at_least, given_settings, script_main, setting, settings_from_dict
 
 #: Title, logarithmic or not, file, and the values drawn.
 PANELS = (
@@ -97,8 +97,6 @@ def draw(config: PlotConfig) -> None:
 
 
 def main(argv: list[str]) -> None:
-    from .settings import given_settings
-
     words = list(itertools.takewhile(lambda word: not word.startswith("--"), argv))
     given = given_settings(PlotConfig, argv[len(words) :], __doc__)
     config = settings_from_dict(PlotConfig, {**given, **({"runs": words} if words else {})})

@@ -118,13 +118,14 @@ class SelfContainedFolderMixin:
             )
         index = cls.load_config(folder)
         _check_arguments(cls, index, folder / cls.config_name)
+        components = cls._component_names()
         for name, value in index.items():
             pair = (
                 isinstance(value, list)
                 and len(value) == 2
                 and all(isinstance(part, (str, type(None))) for part in value)
             )
-            if name in cls._component_names() and not pair:
+            if name in components and not pair:
                 raise ValueError(
                     f"`{name}` in {cls.config_name} must be the pair [library, class] of a component, got {value!r}. "
                     "Restore the file, or save the pipeline again."
