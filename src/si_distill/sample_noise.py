@@ -30,6 +30,8 @@ STREAMS = (
     "critic_adversarial_real",
     "generator",
     "generator_adversarial",
+    "flow_map",
+    "flow_map_start",
     "dropout",
     "samples",
     "evaluation",

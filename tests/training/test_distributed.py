@@ -39,6 +39,7 @@ FRESH = """
 --objective dmd2 --critic_draws fresh --generator_first true --adversarial.kind head --adversarial.features teacher
 --adversarial.own_noise true --adversarial.real_apart true --adversarial.generator_weight 0.1 --weight_decay 0.1
 --augment_prob 0 --student_steps 1 2 4 --critic_sees_level true
+--flow_map.weight 0.5 --flow_map.starts both --flow_map.batch_share 0.6
 """.split()
 DIT = "--objective cross_term --augment_prob 0 --gradient_checkpointing true".split()
 TEACH = [

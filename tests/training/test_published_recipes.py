@@ -342,7 +342,7 @@ for size, (duration, further) in SIZES.items():
 OWN = {
     f"{folder}/distill" for folder in
     ("digits", "cifar10", "fashion-mnist", "fashion_inpaint", "digits_superres", "imagenet256", "imagenet256_superres")
-} | {"imagenet256/distill_s2"}  # fmt: skip
+} | {"imagenet256/distill_s2", "imagenet256/distill_freeflow_sit_xl2"}  # fmt: skip
 
 
 def processes_of(name: str) -> int:

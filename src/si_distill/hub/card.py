@@ -265,6 +265,8 @@ def _references(facts: ModelFacts) -> list[str]:
     kind = (facts.settings.get("adversarial") or {}).get("kind")
     if facts.is_student and kind == "encoder":
         keys.append("zhou2024sida")
+    if (facts.settings.get("flow_map") or {}).get("weight"):
+        keys.append("tong2025freeflow")
     if facts.settings.get("objective") == "dmd2" or (facts.is_student and kind == "head"):
         keys.append("yin2024dmd2")
     for prefix, key in (("SiT", "ma2024sit"), ("EDM2", "karras2024edm2"), ("EDM", "karras2022edm")):

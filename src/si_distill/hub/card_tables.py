@@ -99,6 +99,9 @@ def objective_rows(facts: ModelFacts) -> list[Row]:
     rows.append(
         ("Adversarial term", "none" if kind == "none" else f"{kind} ({_settings(adversarial, skip=('kind',))})")
     )
+    flow_map = settings.get("flow_map") or {}
+    if flow_map.get("weight"):
+        rows.append(("Flow-map term", _settings(flow_map)))
     if settings.get("student"):
         rows.append(("Started from the student", code(settings["student"])))
     critic, generator = settings.get("critic_steps", 1), settings.get("generator_steps", 1)

@@ -4,14 +4,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ...choices import ADVERSARIAL_COMBINATIONS, ADVERSARIAL_HEADS, ADVERSARIAL_KINDS, TIME_SAMPLERS
+from ...choices import TIME_SAMPLERS
 from ...errors import InputError
 from ...schedulers.interpolant_solvers import STUDENT_STEPPINGS, check_levels
 from ...settings import at_least, positive, setting
 from ..config import TrainingConfig
+from .terms import AdversarialConfig, FlowMapConfig
 
 if TYPE_CHECKING:
-    from ...adversarial import AdversarialTerm
     from ...interpolants import Interpolant
     from ...objectives import DistillationObjective
     from ..times import TimeSampler
@@ -20,64 +20,6 @@ if TYPE_CHECKING:
 CRITIC_STARTS = ("teacher", "random")
 #: What the student makes of its network's prediction (see `Interpolant.one_step`).
 STUDENT_MAPS = ("sample", "negative_velocity")
-
-
-@dataclass
-class AdversarialConfig:
-    """An adversarial term next to the objective, with the factors of its publication (see `si_distill.adversarial`)."""
-
-    kind: str = setting("none", "The term.", ("none", *ADVERSARIAL_KINDS))
-    head: str = setting("mlp", "Network that turns features into logits, for kind=head.", ADVERSARIAL_HEADS)
-    features: str = setting(
-        "critic", "Network whose features the head reads (FastGen: teacher).", ("critic", "teacher")
-    )
-    critic_weight: float = setting(1.0, "Factor of the critic's term (SiDA's λ_D).")
-    generator_weight: float = setting(0.01, "Factor of the generator's term (SiDA's λ_G).")
-    combine: str = setting(
-        "sum",
-        "Whether the generator minimises the sum of its two losses or, as SiDA's code does, their mean.",
-        ADVERSARIAL_COMBINATIONS,
-    )
-    clamp: float | None = setting(None, "The generator's logits are cut to ± this (SiDA: 10).")
-    max_grad_value: float | None = setting(
-        None, "Each value of the critic's gradient is cut to ± this (SiDA on EDM: 1)."
-    )
-    t_min: float | None = setting(None, "Smallest time of this term; with t_max; by default the times of the losses.")
-    t_max: float | None = setting(None, "Largest time of this term.")
-    own_noise: bool = setting(False, "Whether this term draws noise of its own (DMD2: true).")
-    real_apart: bool = setting(
-        False, "Whether real images get times and noise of their own (DMD2, FastGen: true) or those of generated ones."
-    )
-    shared_augmentation: bool = setting(
-        True, "Whether real images are augmented as the generated ones in their place, or apart (SiDA: false)."
-    )
-    start_images: int = setting(0, "Generated images before the term is added to the generator's loss (SiDA: 200,000).")
-
-    def __post_init__(self) -> None:
-        at_least("adversarial.start_images", self.start_images, 0)
-        if (self.t_min is None) != (self.t_max is None):
-            raise InputError("Set both `adversarial.t_min` and `adversarial.t_max`, or neither.")
-        if self.t_min is not None and not 0 <= self.t_min < self.t_max <= 1:
-            raise InputError(f"Adversarial times need 0 <= t_min < t_max <= 1, got [{self.t_min}, {self.t_max}].")
-        if self.max_grad_value is not None:
-            positive("adversarial.max_grad_value", self.max_grad_value)
-        if self.features == "teacher" and self.kind != "head":
-            raise InputError(
-                f"`adversarial.features` is teacher, but `adversarial.kind` is {self.kind!r}: the teacher is frozen, so its "
-                "features need a head to be trained. Set kind to head, or features to critic."
-            )
-        self.build()
-
-    def build(self) -> "AdversarialTerm | None":
-        """The term, or None."""
-        if self.kind == "none":
-            return None
-        from ...adversarial import AdversarialTerm
-
-        try:
-            return AdversarialTerm(self.kind, self.critic_weight, self.generator_weight, self.combine, self.clamp)
-        except ValueError as error:
-            raise InputError(str(error)) from None
 
 
 @dataclass
@@ -104,6 +46,7 @@ class DistillConfig(TrainingConfig):
     )
     loss_scale: float = setting(1.0, "Factor of the student's objective (SiD: 50, for its loss is half of ours × 100).")
     adversarial: AdversarialConfig = field(default_factory=AdversarialConfig)
+    flow_map: FlowMapConfig = field(default_factory=FlowMapConfig)
     label_sampling: str | None = setting(
         None,
         "Distribution of the generated classes; by default that of the real images where a recipe reads them, else uniform.",

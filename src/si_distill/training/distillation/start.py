@@ -23,6 +23,7 @@ from ...schedulers.scheduling_stochastic_interpolant import StochasticInterpolan
 from ..run.checkpoints import whole_checkpoints
 from ..run.folder import CHECKPOINTS
 from .config import CRITIC_STARTS, DistillConfig
+from .flow_map import TIME_FEATURES, check_step, tells_second_time, told_second_time
 from .levels import Levels
 from .references import noise_channels
 
@@ -62,7 +63,7 @@ def starting_student(settings: DistillConfig, teacher: InterpolantPipeline) -> S
     """
     negated = settings.student_map == "negative_velocity"
     network, own = (_negated_student if negated else _plain_student)(settings, teacher)
-    network = _positioned(settings, network)
+    network = told_second_time(_positioned(settings, network), teacher, settings)
     interpolant, init_time = teacher.scheduler.interpolant, own["init_time"]
     prediction_type = own.get("prediction_type", teacher.scheduler.config.prediction_type)
     if init_time != 1 and not interpolant.gaussian_reference:
@@ -72,6 +73,7 @@ def starting_student(settings: DistillConfig, teacher: InterpolantPipeline) -> S
             f"`init_time` is {init_time}, where the teacher's {prediction_type} prediction says nothing about the "
             "sample (α = 0): leave it out, or set it below 1."
         )
+    check_step(settings, init_time)
     few = settings.student_steps != [1]
     if few and not interpolant.gaussian_reference:
         raise InputError(
@@ -182,9 +184,12 @@ def _with_noise(network: nn.Module, channels: int) -> nn.Module:
 
 def _difference(student: OneStepInterpolantPipeline, teacher: InterpolantPipeline, channels: int) -> str | None:
     """Why a finished student with this many noise channels does not fit this teacher, or None."""
+    fitting = _with_noise(teacher.transformer, channels)
+    if tells_second_time(student.network, teacher.network):
+        fitting = extend_network(fitting, augment_dim=teacher.network.augment_dim + TIME_FEATURES)
     found, wanted = (
         {name: tuple(value.shape) for name, value in network.state_dict().items()}
-        for network in (student.transformer, _with_noise(teacher.transformer, channels))
+        for network in (student.transformer, fitting)
     )
     for name in wanted | found:
         if wanted.get(name) != found.get(name):

@@ -21,6 +21,7 @@ from ..run.facts import describe_data, describe_network, describe_teacher
 from ..trained_network import OptimizerSettings, TrainedNetwork
 from ..trainer import Trainer
 from .config import DistillConfig
+from .flow_map import FlowMap
 from .health import HealthMonitor
 from .images import check_enough_images, class_shares, load_fitting_images
 from .levels import Level
@@ -79,6 +80,7 @@ class DistillationTrainer(Trainer):
         self._build_trained(plan.critic)
         self._place_teacher()
         self._build_losses()
+        self.flow_map = self._build_flow_map() if settings.flow_map.weight else None
         self.health = HealthMonitor()
         total, waits = settings.max_steps * self.global_batch_size, settings.generator_start_images
         if total <= waits:
@@ -134,6 +136,12 @@ class DistillationTrainer(Trainer):
             generator_sum=settings.loss_reduction == "sum",
             scale=settings.loss_scale,
         )
+
+    def _build_flow_map(self) -> FlowMap:
+        term, view = self.settings.flow_map, self.teacher_pipeline.network
+        guidance = Guidance(self.settings.guidance_scale, (term.guidance_t_min, term.guidance_t_max))
+        teacher = Field(view, self.teacher_pipeline.scheduler, self.null, guidance)
+        return FlowMap(self.settings, teacher, self.start.init_time, view.augment_dim)
 
     def _field(self, network: Network, guidance_scale: float = 1.0) -> Field:
         """The teacher's field, or a critic's."""
@@ -234,9 +242,14 @@ class DistillationTrainer(Trainer):
                     field = self._critic_field(critic, batch.level, settings.critic_guidance_scale)
                     with self.generator.forward_context(m):
                         samples = graphs[m] if j == 0 and graphs else self._trained_samples(batch, j)
+                        if self.flow_map is not None:
+                            samples.retain_grad()
                         terms = self._generator_loss(field, batch, samples, j)
                         self.generator.backward(terms.total)
-                    _add(metrics, terms.logged(), settings.generator_steps * len(batches))
+                        logged = terms.logged()
+                        if self.flow_map is not None:
+                            logged["flow_map_residual"] = self._follow_teacher(batch, samples.grad, j)
+                    _add(metrics, logged, settings.generator_steps * len(batches))
             norm, applied = self.generator.update()
             _add(metrics, {"generator_grad_norm": norm}, settings.generator_steps)
             finite &= applied
@@ -350,6 +363,24 @@ class DistillationTrainer(Trainer):
         judged = self.adversarial is not None and self.images_seen >= self.settings.adversarial.start_images
         draw = self._draw(batch, "generator", update)
         return self.game_losses.generator_loss(critic, self._generated(batch, samples), draw, judged)
+
+    def _follow_teacher(self, batch: MicroBatch, of_objective: torch.Tensor, update: int) -> torch.Tensor:
+        """Adds the gradient of the flow-map term, and gives its mean squared residual, shape ().
+
+        It is scaled to the size of the objective's at the images, (B, …), summed over the images of all processes.
+        """
+        paths = self.flow_map.paths(self.noise, self.sample_shape, batch.indices, self.step, update)
+        condition = Condition(batch.labels, image=self.references.start(batch.data))[paths.rows]
+        student = self._student_field(self.generator.module)
+        with self.accelerator.autocast():
+            x_t = self.flow_map.starts(student, paths, condition)
+            x0, gradient, residual = self.flow_map.gradient(student, x_t, paths.t, paths.s, condition)
+        sizes = torch.stack([each.flatten(1).norm(dim=1).sum() for each in (of_objective, gradient)])
+        wanted, own = self.accelerator.reduce(sizes, "sum")
+        scale = self.settings.flow_map.weight * wanted / own.clamp(min=torch.finfo(own.dtype).tiny)
+        self.accelerator.backward((x0 * scale * gradient).sum())
+        # A rank may have one image more than another: over the expected number the ranks' mean is that of all images.
+        return residual.square().flatten(1).mean(1).sum() / (len(of_objective) * self.settings.flow_map.ratio)
 
     # What comes out.
 

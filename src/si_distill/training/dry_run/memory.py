@@ -17,6 +17,7 @@ import json
 import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from math import ceil
 
 import torch
 import torch.nn.functional as F
@@ -188,12 +189,13 @@ def distillation_activations(
     settings: DistillConfig,
     sharded: bool = False,
 ) -> int:
-    """Bytes at the larger of the two peaks of one iteration.
+    """Bytes at the largest of the peaks of one iteration.
 
     * the critic's update: its graph of generated and, if used, real samples (and those with times or noise of the
       adversarial term), while the student's graph waits for its own update, if one forward serves both;
     * the student's update: its graph and, unless the objective detaches them, those of the frozen teacher and critic;
-      guidance doubles their batch.
+      guidance doubles their batch;
+    * the flow-map term after it: the student's graph of the term's own images.
 
     Args:
         network: the teacher's; critic and student are copies of it. A `head` is too small to count.
@@ -223,10 +225,15 @@ def distillation_activations(
     if objective.needs_field_gradient or (adversarial and not on_teacher):
         guided = 1 + (settings.critic_guidance_scale != 1)
         in_generator_update.append(graph(batch * (1 + (own and not on_teacher)) * guided, frozen=True))
+    in_flow_map = []
+    if settings.flow_map.weight:
+        guided = 1 + (settings.student_guidance_scale != 1)
+        in_flow_map = [graph(ceil(batch * settings.flow_map.ratio) * guided)]
     # Every graph waits with what it keeps; one block at a time is run again.
     return max(
         sum(kept for kept, _ in graphs) + max(again for _, again in graphs)
-        for graphs in (in_critic_update, in_generator_update)
+        for graphs in (in_critic_update, in_generator_update, in_flow_map)
+        if graphs
     )
 
 

@@ -139,6 +139,7 @@ def _distillation(settings: DistillConfig) -> Lines:
         "objective": f"{objective.name}, critic {objective.critic}, generator {objective.generator}, {objective.space} "
         f"space, weight {objective.weight}, critic's weight {objective.critic_weight}",
         **_losses(settings),
+        **_flow_map(settings, plan.student),
         **_batch(settings),
         "updates": _updates(settings),
         "student's": _optimizer({name: getattr(settings, name) for name in settings.of_critic()}, student),
@@ -170,6 +171,18 @@ def _losses(settings: DistillConfig) -> Lines:
         f"({term.combine}), {times}, {'own' if term.own_noise else 'shared'} noise, real images "
         f"{'apart' if term.real_apart else 'alike'}{''.join(f', cut {cut}' for cut in cuts)}, from {term.start_images:,} "
         "images on"
+    }
+
+
+def _flow_map(settings: DistillConfig, student: StartingStudent) -> Lines:
+    term = settings.flow_map
+    if not term.weight:
+        return {}
+    start = f"t = {student.init_time:.4g}" + (" and noised images of the student" if term.starts == "both" else "")
+    return {
+        "flow map": f"× {term.weight:g} of the objective's gradient, {term.ratio:.4g} images for each of its own, from "
+        f"{start}, residuals / (mean square)^{term.decay:g}, step {term.step_size:g}, teacher guided in "
+        f"t = [{term.guidance_t_min:g}, {term.guidance_t_max:g}]"
     }
 
 
