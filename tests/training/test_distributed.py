@@ -202,7 +202,9 @@ def test_two_processes_train_save_and_measure_as_one_does(played, alone, kind):
 
 
 def test_fresh_draws_and_a_head_on_the_teacher_are_those_of_one_process(played, teacher_folder, tmp_path):
-    halves = "--per_device_train_batch_size 4 --gradient_accumulation_steps 2".split()  # each balances the flow-map term
+    halves = (
+        "--per_device_train_batch_size 4 --gradient_accumulation_steps 2".split()
+    )  # each balances the flow-map term
     expected = one_process(tmp_path / "run", teacher_folder, *FRESH, *SHORT, *halves)
     for kind in ("ddp", "fsdp"):
         assert_same_trajectory(played / f"fresh-{kind}", expected, (*LOSSES, "flow_map_residual"))

@@ -55,7 +55,7 @@ class Recorder:
         self.teacher = copy.deepcopy(trainer.teacher_pipeline.transformer)
         self.starts = [copy.deepcopy(network) for network in (self.critic, self.student, self.average)]
         self._keep("_micro_batch", self.batches)
-        self._keep("_draw", self.draws)
+        self._keep("_loss_draw", self.draws)
         self._keep("augmentation", self.augmentations)
         read = trainer.next_batch
 

@@ -1,7 +1,7 @@
 """The game of three networks: a frozen teacher, a critic that follows the student, and a student of one or a few steps."""
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -9,7 +9,6 @@ from PIL import Image
 from torch import nn
 
 from ...critic import CriticNetwork, FeatureNetwork
-from ...data.batches import Batch
 from ...loading import load_pipeline
 from ...pipelines import Condition, Field, Guidance, InterpolantPipeline, OneStepInterpolantPipeline, view_network
 from ...pipelines.interpolant_field import Network
@@ -21,6 +20,7 @@ from ..run.facts import describe_data, describe_network, describe_teacher
 from ..trained_network import OptimizerSettings, TrainedNetwork
 from ..trainer import Trainer
 from .config import DistillConfig
+from .draws import MicroBatch, draw_for_loss
 from .flow_map import FlowMap
 from .health import HealthMonitor
 from .images import check_enough_images, class_shares, load_fitting_images
@@ -30,27 +30,6 @@ from .plan import plan_distillation
 
 #: Images in a row of a sample grid.
 GRID_COLUMNS = 10
-
-
-@dataclass
-class MicroBatch:
-    """What generated images are made from, and the real images next to them.
-
-    Args:
-        noise: (B, …) what the student starts from or sees, or None for a deterministic map.
-        labels: (B,) classes of the generated images.
-        data: `images`, `labels` and `reference` as the recipe needs them; empty when it needs none.
-        indices: places in the global batch.
-        level: the student's step whose image it is.
-        key: counters of this draw, of the noise on the way to the level.
-    """
-
-    noise: torch.Tensor | None
-    labels: torch.Tensor
-    data: Batch
-    indices: range
-    level: Level = Level()
-    key: tuple[int, ...] = ()
 
 
 class DistillationTrainer(Trainer):
@@ -313,25 +292,8 @@ class DistillationTrainer(Trainer):
                 *self.levels.state(field, x1, batch.level, condition, self.noise, batch.key, batch.indices), condition
             )
 
-    def _draw(self, batch: MicroBatch, stream: str, update: int) -> Draw:
-        """Times and noise of one update's loss: for `critic` or `generator`."""
-        counters, indices, term = (self.step, update), batch.indices, self.settings.adversarial
-        times = self.plan.critic_times if stream == "critic" else self.plan.generator_times
-        own_times = self.plan.adversarial_times
-        u, noise = self.noise.uniform_and_normal(self.sample_shape, stream, *counters, indices=indices)
-        draw = Draw(times(u), noise)
-        own = f"{stream}_adversarial"
-        if term.own_noise:
-            u, noise = self.noise.uniform_and_normal(self.sample_shape, own, *counters, indices=indices)
-            draw.adversarial = Draw(draw.t if own_times is None else own_times(u), noise)
-        elif own_times is not None:
-            draw.adversarial = Draw(own_times(self.noise.uniform(own, *counters, indices=indices)), noise)
-        if term.real_apart and stream == "critic":
-            u, noise = self.noise.uniform_and_normal(
-                self.sample_shape, "critic_adversarial_real", *counters, indices=indices
-            )
-            draw.adversarial_real = Draw((own_times or times)(u), noise)
-        return draw
+    def _loss_draw(self, batch: MicroBatch, loss: str, update: int) -> Draw:
+        return draw_for_loss(self.plan, self.settings.adversarial, self.noise, loss, (self.step, update), batch.indices)
 
     def _generated(self, batch: MicroBatch, samples: torch.Tensor) -> Images:
         """The samples with the other end of a bridge's path."""
@@ -342,7 +304,7 @@ class DistillationTrainer(Trainer):
         return Condition(labels, image=batch.data["reference"] if self.references.seen else None)
 
     def _critic_loss(self, batch: MicroBatch, samples: torch.Tensor, update: int) -> CriticTerms:
-        draw, data = self._draw(batch, "critic", update), batch.data
+        draw, data = self._loss_draw(batch, "critic", update), batch.data
         fake = self._generated(batch, samples)
         x1 = data["reference"] if self.references.bridge else None
         real = Images(data.get("images"), self._told(batch, data.get("labels")), x1)
@@ -361,7 +323,7 @@ class DistillationTrainer(Trainer):
 
     def _generator_loss(self, critic: Field, batch: MicroBatch, samples: torch.Tensor, update: int) -> GeneratorTerms:
         judged = self.adversarial is not None and self.images_seen >= self.settings.adversarial.start_images
-        draw = self._draw(batch, "generator", update)
+        draw = self._loss_draw(batch, "generator", update)
         return self.game_losses.generator_loss(critic, self._generated(batch, samples), draw, judged)
 
     def _follow_teacher(self, batch: MicroBatch, of_objective: torch.Tensor, update: int) -> torch.Tensor:
