@@ -320,3 +320,34 @@ def test_superres_compares_every_method_on_inputs_that_no_training_saw(tmp_path)
     assert (tmp_path / "digits_superres.png").exists()
     config = (tmp_path / "runs" / "seed1" / "student" / "config.yaml").read_text()
     assert "train[:1297]" in config
+
+
+def test_paired_differences(tmp_path):
+    """Against the numbers by hand: differences −1, 0 and −2 from the best of each teacher's rows."""
+
+    def evaluation(name, student, teachers, **changed):
+        rows = [("student, 1 step", "student", student), *((f"teacher, {n}", "teacher", n) for n in teachers)]
+        rows = [
+            {"generator": label, "made": {"kind": kind}, "Fréchet distance": value, "label accuracy": 0.9}
+            for label, kind, value in rows
+        ]
+        values = dict(evaluator="e", features={}, num_samples=9, reference={"probe": "p"}, distance="Fréchet distance")
+        (tmp_path / name).write_text(json.dumps({**values, "rows": rows, **changed}))
+        return tmp_path / name
+
+    files = [evaluation("a", 2.0, [5.0, 3.0]), evaluation("b", 4.0, [4.0]), evaluation("c", 1.0, [3.0, 8.0])]
+    printed = run("paired_differences.py", *files).stdout
+    row = next(line for line in printed.splitlines() if line.startswith("| student"))
+    cells = [cell.strip() for cell in row.strip("|").split("|")]
+    assert cells[1:4] == ["3", "2.000 4.000 1.000", "3.000 4.000 3.000"]
+    assert cells[4:] == ["-1.000 [-3.484, +1.484]", "2", "+0.000 [+0.000, +0.000]"]  # 1 ± 4.303 · 1/√3
+    assert "teacher, 3.0; teacher, 4.0" in printed
+    for wrong, words in (
+        (evaluation("d", 1.0, []), "has no row of a teacher"),
+        (evaluation("e", 1.0, [2.0], num_samples=8), "was measured in another way"),
+        (tmp_path / "missing", "is not an evaluation"),
+    ):
+        done = run("paired_differences.py", files[0], wrong, check=False)
+        assert done.returncode == 2
+        assert words in done.stderr
+        assert "Traceback" not in done.stderr
