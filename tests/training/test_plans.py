@@ -65,6 +65,7 @@ REFUSALS = [
     ("linear", ["--flow_map.weight", 1, "--student_map", "negative_velocity"], "is a map from one time alone"),
     ("linear", ["--flow_map.weight", 1, "--dropout", 0.1], "one of two masks"),
     ("linear", ["--flow_map.weight", 1, "--flow_map.batch_share", 0.1], "that is less than one"),
+    ("linear", ["--flow_map.weight", 1, "--mixed_precision", "bf16"], "in bfloat16 the difference"),
     ("linear", ["--flow_map.weight", 1, "--flow_map.step_size", 0.5], "does not fit twice between `t_min` 0.02"),
     ("pairs", [], "distillation needs them whatever the objective"),
     ("pairs", OTHERS, "the data are unpaired"),

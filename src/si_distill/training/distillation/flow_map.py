@@ -36,6 +36,8 @@ FREQUENCIES = (0.5 * pi, pi, 2 * pi, 4 * pi)
 TIME_FEATURES = 2 * len(FREQUENCIES)
 #: c in the weight: residuals below its root count by their size alone.
 RESIDUAL_FLOOR = 1e-3
+#: Smallest step of the difference in bfloat16: at 0.005 its rounding exceeds R itself (benchmarks/flow_map_step.py).
+BFLOAT16_STEP = 0.04
 
 
 def time_features(s: torch.Tensor) -> torch.Tensor:
@@ -199,6 +201,11 @@ def told_second_time(network: nn.Module, teacher: InterpolantPipeline, settings:
         raise InputError(
             f"`flow_map.batch_share` is {term.batch_share:g}: next to {settings.per_device_train_batch_size} images per "
             "device that is less than one. Raise it, or `per_device_train_batch_size`."
+        )
+    if settings.mixed_precision == "bf16" and term.step_size < BFLOAT16_STEP:
+        raise InputError(
+            f"`flow_map.step_size` is {term.step_size:g}: in bfloat16 the difference of two forwards so close to each other "
+            f"is rounding. Set it to {BFLOAT16_STEP:g} or more, or `mixed_precision` to no."
         )
     if tells_second_time(view_network(network), teacher.network):
         return network
