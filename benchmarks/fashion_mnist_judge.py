@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Trains the judge of generated Fashion-MNIST images: a small classifier, whose penultimate features give distances.
+r"""Trains the judge of generated Fashion-MNIST images: a small classifier, whose penultimate features give distances.
 
     python benchmarks/fashion_mnist_judge.py --data path/to/fashion-mnist --output runs/judge
 

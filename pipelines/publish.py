@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Publishes a student or a teacher on the Hugging Face Hub, and a Space that shows a student.
+r"""Publishes a student or a teacher on the Hugging Face Hub, and a Space that shows a student.
 
     python pipelines/publish.py --pipeline runs/digits-student --repo-id user/digits-student --dry-run
     python pipelines/publish.py --pipeline runs/digits-student --repo-id user/digits-student --private --variant bf16

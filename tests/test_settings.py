@@ -1,5 +1,8 @@
 """Settings: what is read, what is refused, and whether the text helps."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -138,6 +141,7 @@ def test_settings_survive_a_round_trip_through_yaml():
     ("cls", "argv", "words"),
     [
         (DistillConfig, [*DISTILL, "--critic_step", "5"], ["critic_step`", "Did you mean `critic_steps`"]),
+        (DistillConfig, [*DISTILL, "--batch_size", "8"], ["Did you mean `per_device_train_batch_size`?"]),
         (DistillConfig, [*DISTILL, "--data.nam", "x"], ["data.nam", "Did you mean `data.name`"]),
         (DistillConfig, [*DISTILL, "--critic_steps", "0"], ["critic_steps", "at least 1", "got 0"]),
         (DistillConfig, [*DISTILL, "--generator_steps", "0"], ["generator_steps", "at least 1"]),
@@ -307,6 +311,22 @@ def test_an_error_does_not_write_to_the_terminal_what_a_name_holds(capsys):
         script_main(fail)
     assert "\x1b" not in (printed := capsys.readouterr().err)
     assert "The name \ufffd]0;owned\ufffd is wrong.\nTake another." in printed
+
+
+@pytest.mark.parametrize("script", ["training/train_distill.py", "training/evaluate.py", "pipelines/publish.py"])
+def test_help_whose_reader_has_gone_says_nothing_more(script):
+    read, write = os.pipe()
+    os.close(read)
+    found = subprocess.run([sys.executable, script, "--help"], cwd=ROOT, stdout=write, stderr=subprocess.PIPE)
+    os.close(write)
+    assert (found.returncode, found.stderr) == (0, b"")
+
+
+@pytest.mark.parametrize("script", sorted((ROOT / "training").glob("*.py")), ids=lambda path: path.stem)
+def test_examples_in_the_help_keep_their_lines(script):
+    found = subprocess.run([sys.executable, script, "--help"], capture_output=True, text=True, check=True)
+    written = script.read_text(encoding="utf-8").split('"""')[1]
+    assert written in found.stdout
 
 
 def test_an_error_of_one_process_alone_is_said(capsys, monkeypatch):

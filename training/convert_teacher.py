@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Turns a published checkpoint into a pipeline folder that trains, samples, distils and evaluates like our own.
+r"""Turns a published checkpoint into a pipeline folder that trains, samples, distils and evaluates like our own.
 
     python training/convert_teacher.py --source SiT-XL-2-256.pt --out runs/sit-xl-2 \
         --vae stabilityai/sd-vae-ft-ema --id2label imagenet

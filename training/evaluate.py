@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Compares students, teachers or finished images with real ones; prints a table and writes it, JSON and pictures.
+r"""Compares students, teachers or finished images with real ones; prints a table and writes it, JSON and pictures.
 
     accelerate launch training/evaluate.py --pipeline runs/digits-student --teacher runs/digits-teacher
     accelerate launch training/evaluate.py --pipeline runs/cifar10-student --config configs/cifar10/evaluation.yaml \

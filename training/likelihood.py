@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Bits per dimension of real images under a teacher, by the probability-flow ODE; prints the result and writes it as JSON.
+r"""Bits per dimension of real images under a teacher, by the probability-flow ODE; prints the result and writes it as JSON.
 
     python training/likelihood.py --teacher runs/digits-teacher
     python training/likelihood.py --teacher runs/cifar10-teacher --data.name parquet --data.data_files 'test-*.parquet' \

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Encodes a data set once with a VAE; the folder is then a data set for teachers and students on latents.
+r"""Encodes a data set once with a VAE; the folder is then a data set for teachers and students on latents.
 
     accelerate launch training/precompute_latents.py --config configs/imagenet256/latents.yaml
     accelerate launch training/train_distill.py --config configs/imagenet256/distill.yaml \

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Distils a teacher into a one-step student and leaves it as a OneStepInterpolantPipeline folder.
+r"""Distils a teacher into a one-step student and leaves it as a OneStepInterpolantPipeline folder.
 
     accelerate launch training/train_distill.py --config configs/digits/distill.yaml --teacher runs/digits-teacher
     accelerate launch training/train_distill.py --config configs/digits/distill.yaml --teacher runs/digits-teacher \

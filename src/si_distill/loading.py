@@ -22,13 +22,35 @@ def load_pipeline(cls: type[Pipeline], role: str, name: str, **kwargs: Any) -> P
     Raises:
         InputError: when it cannot be loaded; the text says why.
     """
+    _check_place(role, name)
     own = {kind.__name__ for kind in (InterpolantPipeline, OneStepInterpolantPipeline)}
     if cls is InterpolantPipeline and not kwargs and saved_class(name) not in {*own, None}:
         return convert_diffusers(name)
     try:
         return cls.from_pretrained(name, **kwargs)
     except (OSError, ValueError) as error:
-        raise InputError(f"Cannot load the {role} {name!r}: {error}") from error
+        reason = str(error) if Path(name).is_dir() else _reason_of_hub(error)
+        raise InputError(f"Cannot load the {role} {name!r}: {reason}") from error
+
+
+def _check_place(role: str, name: str) -> None:
+    """Refuses `runs/typo` where there is a folder `runs` at once: the Hub would be asked for it five times and more."""
+    path = Path(name)
+    if not path.exists() and path.parent != Path() and path.parent.is_dir():
+        raise InputError(
+            f"Cannot load the {role} {name!r}: there is no such folder. (As {path.parent}/ is a folder here, the Hub is not "
+            "asked for it.)"
+        )
+
+
+def _reason_of_hub(error: BaseException) -> str:
+    """In one sentence why something that is no folder could not be had from the Hub."""
+    root = error
+    while found := root.__cause__ or root.__context__:
+        root = found
+    if root is error:
+        return str(error)
+    return f"there is no such folder, and it cannot be had from the Hub: {str(root).strip().splitlines()[0]}"
 
 
 def check_folder(cls: type[Pipeline], role: str, name: str) -> None:

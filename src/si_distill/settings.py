@@ -10,7 +10,7 @@ import sys
 import time
 import types
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -65,7 +65,7 @@ def parse_settings(cls: type[T], argv: list[str], description: str = "") -> T:
 def given_settings(cls: type, argv: list[str], description: str = "") -> dict[str, Any]:
     """The nested values that files and command line give, before they are checked (see `parse_settings`)."""
     if "-h" in argv or "--help" in argv:
-        print(f"{description}\n\nSettings, in a YAML file (--config FILE) or as --key value:\n{_help(cls)}")
+        _print_help(f"{description}\n\nSettings, in a YAML file (--config FILE) or as --key value:\n{_help(cls)}")
         raise SystemExit(0)
     values: dict[str, Any] = {}
     overrides = [(key, _value_of(cls, key, words)) for key, words in _split_arguments(argv)]
@@ -116,8 +116,8 @@ def settings_from_dict(cls: type[T], values: dict[str, Any], prefix: str = "") -
     hints = typing.get_type_hints(cls)
     for key in values:
         if key not in fields:
-            near = difflib.get_close_matches(str(key), fields, n=1)
-            hint = f" Did you mean `{prefix}{near[0]}`?" if near else f" Known settings: {', '.join(fields)}."
+            near = " or ".join(f"`{prefix}{name}`" for name in _similar(str(key), fields))
+            hint = f" Did you mean {near}?" if near else f" Known settings: {', '.join(fields)}."
             raise InputError(f"Unknown setting `{prefix}{key}`.{hint}")
     built = {}
     for key, value in values.items():
@@ -132,6 +132,12 @@ def settings_from_dict(cls: type[T], values: dict[str, Any], prefix: str = "") -
         if choices and built[key] is not None and built[key] not in choices:
             raise InputError(f"`{name}` is {value!r}; choose one of: {', '.join(choices)}.")
     return cls(**built)
+
+
+def _similar(key: str, names: Iterable[str]) -> list[str]:
+    """The names that a mistyped or shortened one may stand for: `batch_size` is part of `per_device_train_batch_size`."""
+    longer = sorted((name for name in names if f"_{key}_" in f"_{name}_"), key=len)[:3]
+    return difflib.get_close_matches(key, names, n=1) or longer
 
 
 #: Most of what a process holds at once (samples of a batch, threads), and the largest seed of NumPy's generator.
@@ -320,6 +326,15 @@ def _check_finite(name: str, value: Any) -> None:
     largest = 2**63 - 1 if isinstance(value, int) else LARGEST_FLOAT32
     if isinstance(value, (int, float)) and not abs(value) <= largest:
         raise InputError(f"`{name}` must be a finite number of at most {largest:.3g}, got {reprlib.repr(value)}.")
+
+
+def _print_help(text: str) -> None:
+    try:
+        print(text, flush=True)
+    except (
+        BrokenPipeError
+    ):  # `--help | head` has read enough; what is left in the buffer must not fail again at the exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _help(cls: type, prefix: str = "") -> str:

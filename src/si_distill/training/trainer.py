@@ -284,7 +284,7 @@ class Trainer:
         if last or self.step % settings.logging_steps == 0:
             to_go = (settings.max_steps - self.step) * self.global_batch_size
             shown = {name: f"{value:.4g}" for name, value in self._log().items()}
-            bar.set_postfix({**shown, "images to go": tqdm.format_sizeof(to_go)}, refresh=False)
+            bar.set_postfix({**shown, "images to go": f"{to_go:,}"}, refresh=False)
         if last or self.step % settings.eval_steps == 0:
             self.outputs.samples(self.step)
         if self.outputs.best and (last or self.step % settings.eval_metric_steps == 0):
