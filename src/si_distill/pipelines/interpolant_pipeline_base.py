@@ -64,6 +64,10 @@ class InterpolantPipelineBase(LabelsMixin, DiffusionPipeline):
     model_cpu_offload_seq = "transformer->vae"
     _optional_components = ["vae"]
     _callback_tensor_inputs = ["latents"]
+    # Of the present call, or the last one. Their names are diffusers': callbacks set the first and the last.
+    _guidance_scale = 1.0
+    _num_timesteps: int | None = None
+    _interrupt = False
 
     def __init__(
         self,
@@ -90,6 +94,26 @@ class InterpolantPipelineBase(LabelsMixin, DiffusionPipeline):
     def network(self) -> NetworkView:
         """What the `transformer`, of whatever class, takes and gives."""
         return view_network(self.transformer)
+
+    @property
+    def guidance_scale(self) -> float:
+        """w of the present call; a callback may set `_guidance_scale` for the steps after its own."""
+        return self._guidance_scale
+
+    @property
+    def do_classifier_free_guidance(self) -> bool:
+        """Whether each evaluation of the present call has a row with the class and one without."""
+        return self.guidance_scale != 1
+
+    @property
+    def num_timesteps(self) -> int | None:
+        """How often the present call evaluates the network; None before the first call, and of `"dopri5"`."""
+        return self._num_timesteps
+
+    @property
+    def interrupt(self) -> bool:
+        """Whether the steps that are left are skipped; a callback, or another thread, sets `_interrupt`."""
+        return self._interrupt
 
     @property
     def is_bridge(self) -> bool:

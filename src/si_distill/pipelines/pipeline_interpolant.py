@@ -6,6 +6,7 @@ what diffusers requires.
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -95,7 +96,8 @@ class InterpolantPipeline(SelfContainedFolderMixin, InterpolantPipelineBase):
                 the sampler's result before decoding.
             return_dict (`bool`): whether to return an `InterpolantPipelineOutput` or a tuple.
             callback_on_step_end (`Callable`, *optional*): called as `callback(pipeline, step, timestep, tensors)` after
-                each evaluation; may return `{"latents": …}` to change them.
+                each evaluation; may return `{"latents": …}` to change them, and set `pipeline._guidance_scale` of the
+                evaluations that follow, or `pipeline._interrupt` to skip them.
             callback_on_step_end_tensor_inputs (`list[str]`): the tensors that it sees; `"latents"` is the one there is.
 
         Examples:
@@ -149,6 +151,8 @@ class InterpolantPipeline(SelfContainedFolderMixin, InterpolantPipelineBase):
 
         # 4. Solve
         field = self.field(scheduler, guidance)
+        self._guidance_scale, self._interrupt = guidance_scale, False
+        self._num_timesteps = None if adaptive else len(scheduler.timesteps)
         if adaptive:
             config = scheduler.config
             flow = ProbabilityFlow(field, condition, config.init_time)
@@ -157,6 +161,8 @@ class InterpolantPipeline(SelfContainedFolderMixin, InterpolantPipelineBase):
         else:
             with self.progress_bar(total=len(scheduler.timesteps)) as progress_bar:
                 for step, timestep in enumerate(scheduler.timesteps):
+                    if self.interrupt:
+                        break
                     prediction = field.predict(latents, timestep, condition)
                     latents = scheduler.step(
                         prediction, timestep, latents, generator=generator, return_dict=False, **told
@@ -164,6 +170,8 @@ class InterpolantPipeline(SelfContainedFolderMixin, InterpolantPipelineBase):
                     latents = self.apply_callback(
                         callback_on_step_end, step, timestep, latents, callback_on_step_end_tensor_inputs
                     )
+                    if callback_on_step_end is not None:  # calls without one can share the pipeline
+                        field.guidance = replace(guidance, scale=self.guidance_scale)
                     progress_bar.update()
 
         # 5. Decode

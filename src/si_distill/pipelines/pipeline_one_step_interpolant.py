@@ -73,6 +73,11 @@ class OneStepInterpolantPipeline(SelfContainedFolderMixin, InterpolantPipelineBa
         return self.trained_steps[-1] * (1 if self.config.guidance is None else 2)
 
     @property
+    def guidance_scale(self) -> float:
+        """w inside the student itself; 1, and one evaluation for a step, of one that was distilled without."""
+        return (self.config.guidance or {}).get("scale", 1.0)
+
+    @property
     def trained_steps(self) -> list[int]:
         """The numbers of steps that the student was trained for, rising; a call takes the last by default."""
         return list(self.scheduler.config.get("student_steps") or [1])
@@ -117,7 +122,7 @@ class OneStepInterpolantPipeline(SelfContainedFolderMixin, InterpolantPipelineBa
                 the network's x̂0 before decoding.
             return_dict (`bool`): whether to return an `InterpolantPipelineOutput` or a tuple.
             callback_on_step_end (`Callable`, *optional*): called as `callback(pipeline, step, timestep, tensors)` before
-                decoding; may return `{"latents": …}` to change them.
+                decoding; may return `{"latents": …}` to change them, and set `pipeline._interrupt` to skip further steps.
             callback_on_step_end_tensor_inputs (`list[str]`): the tensors that it sees; `"latents"` is the one there is.
 
         Examples:
@@ -167,7 +172,10 @@ class OneStepInterpolantPipeline(SelfContainedFolderMixin, InterpolantPipelineBa
 
         # 3. The steps, of which the scheduler's last returns the x̂0-prediction
         field = self.field(guidance=Guidance(**(self.config.guidance or {})))
+        self._num_timesteps, self._interrupt = len(self.scheduler.timesteps), False
         for step, timestep in enumerate(self.scheduler.timesteps):
+            if self.interrupt:
+                break
             prediction = field.predict(latents, timestep, condition)
             latents = self.scheduler.step(prediction, timestep, latents, generator=generator, return_dict=False)[0]
             latents = self.apply_callback(
