@@ -14,13 +14,14 @@ files.
 
 from dataclasses import dataclass
 
-from si_distill.settings import parse_settings, script_main, setting
+from si_distill.settings import TRUST, parse_settings, script_main, setting
 
 
 @dataclass
 class GenerateConfig:
     pipeline: str = setting("", "The student: a pipeline folder or a Hub id.")
     revision: str | None = setting(None, "Commit, tag or branch of a Hub id; a commit cannot change later.")
+    trust_remote_code: bool = setting(False, TRUST, names_code=True)
     teacher: str | None = setting(None, "Its teacher: the picture then has rows of both, from the same noise.")
     teacher_steps: int = setting(20, "Steps of the teacher.")
     labels: list[str] = setting([], "Classes by number or name; when not given, ten spread over all.")
@@ -78,10 +79,11 @@ def main(argv: list[str]) -> None:
         raise InputError(f"`device` {device!r} cannot be used: {str(error).splitlines()[0]}") from None
 
     where = {"revision": settings.revision} if settings.revision else {}
+    trust = settings.trust_remote_code
     pipeline = load_pipeline(
-        OneStepInterpolantPipeline, "student", settings.pipeline, dtype=getattr(torch, settings.dtype), **where
+        OneStepInterpolantPipeline, "student", settings.pipeline, trust, dtype=getattr(torch, settings.dtype), **where
     )
-    teacher = load_pipeline(InterpolantPipeline, "teacher", settings.teacher) if settings.teacher else None
+    teacher = load_pipeline(InterpolantPipeline, "teacher", settings.teacher, trust) if settings.teacher else None
     if teacher and teacher.network.sample_shape != pipeline.network.sample_shape:
         raise InputError(f"The teacher {settings.teacher!r} makes images of another size than the student.")
     inputs = open_images(settings.image, pipeline.image_channels) if settings.image else None

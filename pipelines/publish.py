@@ -13,12 +13,13 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from si_distill.settings import parse_settings, script_main, setting
+from si_distill.settings import TRUST, parse_settings, script_main, setting
 
 
 @dataclass
 class PublishConfig:
     pipeline: str = setting("", "The folder of a run or a pipeline.")
+    trust_remote_code: bool = setting(False, TRUST, names_code=True)
     repo_id: str = setting("", "Where to publish it: `user/name`.")
     private: bool = setting(False, "Make a new repository private.")
     space: bool = setting(False, "Publish a Space of the same name that shows the student.")
@@ -56,9 +57,8 @@ def main(argv: list[str]) -> None:
         raise InputError(f"{run} holds a {facts.pipeline_class}: a Space shows a student.")
     if settings.space and facts.takes_image:
         raise InputError(f"{run} holds a student that takes images, which the Space cannot upload: leave out --space.")
-    pipeline = load_pipeline(
-        OneStepInterpolantPipeline if facts.is_student else InterpolantPipeline, "pipeline", str(run)
-    )
+    kind = OneStepInterpolantPipeline if facts.is_student else InterpolantPipeline
+    pipeline = load_pipeline(kind, "pipeline", str(run), settings.trust_remote_code)
     pipeline.set_progress_bar_config(disable=True)
     pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
     model, space = run / "hub" / "model", run / "hub" / "space"

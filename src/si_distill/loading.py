@@ -10,13 +10,17 @@ from .pipelines import InterpolantPipeline, OneStepInterpolantPipeline
 Pipeline = TypeVar("Pipeline", InterpolantPipeline, OneStepInterpolantPipeline)
 
 
-def load_pipeline(cls: type[Pipeline], role: str, name: str, **kwargs: Any) -> Pipeline:
+def load_pipeline(
+    cls: type[Pipeline], role: str, name: str, trust_remote_code: bool = False, **kwargs: Any
+) -> Pipeline:
     """The pipeline in a folder or of a Hub id; a teacher may also be diffusers' own (see `convert_diffusers`).
 
     Args:
         cls: the pipeline's class.
         role: what the user calls it, for the error: "teacher" or "student".
         name: the folder or Hub id.
+        trust_remote_code: whether a network class that the folder brings along may run; those of this package, diffusers
+            and transformers never need it.
         kwargs: of `from_pretrained`, e.g. `dtype`, `revision`; not for diffusers' own.
 
     Raises:
@@ -26,10 +30,17 @@ def load_pipeline(cls: type[Pipeline], role: str, name: str, **kwargs: Any) -> P
     own = {kind.__name__ for kind in (InterpolantPipeline, OneStepInterpolantPipeline)}
     if cls is InterpolantPipeline and not kwargs and saved_class(name) not in {*own, None}:
         return convert_diffusers(name)
+    if trust_remote_code:
+        kwargs["trust_remote_code"] = True
     try:
         return cls.from_pretrained(name, **kwargs)
     except (OSError, ValueError) as error:
         reason = str(error) if Path(name).is_dir() else _reason_of_hub(error)
+        if "trust_remote_code=True" in reason and not trust_remote_code:
+            reason = (
+                "it brings a network class of its own, code that would be run. Read the Python files next to its weights, "
+                "and if you trust them add --trust_remote_code to the command (in Python: trust_remote_code=True)."
+            )
         raise InputError(f"Cannot load the {role} {name!r}: {reason}") from error
 
 

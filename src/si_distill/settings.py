@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from .errors import InputError, PublishError, TrainingInterrupted, TrainingStopped
+from .imports import import_module
 from .reading import Plain, parse_yaml, read_yaml, resolve
 
 T = TypeVar("T")
@@ -35,7 +36,8 @@ def setting(
         help: for `--help`.
         choices: the values that it can have; None is any of its type.
         kept: keys of a companion `…_kwargs` that also fit another choice (see `parse_settings`).
-        names_code: whether a value with a colon is imported and called, which only the command line may ask for.
+        names_code: whether a value with a colon is imported and called, or `true` lets a folder's code run, which only
+            the command line may ask for.
     """
     metadata = {"help": help, "choices": choices, "kept": kept, "names_code": names_code}
     if isinstance(default, (dict, list)):
@@ -43,8 +45,14 @@ def setting(
     return dataclasses.field(default=default, metadata=metadata)
 
 
+#: What every `trust_remote_code` means.
+TRUST = "Whether network classes that the folders of pipelines bring along may run: read them first."
+
+
 def parse_settings(cls: type[T], argv: list[str], description: str = "") -> T:
     """Reads `--config FILE` (several are laid one over the other) and then `--key value` or `--section.key value`.
+
+    `--import MODULE` imports modules first, which register interpolants, objectives or metrics.
 
     A file may begin with `include: [FILE, …]`, paths relative to its own: it is laid over these.
 
@@ -65,16 +73,21 @@ def parse_settings(cls: type[T], argv: list[str], description: str = "") -> T:
 def given_settings(cls: type, argv: list[str], description: str = "") -> dict[str, Any]:
     """The nested values that files and command line give, before they are checked (see `parse_settings`)."""
     if "-h" in argv or "--help" in argv:
-        _print_help(f"{description}\n\nSettings, in a YAML file (--config FILE) or as --key value:\n{_help(cls)}")
+        ways = (
+            "in a YAML file (--config FILE) or as --key value; --import MODULE first imports what you have registered"
+        )
+        _print_help(f"{description}\n\nSettings, {ways}:\n{_help(cls)}")
         raise SystemExit(0)
     values: dict[str, Any] = {}
     overrides = [(key, _value_of(cls, key, words)) for key, words in _split_arguments(argv)]
+    for name in [name for key, names in overrides if key == "import" for name in names]:
+        import_module(name)
     count = itertools.count(1)
     for path in [path for key, paths in overrides if key == "config" for path in paths]:
         for source, layer in _layers(Path(path).expanduser(), (), count):
             _drop_companions(cls, values, layer, str(source))
             values = merge_settings(values, layer)
-    overrides = [(key, value) for key, value in overrides if key != "config"]
+    overrides = [(key, value) for key, value in overrides if key not in ("config", "import")]
     _refuse_code(cls, values, dict(overrides))
     _drop_companions(cls, values, dict(overrides), "the command line")
     for key, value in overrides:
@@ -219,9 +232,9 @@ def _split_arguments(argv: list[str]) -> list[tuple[str, list[str]]]:
 
 def _value_of(cls: type, key: str, words: list[str]) -> Any:
     """What the words after `--key` mean for the type of that setting; its scalars are still to be resolved."""
-    if key == "config":
+    if key in ("config", "import"):
         if not words:
-            raise InputError("--config needs a file after it.")
+            raise InputError(f"--{key} needs a {'file' if key == 'config' else 'module'} after it.")
         return words
     if not words:
         return True  # a key alone is a flag
@@ -265,16 +278,18 @@ def _drop_companions(cls: type, values: dict[str, Any], layer: dict[str, Any], s
 
 
 def _refuse_code(cls: type, values: dict[str, Any], overrides: dict[str, Any], prefix: str = "") -> None:
-    """Refuses code that a file names (`package.module:Class`): it may be someone else's, such as a run's config.yaml."""
+    """Refuses code that a file asks for: it may be someone else's, such as a run's config.yaml."""
     hints = typing.get_type_hints(cls)
     for field in dataclasses.fields(cls):
         name, value = f"{prefix}{field.name}", values.get(field.name)
         if dataclasses.is_dataclass(hints[field.name]) and isinstance(value, dict):
             _refuse_code(hints[field.name], value, overrides, f"{name}.")
-        elif field.metadata.get("names_code") and isinstance(value, str) and ":" in value and name not in overrides:
+            continue
+        asks = resolve(value) is True or (isinstance(value, str) and ":" in value)
+        if field.metadata.get("names_code") and asks and name not in overrides:
             raise InputError(
-                f"`{name}` in the config file is {value!r}, code that would be imported and run. A file cannot ask for "
-                f"that: if you trust this code, add --{name} {value} to the command, otherwise another value."
+                f"`{name}` in the config file is {value!r}: code would be imported and run. A file cannot ask for that: if "
+                f"you trust this code, add --{name} {value} to the command, otherwise another value."
             )
 
 

@@ -101,6 +101,32 @@ def test_ddim_makes_the_images_of_ddim_pipeline(tmp_path, prediction_type):
     assert abs(made - expected).max() < 1e-5
 
 
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_flow_matching_makes_the_images_of_diffusers_own_loop(tmp_path, shift):
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
+    network = tiny_unet(num_class_embeds=3)
+    ours = convert_diffusers(str(save_folders(tmp_path, network, scheduler)))
+    x, labels = noise(0, 2, 2, 8, 8, dtype=torch.float32), torch.tensor([0, 2])
+    made = ours(labels, num_inference_steps=4, latents=x, output_type="latent").images
+    scheduler.set_timesteps(sigmas=[1.0, 0.75, 0.5, 0.25])  # as diffusers' flow pipelines space them, before the shift
+    with torch.no_grad():
+        for t in scheduler.timesteps:
+            x = scheduler.step(network(x, t, labels).sample, t, x).prev_sample
+    torch.testing.assert_close(made, x, rtol=1e-5, atol=1e-5)
+
+
+def test_a_saved_ddpm_pipeline_with_a_flow_matching_scheduler_is_a_teacher(tmp_path):
+    save_ddpm_pipeline(tmp_path / "flow", FlowMatchEulerDiscreteScheduler(), in_channels=1, out_channels=1)
+    trainer = distillation(tmp_path / "flow", tmp_path / "run", "--max_steps", 2, "--eval_steps", 2)
+    trainer.train()
+    student = OneStepInterpolantPipeline.from_pretrained(tmp_path / "run")
+    assert (student.scheduler.config.interpolant, student.scheduler.config.timestep_scale) == ("linear", 1000.0)
+    x = noise(0, 1, 1, 8, 8, dtype=torch.float32)
+    with torch.no_grad():
+        expected = x - student.transformer(x, torch.tensor([1000.0])).sample
+    torch.testing.assert_close(student(latents=x, output_type="latent").images, expected)
+
+
 def test_one_step_from_the_last_step_is_the_prediction_of_the_sample(tmp_path):
     theirs = save_ddpm_pipeline(tmp_path)
     ours = convert_diffusers(str(tmp_path))
@@ -219,9 +245,10 @@ BROKEN = {
     ),
     "weights cut short": (cut_short, "Unable to load weights"),
     "no betas": (
-        scheduler_of(FlowMatchEulerDiscreteScheduler()),
-        "FlowMatchEulerDiscreteScheduler, has no beta schedule",
+        scheduler_of(ScoreSdeVeScheduler()),
+        "ScoreSdeVeScheduler, has no beta schedule",
     ),
+    "sigmas upside down": (scheduler_of(FlowMatchEulerDiscreteScheduler(invert_sigmas=True)), "invert_sigmas=True"),
     "sigmoid betas": (scheduler_of(DDPMScheduler(beta_schedule="sigmoid")), "Unknown `beta_schedule` 'sigmoid'"),
     "zero terminal SNR": (
         scheduler_of(DDIMScheduler(rescale_betas_zero_snr=True)),

@@ -1,15 +1,16 @@
-"""Diffusers' class-conditional and unconditional diffusion models as teachers: DiT, and UNets in pixel space.
+"""Diffusers' class-conditional and unconditional models as teachers: DiT, and UNets in pixel space.
 
-Nothing is converted but the description: the network is diffusers' own, its DDPM schedule is the interpolant `ddpm`, and it
-is given the step number that it was trained with.
+Nothing is converted but the description: the network is diffusers' own. A DDPM schedule is the interpolant `ddpm`, and the
+network is given the step number that it was trained with; a flow-matching schedule is `linear`, with times times 1,000.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import torch
-from diffusers import DiffusionPipeline, SchedulerMixin
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, SchedulerMixin
 
 from ..errors import InputError
 from ..interpolants import Interpolant, get_interpolant
@@ -47,7 +48,8 @@ def convert_diffusers(source: str) -> InterpolantPipeline:
             `UNet2DModel` that has a `scheduler` folder next to it.
 
     Returns:
-        A pipeline with the same network as `transformer`, on `ddpm` with discrete timesteps, and its VAE and class names.
+        A pipeline with the same network as `transformer`, on `ddpm` with discrete timesteps or on `linear`, and its VAE and
+        class names.
 
     Raises:
         InputError: when it cannot be loaded, is of another class, or its schedule or network cannot be used.
@@ -95,10 +97,13 @@ def _load_network(source: str, name: str) -> tuple[torch.nn.Module, SchedulerMix
 def _scheduler_settings(scheduler: SchedulerMixin) -> dict[str, Any]:
     """Arguments of our scheduler on which the network has the noise levels that it was trained with."""
     config, kind = scheduler.config, type(scheduler).__name__
+    if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
+        return _flow_settings(config)
     names = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule")
     if not {*names}.issubset(config) or not hasattr(scheduler, "alphas_cumprod"):
         raise ValueError(
-            f"its scheduler, a {kind}, has no beta schedule: it is no diffusion model on DDPM's noise levels."
+            f"its scheduler, a {kind}, has no beta schedule and is no FlowMatchEulerDiscreteScheduler: its noise levels are "
+            "not known."
         )
     prediction_type = config.get("prediction_type", "epsilon")
     if prediction_type not in PREDICTION_TYPES:
@@ -113,6 +118,22 @@ def _scheduler_settings(scheduler: SchedulerMixin) -> dict[str, Any]:
         prediction_type=prediction_type,
         timestep_type="discrete",
         solver="ddim",
+    )
+
+
+def _flow_settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """x_t = (1 − σ) x0 + σ x1 with a network that is given K σ and predicts x1 − x0: the path `linear` with t = σ.
+
+    Of how diffusers spaces its steps only a fixed shift is kept; the rest is a choice of each sampling.
+    """
+    if config.get("invert_sigmas"):
+        raise ValueError("its FlowMatchEulerDiscreteScheduler has invert_sigmas=True, times that run the other way.")
+    return dict(
+        interpolant="linear",
+        prediction_type="velocity",
+        timestep_scale=float(config["num_train_timesteps"]),
+        timestep_shift=1.0 if config.get("use_dynamic_shifting") else float(config["shift"]),
+        solver="euler",
     )
 
 

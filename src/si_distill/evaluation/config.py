@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from ..data.config import DataConfig
 from ..errors import InputError
 from ..schedulers.interpolant_solvers import SOLVERS
-from ..settings import LARGEST_SEED, MOST_SAMPLES, at_least, positive, setting
+from ..settings import LARGEST_SEED, MOST_SAMPLES, TRUST, at_least, positive, setting
 from .metrics import choices
 
 #: File of the results in a pipeline folder.
@@ -45,6 +45,7 @@ class EvaluationConfig:
 
     pipeline: str | None = setting(None, "The student: a pipeline folder or a Hub id.")
     teacher: str | None = setting(None, "The teacher, alone or to compare with: a pipeline folder or a Hub id.")
+    trust_remote_code: bool = setting(False, TRUST, names_code=True)
     images: str | None = setting(None, "Finished images: a folder, or an .npz of samples (arr_0, uint8, NHWC).")
     teacher_steps: list[int] = setting([1, 10, 50], "Steps of the teacher, one row each.")
     solver: list[str] = setting([], f"Solvers, rows of each; by default the teacher's own: {', '.join(SOLVERS)}.")
@@ -103,6 +104,7 @@ class LikelihoodConfig:
     """Whose likelihood of which images."""
 
     teacher: str | None = setting(None, "The teacher: a pipeline folder or a Hub id.")
+    trust_remote_code: bool = setting(False, TRUST, names_code=True)
     data: DataConfig = field(default_factory=DataConfig)
     num_samples: int | None = setting(None, "The first images of the data; by default all.")
     probes: int = setting(1, "Hutchinson's probes for each image; 0 computes the exact trace (small images).")

@@ -1,7 +1,5 @@
 """Feature extractors: torch-fidelity's own, pixels, and any class that the user names by its import path."""
 
-import importlib
-import os
 import pickle
 import sys
 from collections.abc import Callable
@@ -16,6 +14,7 @@ from torch_fidelity.utils import create_feature_extractor
 
 from .. import fingerprints
 from ..errors import InputError
+from ..imports import import_named
 
 #: Name under which torch-fidelity knows the pixel features; no weights, so nothing to hash.
 PIXELS = "si-distill-pixels"
@@ -204,18 +203,9 @@ def _check_state_dict(path: str) -> None:
 
 
 def _custom(name: str, weights: str | None, device: torch.device) -> Extractor:
-    module_name, _, class_name = name.partition(":")
-    if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())
-    try:
-        module = importlib.import_module(module_name)
-    except ImportError as error:
-        raise InputError(
-            f"Cannot import the module of `features` {name!r}: {error}. It must be on the Python path or in {os.getcwd()}."
-        ) from error
-    if not callable(getattr(module, class_name, None)):
-        raise InputError(f"`features` {name!r}: the module {module_name} has no class {class_name!r}.")
-    network = getattr(module, class_name)(*([] if weights is None else [weights]))
+    build = import_named("features", name)
+    network = build(*([] if weights is None else [weights]))
     if isinstance(network, torch.nn.Module):
         network = network.to(device).eval().requires_grad_(False)
-    return Extractor(name, network, device, needs_rgb=False, version=str(getattr(module, "__version__", "")))
+    version = getattr(sys.modules[name.partition(":")[0]], "__version__", "")
+    return Extractor(name, network, device, needs_rgb=False, version=str(version))

@@ -59,7 +59,8 @@ class Pipelines:
             (OneStepInterpolantPipeline, "student", settings.pipeline),
             (InterpolantPipeline, "teacher", settings.teacher),
         )
-        found = [load_pipeline(kind, role, name).to(device) if name else None for kind, role, name in kinds]
+        trust = settings.trust_remote_code
+        found = [load_pipeline(kind, role, name, trust).to(device) if name else None for kind, role, name in kinds]
         shapes = {image_shape(pipeline) for pipeline in found if pipeline}
         classes = {pipeline.network.num_classes for pipeline in found if pipeline}
         if len({pipeline.image_channels for pipeline in found if pipeline}) > 1:

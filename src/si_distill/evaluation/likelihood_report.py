@@ -30,7 +30,7 @@ def measure_likelihood(settings: LikelihoodConfig) -> dict[str, Any]:
     if not output.parent.is_dir():
         raise InputError(f"`output` {output} is in no folder that exists; set `output` to a file.")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    teacher = load_pipeline(InterpolantPipeline, "teacher", settings.teacher).to(device)
+    teacher = load_pipeline(InterpolantPipeline, "teacher", settings.teacher, settings.trust_remote_code).to(device)
     data = load_images(settings.data)
     count = min(settings.num_samples or len(data), len(data))
     result = bits_per_dimension(

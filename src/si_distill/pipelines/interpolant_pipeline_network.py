@@ -241,8 +241,12 @@ VIEWS: dict[type[nn.Module], type[NetworkView]] = {DiTTransformer2DModel: _DiTVi
 
 def view_network(network: nn.Module) -> NetworkView:
     """The view that fits a network's class; wrapped networks are seen through their wrapper."""
-    bare = _bare(network)
-    return next((VIEWS[cls] for cls in type(bare).__mro__ if cls in VIEWS), NetworkView)(network)
+    return view_class(type(_bare(network)))(network)
+
+
+def view_class(cls: type[nn.Module]) -> type[NetworkView]:
+    """The view of a network class: its own or a base class's in `VIEWS`, else that of the contract."""
+    return next((VIEWS[base] for base in cls.__mro__ if base in VIEWS), NetworkView)
 
 
 def _bare(network: nn.Module) -> nn.Module:

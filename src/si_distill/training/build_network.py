@@ -3,11 +3,13 @@
 import inspect
 from typing import Any
 
+from diffusers.configuration_utils import ConfigMixin
 from diffusers.models.modeling_utils import ModelMixin
 
 from .. import models
 from ..data.augmentation import AUGMENT_LABELS
 from ..errors import InputError
+from ..imports import import_named
 from ..pipelines.interpolant_pipeline_network import VIEWS
 from ..reading import check_arguments
 from .config import TeacherConfig
@@ -50,6 +52,23 @@ def build_network(
         return cls(**arguments) if preset is None else cls.from_preset(preset, **arguments)
     except (TypeError, ValueError) as error:
         raise InputError(f"Cannot build the network from `{section}`: {error}") from error
+
+
+def own_class(settings: TeacherConfig) -> dict[str, type[ModelMixin]]:
+    """The classes to build the network of: the one that `model_class` names, imported, or this package's.
+
+    Raises:
+        InputError: when it cannot be imported, or is no class that pipelines can save and networks' views can see.
+    """
+    if settings.model_class is None:
+        return CLASSES
+    cls = import_named("model_class", settings.model_class)
+    if not (inspect.isclass(cls) and issubclass(cls, ModelMixin) and issubclass(cls, ConfigMixin)):
+        raise InputError(
+            f"`model_class` {settings.model_class!r} is no diffusers network: it inherits from ModelMixin and ConfigMixin, "
+            "and its constructor is decorated with register_to_config (docs/your-network.md shows one)."
+        )
+    return {settings.model_class: cls}
 
 
 def with_inputs(arguments: dict[str, Any], settings: TeacherConfig) -> dict[str, Any]:

@@ -107,7 +107,8 @@ class TrainingConfig:
         "output_dir max_steps logging_steps eval_steps save_steps save_total_limit report_to resume_from_checkpoint "
         "per_device_train_batch_size gradient_accumulation_steps gradient_checkpointing "
         "overwrite_output_dir dataloader_num_workers ema_snapshot_steps eval_metric_steps metric_for_best_model evaluation "
-        "push_to_hub hub_model_id hub_private_repo dry_run profile run_id teacher_model data.max_corrupt_images".split()
+        "push_to_hub hub_model_id hub_private_repo dry_run profile run_id teacher_model trust_remote_code "
+        "data.max_corrupt_images".split()
     )
 
     #: Counted up whenever the same settings begin to give other updates, with what changed since the version before.
@@ -247,6 +248,9 @@ class TeacherConfig(TrainingConfig):
     model: dict = setting(
         {}, "The network: `class` (SiTTransformer2DModel when not given), `preset` (e.g. SiT-S/2), and its arguments."
     )
+    model_class: str | None = setting(
+        None, "A network class of your own instead of `model.class`: package.module:Class.", names_code=True
+    )
 
     ALGORITHM = 2
     ALGORITHM_CHANGES = {2: "augmented images are mirrored about the centres of the outermost pixels"}
@@ -255,6 +259,10 @@ class TeacherConfig(TrainingConfig):
         from .teacher_references import check_teacher_references
 
         super().__post_init__()
+        if self.model_class and "class" in self.model:
+            raise InputError(
+                f"`model_class` is {self.model_class!r} and `model.class` {self.model['class']!r}: leave one of them out."
+            )
         interpolant = self.build_interpolant()
         if self.prediction_type == "velocity":
             self.check_times(interpolant)

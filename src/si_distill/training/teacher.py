@@ -12,11 +12,12 @@ from ..data import load_training_data
 from ..data.latents.dataset import LatentDataset
 from ..errors import InputError
 from ..pipelines import Condition, Field, InterpolantPipeline, view_network
+from ..pipelines.interpolant_pipeline_network import view_class
 from ..sample_noise import sample_seed
 from ..schedulers.scheduling_stochastic_interpolant import StochasticInterpolantScheduler
 from ..visualization import image_grid, tensor_to_pil
 from .averaging.ema import Averages
-from .build_network import build_network, with_inputs
+from .build_network import DEFAULT_CLASS, build_network, own_class, with_inputs
 from .config import TeacherConfig
 from .loss_weights import regression_weight
 from .run.facts import describe_data, describe_network
@@ -53,9 +54,14 @@ def plan_teacher(settings: TeacherConfig, device: str = "cpu", **shape: int) -> 
     Raises:
         InputError: for what cannot work.
     """
-    arguments = dict(settings.model)
+    arguments, classes = dict(settings.model), own_class(settings)
+    if settings.model_class:
+        arguments["class"] = settings.model_class
+    classes_name = view_class(classes.get(str(arguments.get("class", DEFAULT_CLASS)), ModelMixin)).classes_name
     for name, value in shape.items():
-        unconditional = name == "num_classes" and arguments.get(name) == 0  # on labelled images too
+        if name == "num_classes" != classes_name:
+            name, value = classes_name, value or None  # diffusers' word for unconditional
+        unconditional = name == classes_name and not arguments.get(name, True)  # on labelled images too
         if arguments.setdefault(name, value) != value and not unconditional:
             raise InputError(f"`model.{name}` is {arguments[name]}, but the data set has {value}.")
     interpolant = settings.build_interpolant()
@@ -68,7 +74,7 @@ def plan_teacher(settings: TeacherConfig, device: str = "cpu", **shape: int) -> 
     )
     times = settings.build_time_sampler(interpolant, settings.timestep_type)
     with torch.device(device):
-        network = build_network(with_inputs(arguments, settings), "model")
+        network = build_network(with_inputs(arguments, settings), "model", classes)
     return TeacherPlan(network, scheduler, times)
 
 
@@ -89,8 +95,8 @@ class TeacherTrainer(Trainer):
         plan = plan_teacher(settings, sample_size=self.data.size, **shape)
         network, self.scheduler, self.time_sampler = plan.network, plan.scheduler, plan.times
         self.interpolant = self.scheduler.interpolant
-        self.class_dropout_prob = network.config.class_dropout_prob
-        self.class_names = self.data.class_names if network.config.num_classes else []
+        self.class_dropout_prob = network.config.get("class_dropout_prob", 0.0)  # of a class that has a null class
+        self.class_names = self.data.class_names if view_network(network).num_classes else []
         self.averages = Averages(network, settings, self.global_batch_size)
         self.trained = TrainedNetwork(
             self.accelerator, network, settings, OptimizerSettings.of(vars(settings), total_updates=settings.max_steps)

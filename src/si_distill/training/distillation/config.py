@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from ...choices import TIME_SAMPLERS
 from ...errors import InputError
 from ...schedulers.interpolant_solvers import STUDENT_STEPPINGS, check_levels
-from ...settings import at_least, positive, setting
+from ...settings import TRUST, at_least, positive, setting
 from ..config import TrainingConfig
 from .terms import AdversarialConfig, FlowMapConfig
 
@@ -27,6 +27,7 @@ class DistillConfig(TrainingConfig):
     """Settings of `training/train_distill.py`."""
 
     teacher: str = setting("", "The teacher: a pipeline folder or a Hub id.")
+    trust_remote_code: bool = setting(False, TRUST, names_code=True)
     teacher_model: dict = setting(
         {},
         "The teacher, for --dry_run without its folder: `class` and arguments as in `model` and `scheduler` with its "

@@ -100,7 +100,7 @@ def _plain_student(settings: DistillConfig, teacher: InterpolantPipeline) -> tup
         network = _with_noise(teacher.transformer, channels := noise_channels(settings, teacher))
         init_time = interpolant.default_init_time(config.prediction_type, config.timestep_type)
     else:
-        student = load_pipeline(OneStepInterpolantPipeline, "student", settings.student)
+        student = load_pipeline(OneStepInterpolantPipeline, "student", settings.student, settings.trust_remote_code)
         network, init_time = student.transformer, student.scheduler.config.init_time
         channels = student.scheduler.config.noise_channels
         if settings.noise_channels not in (None, channels):

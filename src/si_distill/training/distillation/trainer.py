@@ -46,7 +46,8 @@ class DistillationTrainer(Trainer):
 
     def setup(self) -> None:
         settings = self.settings
-        self.teacher_pipeline = teacher = load_pipeline(InterpolantPipeline, "teacher", settings.teacher)
+        trust = settings.trust_remote_code
+        self.teacher_pipeline = teacher = load_pipeline(InterpolantPipeline, "teacher", settings.teacher, trust)
         self.plan = plan = plan_distillation(settings, teacher)
         self.interpolant, self.references, self.start = teacher.scheduler.interpolant, plan.references, plan.student
         self.objective, self.adversarial, self.levels = plan.objective, plan.adversarial, plan.levels
