@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 #: Iterations of a start that `profile` records: after allocation, compilation and tuning.
 PROFILED = range(4, 7)
+#: The best pipeline of a run by a metric, and the measurements, in the run's folder.
+BEST, EVALUATIONS = "best", "evaluations.jsonl"
 
 
 @dataclass

@@ -28,8 +28,8 @@ from ...evaluation.samples import DatasetSource, PipelineSource
 from ...files import delete
 from ...pipelines import OneStepInterpolantPipeline
 from ...settings import settings_to_dict
-from ..config import TrainingConfig
-from .folder import BEST, EVALUATIONS, keep_lines
+from ..config import BEST, EVALUATIONS, TrainingConfig
+from .folder import keep_lines
 
 
 class BestModel:

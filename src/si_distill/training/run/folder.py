@@ -16,13 +16,11 @@ from ...reading import dump_yaml, read_json, read_json_lines, read_yaml, resolve
 from ...settings import settings_from_dict, settings_to_dict
 from ..averaging.ema import EMA_WEIGHTS
 from ..averaging.posthoc import EMA_SNAPSHOTS
-from ..config import TrainingConfig
+from ..config import BEST, EVALUATIONS, TrainingConfig
 from .checkpoints import OVERWRITING
 from .profiling import PROFILE
 
 SAMPLES, CHECKPOINTS = "samples", "checkpoints"
-#: The best pipeline of the run by a metric, and the measurements.
-BEST, EVALUATIONS = "best", "evaluations.jsonl"
 #: The pipeline on its way to the top of the folder.
 STAGING = ".pipeline.tmp"
 #: What one run leaves and another in the same folder must not find.

@@ -1,0 +1,1 @@
+"""A published recipe from checkpoint to table: `training/reproduce.py`."""
