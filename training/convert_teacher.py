@@ -1,25 +1,8 @@
 #!/usr/bin/env python
-r"""Turns a published checkpoint into a pipeline folder that trains, samples, distils and evaluates like our own.
+"""`si-distill convert-teacher` as a script of the repository, for `accelerate launch training/convert_teacher.py`."""
 
-    python training/convert_teacher.py --source SiT-XL-2-256.pt --out runs/sit-xl-2 \
-        --vae stabilityai/sd-vae-ft-ema --id2label imagenet
-    python training/convert_teacher.py --source cifar10_uncond_FM_380000.pt --ema_decay 0.9999 --out runs/cifar10-teacher
-
-The kind is recognised from the content. docs/teachers.md says what each kind is and where it comes from.
-"""
-
-from si_distill.settings import parse_settings, script_main
-
-
-def main(argv: list[str]) -> None:
-    from si_distill.conversion.config import ConvertConfig
-
-    settings = parse_settings(ConvertConfig, argv, __doc__)
-
-    from si_distill.conversion.convert import convert_checkpoint
-
-    convert_checkpoint(settings)
-
+from si_distill.commands.convert_teacher import main
+from si_distill.settings import script_main
 
 if __name__ == "__main__":
     script_main(main)

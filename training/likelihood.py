@@ -1,31 +1,8 @@
 #!/usr/bin/env python
-r"""Bits per dimension of real images under a teacher, by the probability-flow ODE; prints the result and writes it as JSON.
+"""`si-distill likelihood` as a script of the repository, for `accelerate launch training/likelihood.py`."""
 
-    python training/likelihood.py --teacher runs/digits-teacher
-    python training/likelihood.py --teacher runs/cifar10-teacher --data.name parquet --data.data_files 'test-*.parquet' \
-        --num_samples 1000 --output runs/cifar10-teacher/likelihood-test.json
-
-All settings: `python training/likelihood.py --help`; docs/sampling.md says what is measured.
-"""
-
+from si_distill.commands.likelihood import main
 from si_distill.settings import script_main
-
-
-def main(argv: list[str]) -> None:
-    from si_distill.data.of_run import with_data_of_run
-    from si_distill.evaluation.config import LikelihoodConfig
-
-    settings = with_data_of_run(LikelihoodConfig, argv, __doc__, "teacher")
-
-    from si_distill.evaluation.likelihood_report import measure_likelihood
-
-    result = measure_likelihood(settings)
-    print(
-        f"{result['bits per dimension']:.4f} ± {result['standard error']:.4f} bits per dimension, "
-        f"{result['network evaluations']:.0f} network evaluations for each of {result['images']} images of "
-        f"{result['data']['name']} (written to {result['output']})"
-    )
-
 
 if __name__ == "__main__":
     script_main(main)

@@ -1,25 +1,8 @@
 #!/usr/bin/env python
-r"""Encodes a data set once with a VAE; the folder is then a data set for teachers and students on latents.
+"""`si-distill precompute-latents` as a script of the repository, for `accelerate launch training/precompute_latents.py`."""
 
-    accelerate launch training/precompute_latents.py --config configs/imagenet256/latents.yaml
-    accelerate launch training/train_distill.py --config configs/imagenet256/distill.yaml \
-        --config configs/recipes/sida.yaml --output_dir runs/imagenet256-sit-xl-2-sida
-
-It goes on where it was killed, with any number of processes. All settings: `python training/precompute_latents.py --help`.
-"""
-
-from si_distill.settings import parse_settings, script_main
-
-
-def main(argv: list[str]) -> None:
-    from si_distill.data.latents.config import LatentsConfig
-
-    settings = parse_settings(LatentsConfig, argv, __doc__)
-
-    from si_distill.data.latents.encoding import precompute_latents, print_dry_run
-
-    print_dry_run(settings) if settings.dry_run else precompute_latents(settings)
-
+from si_distill.commands.precompute_latents import main
+from si_distill.settings import script_main
 
 if __name__ == "__main__":
     script_main(main)

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 from .errors import InputError, PublishError, TrainingInterrupted, TrainingStopped
 from .imports import import_module
+from .named_configs import find_config
 from .reading import Plain, parse_yaml, read_yaml, resolve
 
 T = TypeVar("T")
@@ -54,7 +55,8 @@ def parse_settings(cls: type[T], argv: list[str], description: str = "") -> T:
 
     `--import MODULE` imports modules first, which register interpolants, objectives or metrics.
 
-    A file may begin with `include: [FILE, …]`, paths relative to its own: it is laid over these.
+    A file may begin with `include: [FILE, …]`, paths relative to its own: it is laid over these. Both take the names of the
+    package's configs too (see `find_config`).
 
     Settings of type text are taken as they are written, except for `~/` at the beginning, the home folder. All others are
     read by the core schema of YAML 1.2; on the command line `null` unsets what may be unset.
@@ -73,9 +75,7 @@ def parse_settings(cls: type[T], argv: list[str], description: str = "") -> T:
 def given_settings(cls: type, argv: list[str], description: str = "") -> dict[str, Any]:
     """The nested values that files and command line give, before they are checked (see `parse_settings`)."""
     if "-h" in argv or "--help" in argv:
-        ways = (
-            "in a YAML file (--config FILE) or as --key value; --import MODULE first imports what you have registered"
-        )
+        ways = "in a YAML file (--config FILE_OR_NAME) or as --key value; --import MODULE imports what you registered"
         _print_help(f"{description}\n\nSettings, {ways}:\n{_help(cls)}")
         raise SystemExit(0)
     values: dict[str, Any] = {}
@@ -84,7 +84,7 @@ def given_settings(cls: type, argv: list[str], description: str = "") -> dict[st
         import_module(name)
     count = itertools.count(1)
     for path in [path for key, paths in overrides if key == "config" for path in paths]:
-        for source, layer in _layers(Path(path).expanduser(), (), count):
+        for source, layer in _layers(find_config(path), (), count):
             _drop_companions(cls, values, layer, str(source))
             values = merge_settings(values, layer)
     overrides = [(key, value) for key, value in overrides if key not in ("config", "import")]
@@ -117,9 +117,10 @@ def _layers(path: Path, open_files: tuple[Path, ...], count: Iterator[int]) -> I
         raise InputError(f"`include` in {path} must be a list of files, got {included!r}.")
     chain = (*open_files, path.resolve())
     for name in included:
-        if (path.parent / Path(name).expanduser()).resolve() in chain:
+        file = find_config(name, path.parent)
+        if file.resolve() in chain:
             raise InputError(f"The config file {path} includes {name}, which includes it: break the circle.")
-        yield from _layers(path.parent / Path(name).expanduser(), chain, count)
+        yield from _layers(file, chain, count)
     yield path, values
 
 

@@ -240,7 +240,7 @@ def test_links_of_the_hubs_cache_and_no_others_lead_out(run, tmp_path, place, bl
 
 def _stage(pipeline, run):  # noqa: F811
     stage_model(pipeline, run / "hub" / "model", "user/student", run)
-    stage_space(run, run / "hub" / "space", "user/student", "user/student", None, None)
+    stage_space(run / "hub" / "space", "user/student", "user/student", None, None)
 
 
 @pytest.mark.parametrize("link", ["hub", "hub/model", "hub/space"])

@@ -25,6 +25,8 @@ from .plain_text import is_repository, without_paths
 
 VARIANTS = {"bf16": torch.bfloat16}
 TEACHER_STEPS = 20
+#: The app; in a clone a link to pipelines/space.
+SPACE = Path(__file__).parent / "space"
 
 
 def stage_model(
@@ -87,7 +89,6 @@ def stage_model(
 
 
 def stage_space(
-    template: Path,
     folder: Path,
     repo_id: str,
     model_id: str,
@@ -101,7 +102,6 @@ def stage_space(
     With the package next to the app, models load through its classes, and no code of a repository runs.
 
     Args:
-        template: the folder of the app, `pipelines/space`.
         folder: made anew.
         repo_id: the Space.
         model_id, revision: the student and the commit to show.
@@ -109,7 +109,7 @@ def stage_space(
         private: whether the model is private, so that the Space needs a token of its own.
     """
     _make_anew(folder)
-    shutil.copytree(template, folder, ignore=shutil.ignore_patterns("__pycache__"), dirs_exist_ok=True)
+    shutil.copytree(SPACE, folder, ignore=shutil.ignore_patterns("__pycache__"), dirs_exist_ok=True)
     package = Path(__file__).parents[1]
     for source in sorted(package.glob("*.py")):
         (folder / package.name).mkdir(exist_ok=True)
