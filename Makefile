@@ -7,7 +7,7 @@ RUNS ?= runs
 LAUNCH := $(BIN)/accelerate launch --quiet --num_processes 1 --num_machines 1 --mixed_precision no \
 	--dynamo_backend no --num_cpu_threads_per_process $(shell nproc)
 
-.PHONY: try demo demo-bridge test test-slow space space-test lint format clean
+.PHONY: try demo demo-bridge test test-slow coverage space space-test docs package lint format clean
 
 .venv/.installed: setup.py pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -46,12 +46,39 @@ demo-bridge: .venv/.installed
 lint: .venv/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not space" -n 2
 
 test-slow: .venv/.installed
 	$(BIN)/python -m pytest -m slow
+
+# How much of the package a part of the tests runs, scripts in processes of their own included: TESTS="tests/schedulers"
+TESTS ?= tests
+coverage: .venv/.installed
+	OMP_NUM_THREADS=1 $(BIN)/coverage run -m pytest -m "not slow and not space" $(TESTS)
+	$(BIN)/coverage combine --quiet
+	$(BIN)/coverage report
+
+.venv/.docs: .venv/.installed
+	$(BIN)/python -m pip install --disable-pip-version-check -e ".[dev,docs]"
+	touch $@
+
+# The documentation in site/; a broken link or an unknown name fails. `.venv/bin/mkdocs serve` shows it while you write.
+docs: .venv/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+.venv/.package: .venv/.installed
+	$(BIN)/python -m pip install --disable-pip-version-check -e ".[dev,package]"
+	touch $@
+
+# The wheel and the sdist in dist/, each used from outside the repository.
+package: .venv/.package
+	rm -rf dist
+	$(BIN)/python -m build
+	$(BIN)/python -m twine check --strict dist/*
+	.ci/check-package
 
 .venv/.space: .venv/.installed
 	$(BIN)/python -m pip install --disable-pip-version-check -e ".[demo,dev,space,space-test]"
@@ -70,4 +97,4 @@ format: .venv/.installed
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf runs .hypothesis .pytest_cache .ruff_cache
+	rm -rf runs .hypothesis .pytest_cache .ruff_cache .mypy_cache .coverage* site dist build

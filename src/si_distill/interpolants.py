@@ -14,3 +14,17 @@ from .schedulers.interpolant_paths import (
     get_interpolant,
     register_interpolant,
 )
+
+__all__ = [
+    "GAUSSIAN_INTERPOLANTS",
+    "INTERPOLANTS",
+    "PREDICTIONS",
+    "TIMESTEP_TYPES",
+    "BridgeInterpolant",
+    "Coefficients",
+    "EDMInterpolant",
+    "Interpolant",
+    "VPInterpolant",
+    "get_interpolant",
+    "register_interpolant",
+]

@@ -27,7 +27,7 @@ def load_pipeline(
         InputError: when it cannot be loaded; the text says why.
     """
     _check_place(role, name)
-    own = {kind.__name__ for kind in (InterpolantPipeline, OneStepInterpolantPipeline)}
+    own: set[str] = {kind.__name__ for kind in (InterpolantPipeline, OneStepInterpolantPipeline)}
     if cls is InterpolantPipeline and not kwargs and saved_class(name) not in {*own, None}:
         return convert_diffusers(name)
     if trust_remote_code:

@@ -19,7 +19,10 @@ from .imports import import_module
 from .named_configs import find_config
 from .reading import Plain, parse_yaml, read_yaml, resolve
 
-T = TypeVar("T")
+if typing.TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+T = TypeVar("T", bound="DataclassInstance")
 LARGEST_FLOAT32 = float.fromhex("0x1.fffffep+127")
 
 
@@ -136,7 +139,7 @@ def settings_from_dict(cls: type[T], values: dict[str, Any], prefix: str = "") -
     built = {}
     for key, value in values.items():
         name, hint = f"{prefix}{key}", hints[key]
-        if dataclasses.is_dataclass(hint):
+        if isinstance(hint, type) and dataclasses.is_dataclass(hint):
             if not isinstance(value, dict):
                 raise InputError(f"`{name}` is a section of settings, got {value!r}.")
             built[key] = settings_from_dict(hint, value, f"{name}.")
@@ -197,7 +200,7 @@ def script_main(main: typing.Callable[[list[str]], None]) -> None:
         print(f"\n{kind}{f' (process {rank})' if rank else ''}: {_printable(str(error))}", file=sys.stderr, flush=True)
         if isinstance(error, TrainingInterrupted):
             raise SystemExit(128 + error.signal_number) from None
-        codes = {TrainingStopped: 3, PublishError: 4}
+        codes: dict[type, int] = {TrainingStopped: 3, PublishError: 4}
         raise SystemExit(codes.get(type(error), 2)) from None
     except OSError as error:
         if error.errno not in _REFUSALS:
@@ -360,7 +363,7 @@ def _help(cls: type, prefix: str = "") -> str:
         if dataclasses.is_dataclass(hints[f.name]):
             lines.append(_help(hints[f.name], f"{prefix}{f.name}."))
             continue
-        default = f.default if f.default is not dataclasses.MISSING else f.default_factory()
+        default = f.default_factory() if callable(f.default_factory) else f.default
         choices = f.metadata.get("choices")
         text = f.metadata["help"] + (f" One of: {', '.join(choices)}." if choices else "")
         lines.append(f"  --{prefix + f.name:<32} {text} [{default!r}]")

@@ -143,7 +143,7 @@ def test_a_plan_of_any_prediction_needs_no_weights(tmp_path, prediction_type):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--report_to", "tensorboard"], "which is not installed: pip install tensorboard"),
+        (["--report_to", "trackio"], "which is not installed: pip install trackio"),
         (["--resume_from_checkpoint", "nowhere"], "nowhere is not a whole checkpoint"),
         (
             ["--eval_metric_steps", 1, "--evaluation.reference", "nowhere.npz"],

@@ -34,8 +34,8 @@ def main(argv: list[str]) -> None:
     name, *arguments = argv or ["--help"]
     if name in ("-h", "--help"):
         width = max(map(len, known))
-        summaries = {name: importlib.import_module(module).__doc__ for name, module in known.items()}
-        lines = [f"  {name:<{width}}  {text.splitlines()[0]}" for name, text in summaries.items()]
+        pages = {name: importlib.import_module(module).__doc__ or "" for name, module in known.items()}
+        lines = [f"  {name:<{width}}  {page.partition(chr(10))[0]}" for name, page in pages.items()]
         return print(USAGE.format("\n".join(lines), package), end="")
     if name == "--version":
         from .. import __version__

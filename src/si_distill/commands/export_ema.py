@@ -43,7 +43,7 @@ def main(argv: list[str]) -> None:
         raise InputError(f"--step {settings.step} needs --sigma_rel: ema/ holds the last averages only.")
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise InputError(f"`output` {output} is not empty: give a new folder.")
-    if settings.average is None:
+    if settings.sigma_rel is not None:
         weights = reconstruct(Snapshots(run / EMA_SNAPSHOTS), settings.sigma_rel, settings.step)
     else:
         file = run / EMA_WEIGHTS / f"{settings.average}.safetensors"

@@ -111,7 +111,7 @@ def main(argv: list[str]) -> None:
             teacher.to(device).set_progress_bar_config(disable=True)
             again = {"num_inference_steps": settings.teacher_steps}
             taught = sample_rows(
-                teacher, labels, settings.images_per_label, settings.seed, settings.batch_size, **again
+                teacher, labels, settings.images_per_label, settings.seed, settings.batch_size, images=None, **again
             )
     except ValueError as error:
         also = " The teacher's steps are --teacher_steps." if settings.teacher and settings.num_inference_steps else ""
@@ -121,13 +121,17 @@ def main(argv: list[str]) -> None:
         with whole_file(path) as file:
             picture.save(file, Image.registered_extensions()[path.suffix.lower()])
 
-    titles = labels and class_names(pipeline, labels)
+    titles = class_names(pipeline, labels) if labels else None
     count = sum(map(len, rows))
     if singly:
         out.mkdir(parents=True, exist_ok=True)
         for row, images in enumerate(rows):
             for column, image in enumerate(images):
-                parts = [f"{labels[column]}_{re.sub(r'[^A-Za-z0-9-]+', '-', titles[column])[:60]}"] if labels else []
+                parts = (
+                    [f"{labels[column]}_{re.sub(r'[^A-Za-z0-9-]+', '-', titles[column])[:60]}"]
+                    if labels and titles
+                    else []
+                )
                 parts += [f"{column}_{Path(settings.image[column]).stem}"] if inputs else []
                 name = os.fsdecode(os.fsencode("_".join(parts))[:200])  # most systems allow 255 bytes
                 save(image, out / f"{name}{'_' if parts else ''}seed{settings.seed + row}.png")

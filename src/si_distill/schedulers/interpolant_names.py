@@ -40,5 +40,4 @@ def build_named(
     try:
         return known[name](**settings)
     except TypeError as error:
-        given = dict(settings)
-        raise ValueError(f"The {setting}s of the {kind} {name!r} must be numbers, got {given}: {error}.") from None
+        raise ValueError(f"The {setting}s of the {kind} {name!r} must be numbers, got {settings}: {error}.") from None

@@ -34,9 +34,9 @@ def check_settings(
     ):
         if value not in choices:
             raise ValueError(f"`{name}` is {value!r}; choose one of: {', '.join(map(str, choices))}.")
-    for name, value in (("diffusion_norm", diffusion_norm), ("rtol", rtol), ("atol", atol)):
-        if not (isinstance(value, (int, float)) and math.isfinite(value) and value > 0):
-            raise ValueError(f"`{name}` must be a positive number, got {value!r}.")
+    for name, number in (("diffusion_norm", diffusion_norm), ("rtol", rtol), ("atol", atol)):
+        if not (isinstance(number, (int, float)) and math.isfinite(number) and number > 0):
+            raise ValueError(f"`{name}` must be a positive number, got {number!r}.")
     if not 0 < init_time <= 1:
         raise ValueError(f"`init_time` must lie in (0, 1], got {init_time}.")
     if not 0 < first_step_size < 1:

@@ -273,7 +273,7 @@ class DistillConfig(TrainingConfig):
     def build_adversarial_time_sampler(self, interpolant: "Interpolant", timestep_type: str) -> "TimeSampler | None":
         """The distribution of the adversarial term's own times, or None when it has the losses'."""
         low, high = self.adversarial.t_min, self.adversarial.t_max
-        if low is None:
+        if low is None or high is None:
             return None
         try:
             return self._time_sampler("uniform", low, high, interpolant, timestep_type)
