@@ -140,7 +140,7 @@ _Dumper.add_implicit_resolver("tag:yaml.org,2002:int", _INTEGER, list("-+0123456
 _Dumper.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+.0123456789"))
 
 
-def _represent_text(dumper: yaml.Dumper, text: str) -> yaml.Node:
+def _represent_text(dumper: _Dumper, text: str) -> yaml.Node:
     # PyYAML folds these rare line breaks into spaces unless they are escaped.
     return dumper.represent_scalar(
         "tag:yaml.org,2002:str", text, style='"' if set(text) & set("\x85\u2028\u2029") else None
