@@ -17,7 +17,6 @@ from pathlib import Path
 
 import torch
 from bench_tools import Workers, advance, cell, hardware, hardware_line, markdown_table, write_json, write_text
-from digits_sweep import Judge
 
 from si_distill.settings import at_least, parse_settings, script_main, setting
 from si_distill.training.distillation.config import DistillConfig
@@ -113,7 +112,10 @@ def compare_gradients(config: DropoutConfig) -> list[dict]:
 
 def distil(config: DropoutConfig, mode: str, seed: int) -> dict:
     """A whole distillation whose critic judges in one of the modes."""
-    judge = Judge(config.num_samples)
+    from si_distill.data.config import DataConfig
+    from si_distill.training.comparison.judge import Judge
+
+    judge = Judge(DataConfig(), config.num_samples)
     with tempfile.TemporaryDirectory() as folder:
         trainer = build(config, seed, folder)
         if MODES[mode]:

@@ -132,7 +132,9 @@ def test_gradients_of_the_cross_term_add_up(teacher_folder):
 
 def test_every_run_of_the_sweep_is_valid():
     import yaml
-    from digits_sweep import SweepConfig, run_arguments, run_settings
+    from digits_sweep import SweepConfig
+
+    from si_distill.training.comparison.run import run_arguments, run_settings
 
     config = SweepConfig(base=str(ROOT / "configs/digits/distill.yaml"))
     entries = yaml.safe_load((ROOT / "benchmarks/digits_sweep.yaml").read_text(encoding="utf-8"))

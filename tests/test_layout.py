@@ -16,7 +16,7 @@ SOURCE = ROOT / "src" / "si_distill"
 SCRIPTS = [path for folder in ("training", "pipelines") for path in sorted((ROOT / folder).glob("*.py"))]
 #: Rooms from the ground up; a room imports those before its own line, and its own. Functions' imports count.
 FLOORS = (
-    ("errors", "units", "choices", "fingerprints", "lazy", "sample_noise", "visualization"),
+    ("errors", "units", "choices", "fingerprints", "lazy", "sample_noise", "tables", "visualization", "workers"),
     ("reading", "files", "imports", "named_configs"),
     ("schedulers", "models", "settings", "launching", "adversarial"),
     ("plot",),

@@ -83,7 +83,7 @@ def given_settings(cls: type, argv: list[str], description: str = "") -> dict[st
         raise SystemExit(0)
     values: dict[str, Any] = {}
     overrides = [(key, _value_of(cls, key, words)) for key, words in _split_arguments(argv)]
-    for name in [name for key, names in overrides if key == "import" for name in names]:
+    for name in given_imports(argv):
         import_module(name)
     count = itertools.count(1)
     for path in [path for key, paths in overrides if key == "config" for path in paths]:
@@ -91,7 +91,7 @@ def given_settings(cls: type, argv: list[str], description: str = "") -> dict[st
             _drop_companions(cls, values, layer, str(source))
             values = merge_settings(values, layer)
     overrides = [(key, value) for key, value in overrides if key not in ("config", "import")]
-    _refuse_code(cls, values, dict(overrides))
+    refuse_code(cls, values, dict(overrides))
     _drop_companions(cls, values, dict(overrides), "the command line")
     for key, value in overrides:
         *sections, last = key.split(".")
@@ -104,6 +104,11 @@ def given_settings(cls: type, argv: list[str], description: str = "") -> dict[st
         merges &= isinstance(value, dict) and isinstance(place.get(last), dict)
         place[last] = merge_settings(place[last], value) if merges else value
     return values
+
+
+def given_imports(argv: list[str]) -> list[str]:
+    """The modules that the command line asks to import."""
+    return [name for key, names in _split_arguments(argv) if key == "import" for name in names]
 
 
 #: Most files that configs may include altogether: two that include each other's twice double with each level.
@@ -281,13 +286,20 @@ def _drop_companions(cls: type, values: dict[str, Any], layer: dict[str, Any], s
             )
 
 
-def _refuse_code(cls: type, values: dict[str, Any], overrides: dict[str, Any], prefix: str = "") -> None:
-    """Refuses code that a file asks for: it may be someone else's, such as a run's config.yaml."""
+def refuse_code(cls: type, values: dict[str, Any], overrides: dict[str, Any], prefix: str = "") -> None:
+    """Refuses code that a file asks for: it may be someone else's, such as a run's config.yaml.
+
+    Args:
+        cls: of the settings.
+        values: nested, as the file gives them.
+        overrides: by dotted name, what the command line gives.
+        prefix: of `cls` in the settings.
+    """
     hints = typing.get_type_hints(cls)
     for field in dataclasses.fields(cls):
         name, value = f"{prefix}{field.name}", values.get(field.name)
         if dataclasses.is_dataclass(hints[field.name]) and isinstance(value, dict):
-            _refuse_code(hints[field.name], value, overrides, f"{name}.")
+            refuse_code(hints[field.name], value, overrides, f"{name}.")
             continue
         asks = resolve(value) is True or (isinstance(value, str) and ":" in value)
         if field.metadata.get("names_code") and asks and name not in overrides:

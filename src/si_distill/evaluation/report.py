@@ -11,7 +11,7 @@ import torch
 import torch_fidelity
 from accelerate import PartialState
 
-from ..data import DataConfig, load_images
+from ..data import DataConfig, ImageDataset, load_images
 from ..errors import InputError
 from ..files import FolderLock, delete, refuse_links, write_text
 from ..launching import join_processes
@@ -112,9 +112,7 @@ class _Evaluation:
         self._check_writes(
             [f"{name}.npz" for name in names if settings.save_npz], names if settings.save_images else []
         )
-        is_digits = data is not None and data.name == "sklearn-digits" and data.class_names
-        # Trained on all of them, also when the reference is a part.
-        self.classifier = DigitsClassifier(*load_images(DataConfig()).read_all()) if is_digits else None
+        self.classifier = classifier_of(data)
 
     def _check_writes(self, files: Iterable[str], folders: Iterable[str]) -> None:
         """Refuses links, and folders in place of files, among what is written next to the output."""
@@ -252,6 +250,12 @@ class _Evaluation:
         if real and neighbours is not None and self.reference.indices is not None:
             indices, path = self.reference.indices.tolist(), self.next_to("_neighbours.png")
             draw_neighbours(last, real, indices, neighbours, chosen, path)
+
+
+def classifier_of(data: ImageDataset | None) -> DigitsClassifier | None:
+    """What names the class of an image of this data set: of the digits, trained on all of them, also of a part."""
+    is_digits = data is not None and data.name == "sklearn-digits" and data.class_names
+    return DigitsClassifier(*load_images(DataConfig()).read_all()) if is_digits else None
 
 
 def output_path(settings: EvaluationConfig) -> Path:
