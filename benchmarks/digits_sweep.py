@@ -4,8 +4,8 @@
     python benchmarks/digits_sweep.py --teacher runs/digits-teacher --workers 2
     python benchmarks/digits_sweep.py --only "sid(1.0)" gap --seeds 0 --steps 200 --output runs/sweep --figures runs/sweep
 
-It is `training/compare.py` with the runs of digits_sweep.yaml, each evaluated as by `training/evaluate.py`: 1,797 samples with
-the labels of the real digits, noise of seed 0. All settings: `python benchmarks/digits_sweep.py --help`.
+It is `training/compare.py` with the runs of digits_sweep.yaml, each evaluated as by `training/evaluate.py`: 1,797 samples
+with the labels of the real digits, noise of seed 0. All settings: `python benchmarks/digits_sweep.py --help`.
 """
 
 from dataclasses import dataclass

@@ -43,10 +43,12 @@ def test_a_judge_says_what_an_evaluation_says(teacher_folder, tmp_path):
 
 
 def test_runs_of_several_steps_fill_a_table_with_the_metrics_asked_for(teacher_folder, tmp_path):
-    runs = "few: {student_steps: [1, 2]}\none:\n  objective: gap\n  data.max_train_samples: 30\n"
+    runs = (
+        "few: {student_steps: [1, 2]}\none:\n  objective: gap\n  data.max_train_samples: 30\n  mixed_precision: bf16\n"
+    )
     asked = config(tmp_path, runs, teacher=str(teacher_folder), metrics=["fid", "kid"], seeds=[3])
     results, entries = Results(asked), read_entries(asked)
-    assert entries["one"] == {"objective": "gap", "data.max_train_samples": 30}
+    assert entries["one"] == {"objective": "gap", "data.max_train_samples": 30, "mixed_precision": "bf16"}
     for name in entries:
         results.add(distil(name, 3, run_arguments(asked, entries[name], 3), asked))
     assert [point["updates"] for point in results.values["runs"][0]["curve"]] == [0, 2]

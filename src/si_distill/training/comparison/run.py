@@ -10,6 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from accelerate.state import AcceleratorState, GradientState
 
 from ...data.latents.format import images_of
 from ...errors import InputError
@@ -145,6 +146,8 @@ def judge_teacher(config: CompareConfig, arguments: list[str], imports: list[str
 
 def distil(name: str, seed: int, arguments: list[str], config: CompareConfig) -> dict[str, Any]:
     """One run: trains as train_distill.py does, and evaluates its moving average on the way."""
+    AcceleratorState._reset_state(True)  # the run before it in this process may have had another precision
+    GradientState._reset_state()
     with tempfile.TemporaryDirectory() as folder:  # named in the settings, but nothing is written outside `train()`
         settings = run_settings(arguments, config.steps)
         trainer = DistillationTrainer(replace(settings, output_dir=f"{folder}/run"))
