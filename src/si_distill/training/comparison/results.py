@@ -11,7 +11,7 @@ from ... import fingerprints
 from ...errors import InputError
 from ...evaluation.metrics import METRICS
 from ...files import write_text
-from ...settings import settings_from_dict
+from ...settings import settings_from_dict, settings_to_dict
 from ...tables import cell, hardware, hardware_line, markdown_table, mean_and_spread
 from ..distillation.config import DistillConfig
 from .config import CompareConfig
@@ -59,8 +59,9 @@ class Results:
         Settings are compared as resolved, so that an edit of any config file counts; one that the package did not have
         when the run was made has its default, which is what the run did.
         """
+        wanted = _deciding(settings)
         for run in self.values["runs"]:
-            if (run["name"], run["seed"]) == (name, seed) and _settings_of(run) == settings:
+            if (run["name"], run["seed"]) == (name, seed) and _settings_of(run) == wanted:
                 return run
         return None
 
@@ -184,12 +185,17 @@ def _defaults() -> dict[str, Any]:
     }
 
 
-def _settings_of(run: dict[str, Any]) -> DistillConfig | None:
-    """The settings of a finished run, or None when the package does not take them any more."""
+def _settings_of(run: dict[str, Any]) -> dict[str, Any] | None:
+    """The settings that a finished run was made with, or None when the package does not take them any more."""
     try:
-        return settings_from_dict(DistillConfig, run["settings"])
+        return _deciding(settings_from_dict(DistillConfig, run["settings"]))
     except InputError:
         return None
+
+
+def _deciding(settings: DistillConfig) -> dict[str, Any]:
+    """All but how train_distill.py would measure the run on the way, which a comparison does not do."""
+    return {key: value for key, value in settings_to_dict(settings).items() if key != "evaluation"}
 
 
 def _fingerprint(teacher: str) -> str:
