@@ -4,7 +4,20 @@ import json
 from pathlib import Path
 from typing import Any
 
-__all__ = """Workers advance cell hardware hardware_line markdown_table mean_and_spread write_json write_text""".split()
+from si_distill.tables import cell, hardware, hardware_line, markdown_table, mean_and_spread
+from si_distill.workers import Workers, advance
+
+__all__ = [
+    "Workers",
+    "advance",
+    "cell",
+    "hardware",
+    "hardware_line",
+    "markdown_table",
+    "mean_and_spread",
+    "write_json",
+    "write_text",
+]
 
 
 def write_text(path: Path, text: str) -> None:
