@@ -49,7 +49,7 @@ def test_a_mistyped_command_is_refused_with_a_near_one(tmp_path):
     assert done.returncode == 2
     assert done.stderr == "\nerror: `si-distill` has no command 'train_distil'. Did you mean train-distill?\n"
     done = start(tmp_path, ["-m", "si_distill.commands"], "zzz")
-    assert (done.returncode, "Choose one of: configs, " in done.stderr) == (2, True)
+    assert (done.returncode, "Choose one of: compare, " in done.stderr) == (2, True)
 
 
 def test_the_version(tmp_path):

@@ -1,4 +1,4 @@
-"""Runs the project's scripts under Accelerate's launcher and ends them in an orderly way."""
+"""Runs the package's commands under Accelerate's launcher and ends them in an orderly way."""
 
 import os
 import signal
@@ -11,22 +11,22 @@ from pathlib import Path
 from ...errors import InputError, TrainingStopped
 from ...files import FolderLock
 
-#: Seconds between two looks at a running script, and how long one may take to save after SIGTERM.
+#: Seconds between two looks at a running command, and how long one may take to save after SIGTERM.
 INTERVAL, SAVING = 0.5, 1800.0
 
 
 def launch(
-    script: Path,
+    command: str,
     arguments: list[str],
     processes: int,
     config: str | None,
     watch: Callable[[], bool] = lambda: False,
     writes: Path | None = None,
 ) -> int | None:
-    """Runs a script to its end.
+    """Runs a command to its end.
 
     Args:
-        script: the file.
+        command: its module in `si_distill.commands`.
         arguments: its words.
         processes: of the launcher.
         config: Accelerate's config file, or None.
@@ -43,7 +43,7 @@ def launch(
         words += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
         words += ["--multi_gpu"] if processes > 1 else []
     # A session of its own: a signal to its group reaches launcher and processes, and not this one.
-    process = subprocess.Popen([*words, str(script), *arguments], start_new_session=True)
+    process = subprocess.Popen([*words, "-m", f"si_distill.commands.{command}", *arguments], start_new_session=True)
     ended = False
     try:
         while process.poll() is None and not ended:

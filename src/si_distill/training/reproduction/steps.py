@@ -9,6 +9,7 @@ from typing import Any
 
 from ...errors import InputError, TrainingInterrupted, TrainingStopped
 from ...files import FolderLock, write_text
+from ...named_configs import CONFIGS
 from ...reading import read_json
 from ...settings import given_settings, parse_settings, settings_to_dict
 from ..config import BEST
@@ -30,19 +31,18 @@ class Reproduction:
     """A recipe on its way from a published checkpoint to a table.
 
     Args:
-        settings: of the script.
-        root: the repository's folder, with `configs/` and `training/`.
+        settings: of the command.
 
     Raises:
         InputError: for an unknown recipe, settings that cannot work, a missing checkpoint, or a folder that holds the
             reproduction of something else. Nothing is written then.
     """
 
-    def __init__(self, settings: ReproduceConfig, root: Path):
-        self.settings, self.scripts = settings, root / "training"
-        self.name, self.recipe = find_recipe(settings.recipe, root / "configs")
+    def __init__(self, settings: ReproduceConfig):
+        self.settings = settings
+        self.name, self.recipe = find_recipe(settings.recipe, CONFIGS)
         teacher = given_settings(DistillConfig, ["--config", str(self.recipe)]).get("teacher", "")
-        figures = Path(settings.published or root / "configs" / "published.yaml")
+        figures = Path(settings.published or CONFIGS / "published.yaml")
         self.published = read_published(figures, self.name, Path(str(teacher)).name)
         self.folder = Path(settings.output_dir or f"runs/reproduction/{self.name}")
         self.teacher, self.student = self.folder / "teacher", self.folder / "student"
@@ -67,7 +67,7 @@ class Reproduction:
         if "convert" not in self.done:
             self._check_checkpoint()
         for written in (self.student, self.folder / "teacher_features", self.folder / "student_features"):
-            FolderLock(written).check()  # a script that outlived its parent
+            FolderLock(written).check()  # a command that outlived its parent
 
     @property
     def done(self) -> dict[str, dict[str, Any]]:
@@ -79,7 +79,7 @@ class Reproduction:
 
         Raises:
             InputError: when the teacher cannot be converted, or misses its published figure.
-            TrainingStopped: when a script failed, or the run is off track.
+            TrainingStopped: when a command failed, or the run is off track.
             TrainingInterrupted: after SIGTERM or SIGINT, when the training has saved.
         """
         with _interruptible():
@@ -183,7 +183,7 @@ class Reproduction:
         words += ["--class_balance", "uniform"] if s.reference else []
         for key in ("feature_weights", "reference"):
             words += [f"--{key}", getattr(s, key)] if getattr(s, key) is not None else []
-        code = launch(self.scripts / "evaluate.py", words, s.num_processes, s.accelerate_config)
+        code = launch("evaluate", words, s.num_processes, s.accelerate_config)
         if code:
             raise TrainingStopped(
                 f"Measuring the {who} ended with exit code {code}; what it said is above. The same command goes on here."
@@ -222,8 +222,7 @@ class Reproduction:
 
         code = None
         if not watch():
-            script = self.scripts / "train_distill.py"
-            code = launch(script, words, s.num_processes, s.accelerate_config, watch, self.student)
+            code = launch("train_distill", words, s.num_processes, s.accelerate_config, watch, self.student)
         reason = self._off_track()
         if reason is not None:
             self._report("Off track", f"The run was ended: {reason}.")
