@@ -18,7 +18,7 @@ WITHOUT_TORCH += "runpy.run_module('si_distill.commands', run_name='__main__', a
 def start(folder: Path, python: list[str], *arguments: str) -> subprocess.CompletedProcess:
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, *python, *arguments]
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=600)
 
 
 def test_help_lists_every_command_without_torch(tmp_path):
