@@ -362,9 +362,8 @@ def _check_finite(name: str, value: Any) -> None:
 def _print_help(text: str) -> None:
     try:
         print(text, flush=True)
-    except (
-        BrokenPipeError
-    ):  # `--help | head` has read enough; what is left in the buffer must not fail again at the exit
+    except BrokenPipeError:
+        # `--help | head` has read enough; what is left in the buffer must not fail again at the exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 

@@ -21,6 +21,7 @@ from ..config import TrainingConfig
 from ..parallel.accelerator import agree
 from .checkpoints import WRITE_ERRORS
 from .folder import RunFolder
+from .trackers import show_picture
 
 
 class Outputs:
@@ -54,9 +55,10 @@ class Outputs:
             self.best = BestModel(settings, accelerator, pipeline)
 
     def samples(self, step: int) -> None:
-        """samples/step_N.png; collective."""
+        """samples/step_N.png, which the trackers get too; collective."""
         picture = self._picture()
         self.write("samples", step, lambda: picture.save(self.run.sample_path(step)))
+        show_picture(self.accelerator, picture, step)
 
     def pipeline(self, step: int) -> None:
         """The pipeline at the top of the run folder, with its card; collective."""

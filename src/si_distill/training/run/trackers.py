@@ -2,7 +2,9 @@
 
 from typing import Any
 
+import numpy as np
 from accelerate import Accelerator
+from PIL import Image
 
 from ...errors import InputError
 from ...settings import settings_to_dict
@@ -33,6 +35,16 @@ def start_trackers(accelerator: Accelerator, settings: TrainingConfig, name: str
     error = agree(accelerator, start, (Exception,))  # each of these libraries has errors of its own
     if error:
         raise InputError(f"The tracker {settings.report_to} could not be started: {error}. `report_to` can be none.")
+
+
+def show_picture(accelerator: Accelerator, picture: Image.Image, step: int) -> None:
+    """Gives the trackers that show pictures, as `samples`, the one of this iteration."""
+    for tracker in accelerator.trackers:
+        if tracker.name == "tensorboard":
+            pixels = np.asarray(picture.convert("RGB"))[None]
+            tracker.log_images({"samples": pixels}, step=step, dataformats="NHWC")
+        elif hasattr(tracker, "log_images"):
+            tracker.log_images({"samples": [picture]}, step=step)
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
