@@ -1,4 +1,4 @@
-"""Takes a published recipe from its teacher's checkpoint to a table next to the published figures.
+r"""Takes a published recipe from its teacher's checkpoint to a table next to the published figures.
 
     si-distill reproduce cifar10/distill_sid --checkpoint edm-cifar10-32x32-uncond-vp.pkl \
         --accelerate_config configs/accelerate/ddp.yaml --num_processes 4 --reference cifar10-32x32.npz
