@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from si_distill import files
 from si_distill.tables import cell, hardware, hardware_line, markdown_table, mean_and_spread
 from si_distill.workers import Workers, advance
 
@@ -21,11 +22,9 @@ __all__ = [
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replaces a file in one step, so that a stop never leaves half of it."""
+    """Replaces a file in one step, so that a stop never leaves half of it; its folder is made."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".tmp")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
+    files.write_text(path, text)
 
 
 def write_json(path: Path, value: Any) -> None:

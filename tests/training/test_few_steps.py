@@ -29,6 +29,22 @@ def run(teacher_folder, tmp_path_factory):
     return trainer, folder
 
 
+def assert_resumed_alike(teacher, place, steps, metric, *arguments):
+    """A run that goes on after its second iteration has the weights and the log of one that was not stopped."""
+
+    def run(folder, count, *further):
+        lengths = ("--max_steps", count, "--save_steps", 2)
+        trainer = distillation(teacher, place / folder, *arguments, *lengths, *further)
+        trainer.train()
+        return trainer
+
+    whole, _, resumed = run("whole", steps), run("halves", 2), run("halves", steps, *LATEST)
+    assert all(torch.equal(a, b) for a, b in zip(weights(whole), weights(resumed), strict=True))
+    logs = [[line[metric] for line in lines(place / folder)] for folder in ("whole", "halves")]
+    assert len(logs[0]) == steps
+    assert logs[0] == logs[1]
+
+
 def test_levels_of_all_counts_are_drawn_and_are_the_same_for_everybody():
     levels = Levels(StochasticInterpolantScheduler(student_steps=[1, 2, 4]), seed=3)
     assert levels.all == [Level(1, 0), Level(2, 1), Level(4, 1), Level(4, 2), Level(4, 3)]
@@ -92,17 +108,7 @@ def test_the_way_to_a_level_carries_no_gradient(run):
     ],
 )
 def test_a_run_is_resumed_bit_for_bit(teacher_folder, tmp_path, arguments):
-    def run(folder, steps, *further):
-        few = (*FEW, "--max_steps", steps, "--save_steps", 2)
-        trainer = distillation(teacher_folder, tmp_path / folder, *arguments, *few, *further)
-        trainer.train()
-        return trainer
-
-    whole, _, resumed = run("whole", 5), run("halves", 2), run("halves", 5, *LATEST)
-    assert all(torch.equal(a, b) for a, b in zip(weights(whole), weights(resumed), strict=True))
-    logs = [[line["critic_loss"] for line in lines(tmp_path / folder)] for folder in ("whole", "halves")]
-    assert len(logs[0]) == 5
-    assert logs[0] == logs[1]
+    assert_resumed_alike(teacher_folder, tmp_path, 5, "critic_loss", *arguments, *FEW)
 
 
 def test_steps_of_one_are_the_student_of_before(teacher_folder, tmp_path):

@@ -8,8 +8,8 @@ from diffusers import DiffusionPipeline
 from gaussian_oracle import Gaussian
 from helpers import UNTOLD, tiny_sit
 from interpolant_families import double, every_family, noise
+from test_few_steps import assert_resumed_alike
 from test_modes_and_draws import weights
-from test_trainers import lines
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from trainer_builders import distillation
 
@@ -24,7 +24,6 @@ from si_distill.training.distillation.terms import FlowMapConfig
 
 DATA = Gaussian(double(0.5, -1.0, 0.2), double(0.4, 1.0, 1.7))
 TERM = ["--flow_map.weight", 0.5]
-LATEST = ["--resume_from_checkpoint", "latest"]
 
 
 def field(interpolant, said, prediction_type="velocity") -> Field:
@@ -256,18 +255,7 @@ def test_the_terms_gradient_has_the_size_that_is_asked_for(teacher_folder, tmp_p
     ],
 )
 def test_a_run_is_resumed_bit_for_bit(teacher_folder, tmp_path, arguments):
-    def run(folder, steps, *further):
-        trainer = distillation(
-            teacher_folder, tmp_path / folder, *TERM, *arguments, "--max_steps", steps, "--save_steps", 2, *further
-        )
-        trainer.train()
-        return trainer
-
-    whole, _, resumed = run("whole", 4), run("halves", 2), run("halves", 4, *LATEST)
-    assert all(torch.equal(a, b) for a, b in zip(weights(whole), weights(resumed), strict=True))
-    logs = [[line["flow_map_residual"] for line in lines(tmp_path / folder)] for folder in ("whole", "halves")]
-    assert len(logs[0]) == 4
-    assert logs[0] == logs[1]
+    assert_resumed_alike(teacher_folder, tmp_path, 4, "flow_map_residual", *TERM, *arguments)
 
 
 def test_a_weight_of_zero_changes_no_bit(teacher_folder, tmp_path):

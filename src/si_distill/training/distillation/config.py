@@ -9,7 +9,7 @@ from ...errors import InputError
 from ...schedulers.interpolant_solvers import STUDENT_STEPPINGS, check_levels
 from ...settings import TRUST, at_least, positive, setting
 from ..config import TrainingConfig
-from .terms import AdversarialConfig, FlowMapConfig
+from .terms import AdversarialConfig, FlowMapConfig, check_guidance_times
 
 if TYPE_CHECKING:
     from ...interpolants import Interpolant
@@ -199,11 +199,7 @@ class DistillConfig(TrainingConfig):
         for name in ("guidance_scale", "critic_guidance_scale", "student_guidance_scale"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise InputError(f"`{name}` must be finite and not negative, got {getattr(self, name)}.")
-        if not 0 <= self.guidance_t_min < self.guidance_t_max <= 1:
-            raise InputError(
-                f"Guidance needs 0 <= guidance_t_min < guidance_t_max <= 1, got [{self.guidance_t_min}, "
-                f"{self.guidance_t_max}]."
-            )
+        check_guidance_times("Guidance", self.guidance_t_min, self.guidance_t_max)
         for name in ("critic_class_dropout_prob", "student_class_dropout_prob"):
             if not 0 <= getattr(self, name) < 1:
                 raise InputError(f"`{name}` must lie in [0, 1), got {getattr(self, name)}.")

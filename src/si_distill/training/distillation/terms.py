@@ -14,6 +14,12 @@ if TYPE_CHECKING:
 FLOW_MAP_STARTS = ("prior", "both")
 
 
+def check_guidance_times(what: str, low: float, high: float) -> None:
+    """Refuses an interval of guidance that is empty, or not in [0, 1]."""
+    if not 0 <= low < high <= 1:
+        raise InputError(f"{what} needs 0 <= guidance_t_min < guidance_t_max <= 1, got [{low}, {high}].")
+
+
 @dataclass
 class AdversarialConfig:
     """An adversarial term next to the objective, with the factors of its publication (see `si_distill.adversarial`)."""
@@ -100,11 +106,7 @@ class FlowMapConfig:
         for name in ("batch_share", "step_size"):
             if not 0 < getattr(self, name) < 1:
                 raise InputError(f"`flow_map.{name}` must lie between 0 and 1, got {getattr(self, name)}.")
-        if not 0 <= self.guidance_t_min < self.guidance_t_max <= 1:
-            raise InputError(
-                "Guidance of the flow-map term needs 0 <= guidance_t_min < guidance_t_max <= 1, got "
-                f"[{self.guidance_t_min}, {self.guidance_t_max}]."
-            )
+        check_guidance_times("Guidance of the flow-map term", self.guidance_t_min, self.guidance_t_max)
 
     @property
     def ratio(self) -> float:
