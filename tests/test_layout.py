@@ -23,6 +23,7 @@ FLOORS = (
     ("interpolants", "pipelines"),
     ("objectives", "log_variance", "autoencoders", "sampling"),
     ("critic", "data", "conversion"),
+    ("text_to_image",),
     ("loading",),
     ("evaluation",),
     ("hub",),

@@ -64,7 +64,7 @@ def convert_diffusers(source: str) -> InterpolantPipeline:
     try:
         network, scheduler, further = _load_pipeline(source) if name in PIPELINES else _load_network(source, name)
         check_weights(network, source, {})
-        settings = _scheduler_settings(scheduler)
+        settings = scheduler_settings(scheduler)
         pipeline = InterpolantPipeline(network, StochasticInterpolantScheduler(**settings), **further)
         _check_channels(pipeline)
     except torch.OutOfMemoryError:
@@ -94,7 +94,7 @@ def _load_network(source: str, name: str) -> tuple[torch.nn.Module, SchedulerMix
     return getattr(diffusers, name).from_pretrained(source), scheduler, {}
 
 
-def _scheduler_settings(scheduler: SchedulerMixin) -> dict[str, Any]:
+def scheduler_settings(scheduler: SchedulerMixin) -> dict[str, Any]:
     """Arguments of our scheduler on which the network has the noise levels that it was trained with."""
     config, kind = scheduler.config, type(scheduler).__name__
     if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):

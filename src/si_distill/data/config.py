@@ -33,6 +33,9 @@ class DataConfig:
     label_column: str | None = setting(
         None, "Column of the labels; found by its type when not given. `none`: no labels."
     )
+    caption_column: str | None = setting(
+        None, "Column of texts, for text-to-image: the prompts, or the captions of the images."
+    )
     num_classes: int | None = setting(
         None, "Number of classes of a stream whose labels are plain numbers; the network's when not given."
     )

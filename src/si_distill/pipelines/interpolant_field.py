@@ -25,6 +25,7 @@ class Guidance:
         interval (`tuple[float, float]`): smallest and largest time with guidance (Kynkäänniemi et al. 2024, "Applying
             Guidance in a Limited Interval"); at others w is 1.
         channels (`int`, *optional*): guides only the first channels of the prediction; None is all of them.
+        rescale (`Callable`, *optional*): `rescale(guided, conditional)`, what is made of both predictions, (B, …).
 
     Raises:
         ValueError: for values out of range.
@@ -33,6 +34,7 @@ class Guidance:
     scale: float = 1.0
     interval: tuple[float, float] = (0.0, 1.0)
     channels: int | None = None
+    rescale: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None
 
     def __post_init__(self) -> None:
         number = isinstance(self.scale, (int, float)) and not isinstance(self.scale, bool)
@@ -159,6 +161,8 @@ class Field:
         if torch.is_tensor(scale):
             scale = scale.to(conditional.dtype).view(-1, *[1] * (conditional.ndim - 1))
         guided = unconditional + scale * (conditional - unconditional)
+        if self.guidance.rescale is not None:
+            guided = self.guidance.rescale(guided, conditional)
         if (channels := self.guidance.channels) is not None:
             guided = torch.cat([guided[:, :channels], conditional[:, channels:]], 1)
         return guided, *(None if extra is None else extra.chunk(2)[0] for extra in outputs[1:])

@@ -1,0 +1,106 @@
+"""Several low-rank adapters (LoRA) on one frozen network: student, critic and averages; without one it is the teacher.
+
+Diffusers' own switches (`set_adapter`, `disable_adapters`) also flip `requires_grad`, after which a graph through several
+adapters gives no gradients, without an error: here only the flags of the layers are switched.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+
+import torch
+from diffusers.models.modeling_utils import ModelMixin
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from ..errors import InputError
+
+#: Beginning of the names of the adapters, which are counted.
+_NAME = "si_distill"
+
+
+class Adapters:
+    """
+    The adapters of a network. `with adapters.use(name)` runs the network with one of them, None is none.
+
+    α is the rank: loaders that do not read metadata take that for granted.
+
+    Args:
+        base: the network; changed in place, and frozen.
+        rank: of each adapter, at least 1.
+        targets: ends of the names of the linear layers that are changed.
+
+    Raises:
+        InputError: when no layer has such a name.
+    """
+
+    def __init__(self, base: ModelMixin, rank: int, targets: tuple[str, ...]):
+        self.base, self.rank, self.targets = base, rank, targets
+        self.names: list[str] = []
+        self.current: str | None = None
+        linear = {name: type(module) for name, module in base.named_modules() if isinstance(module, nn.Linear)}
+        if not any(name == target or name.endswith(f".{target}") for name in linear for target in targets):
+            ends = sorted({name.split(".")[-1] if not name[-1].isdigit() else name[-4:] for name in linear})
+            raise InputError(
+                f"`lora_targets` {', '.join(targets)}: no linear layer of the {type(base).__name__} ends so. Its layers end "
+                f"in {', '.join(ends)}."
+            )
+
+    @property
+    def layers(self) -> dict[str, nn.Module]:
+        """The changed layers by their names."""
+        from peft.tuners.tuners_utils import BaseTunerLayer
+
+        return {name: module for name, module in self.base.named_modules() if isinstance(module, BaseTunerLayer)}
+
+    def add(self, like: str | None = None) -> str:
+        """A further adapter, in float32: of no effect, or equal to another. Gives its name."""
+        from peft import LoraConfig
+
+        name, flags = f"{_NAME}_{len(self.names)}", {p: p.requires_grad for p in self.base.parameters()}
+        config = LoraConfig(r=self.rank, lora_alpha=self.rank, target_modules=sorted(self.targets))
+        self.base.add_adapter(config, name)
+        self.names.append(name)
+        for layer in self.layers.values():
+            for part in (layer.lora_A, layer.lora_B):
+                part[name].float().requires_grad_(False)
+                if like is not None:
+                    part[name].load_state_dict(part[like].state_dict())
+        for parameter, flag in flags.items():
+            parameter.requires_grad_(flag)
+        self._switch(self.current)
+        return name
+
+    def modules(self, name: str) -> nn.ModuleDict:
+        """The two matrices of each layer of one adapter. Names have "/" for the ".", which a dictionary cannot have."""
+        return nn.ModuleDict(
+            {
+                path.replace(".", "/"): nn.ModuleDict({"A": layer.lora_A[name], "B": layer.lora_B[name]})
+                for path, layer in self.layers.items()
+            }
+        )
+
+    @contextmanager
+    def use(self, name: str | None) -> Iterator[None]:
+        """The network has this adapter inside, or none."""
+        before = self.current
+        self._switch(name)
+        try:
+            yield
+        finally:
+            self._switch(before)
+
+    def _switch(self, name: str | None) -> None:
+        self.current = name
+        for layer in self.layers.values():
+            layer._disable_adapters = name is None
+            if name is not None:
+                layer._active_adapter = [name]
+
+    def checkpoint_blocks(self) -> None:
+        """Blocks keep their inputs alone for the backward pass, and are computed again with the adapter of their forward."""
+
+        def run(block: nn.Module, *inputs: torch.Tensor) -> torch.Tensor:
+            contexts = (lambda name: lambda: (nullcontext(), self.use(name)))(self.current)
+            return checkpoint(block, *inputs, use_reentrant=False, context_fn=contexts)
+
+        self.base.enable_gradient_checkpointing(run)

@@ -1,0 +1,293 @@
+"""What each class of stock text-to-image pipelines means by its arguments: one record for each class.
+
+A network is called here as `network(x_t, timesteps, text)` on latents (B, C, H, W); times and signs are those of the
+scheduler of `path`. With them all of these networks are one field on x_t = α x0 + β x1.
+"""
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from torch import nn
+
+from ..conversion.diffusers_teachers import scheduler_settings
+
+Text = dict[str, torch.Tensor]
+
+#: Linear layers of attention and feed-forward in blocks of two streams (SD3, Flux, Qwen-Image).
+_TWO_STREAMS = (
+    *("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),
+    *("net.0.proj", "net.2"),
+)
+_ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
+
+
+@dataclass(frozen=True)
+class Convention:
+    """
+    One class of pipelines.
+
+    Args:
+        encode: `encode(pipeline, prompts, max_length, negative, device)` gives the text (B, …) by the names of the network's
+            arguments; `max_length` None is the pipeline's own.
+        call: `call(network, x_t, timesteps, text, guidance)` gives the prediction (B, C, H, W).
+        path: settings of `StochasticInterpolantScheduler`, of the pipeline; by default those of a velocity on `linear`.
+        network: the component that is the network.
+        layers: the argument of `save_lora_weights` for it.
+        patch: pixels of the autoencoder's latents that a token of the network has on each side: sizes are its multiples.
+        packed: whether the network's channels are those of 2 × 2 latents.
+        mask: which of the text tensors says where the text is, (B, L).
+        lora_targets: names of the linear layers that an adapter changes, by their ends.
+        rescale: `rescale(guided, conditional)`, what the pipeline does after guidance.
+        unguided: arguments of a call without guidance.
+        scale_offset: what the pipeline's scale lacks to be the w of u + w (c − u).
+        equal_steps: whether a call with N steps starts from N equal ones; the others need `sigmas`.
+        told_guidance: whether networks may be told a scale (guidance-distilled).
+    """
+
+    encode: Callable[..., Text]
+    call: Callable[..., torch.Tensor]
+    path: Callable[[DiffusionPipeline], dict[str, Any]] = lambda pipeline: {"timestep_scale": 1000.0}
+    network: str = "transformer"
+    layers: str = "transformer_lora_layers"
+    patch: int = 2
+    packed: bool = False
+    mask: str | None = None
+    lora_targets: tuple[str, ...] = _TWO_STREAMS
+    rescale: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None
+    unguided: dict[str, Any] = field(default_factory=lambda: {"guidance_scale": 1.0})
+    scale_offset: float = 0.0
+    equal_steps: bool = True
+    told_guidance: bool = False
+
+
+# Texts.
+
+
+def _limited(max_length: int | None) -> dict[str, int]:
+    return {} if max_length is None else {"max_sequence_length": max_length}
+
+
+def _encode_sd3(pipe, prompts, max_length, negative, device) -> Text:
+    embeds, _, pooled, _ = pipe.encode_prompt(
+        prompts, prompts, prompts, do_classifier_free_guidance=False, device=device, **_limited(max_length)
+    )
+    return {"encoder_hidden_states": embeds, "pooled_projections": pooled}
+
+
+def _encode_flux(pipe, prompts, max_length, negative, device) -> Text:
+    embeds, pooled, _ = pipe.encode_prompt(prompts, prompts, device=device, **_limited(max_length))
+    return {"encoder_hidden_states": embeds, "pooled_projections": pooled}
+
+
+def _encode_sana(pipe, prompts, max_length, negative, device) -> Text:
+    # The instruction is a default of `__call__` alone, and negative prompts get none.
+    instruction = inspect.signature(type(pipe).__call__).parameters["complex_human_instruction"].default
+    embeds, mask, _, _ = pipe.encode_prompt(
+        prompts,
+        do_classifier_free_guidance=False,
+        device=device,
+        complex_human_instruction=None if negative else instruction,
+        **_limited(max_length),
+    )
+    return {"encoder_hidden_states": embeds, "encoder_attention_mask": mask}
+
+
+def _encode_lumina2(pipe, prompts, max_length, negative, device) -> Text:
+    if negative:  # without the system prompt, which `encode_prompt` puts before every other
+        embeds, mask = pipe._get_gemma_prompt_embeds(prompt=prompts, device=device, **_limited(max_length))
+    else:
+        embeds, mask, _, _ = pipe.encode_prompt(
+            prompts, do_classifier_free_guidance=False, device=device, **_limited(max_length)
+        )
+    return {"encoder_hidden_states": embeds, "encoder_attention_mask": mask}
+
+
+def _encode_qwen(pipe, prompts, max_length, negative, device) -> Text:
+    embeds, mask = pipe.encode_prompt(prompts, device=device, **_limited(max_length))
+    mask = torch.ones(embeds.shape[:2], dtype=torch.bool, device=embeds.device) if mask is None else mask.bool()
+    return {"encoder_hidden_states": embeds, "encoder_hidden_states_mask": mask}
+
+
+def _encode_z_image(pipe, prompts, max_length, negative, device) -> Text:
+    # A copy: `encode_prompt` writes its chat template into the caller's list.
+    ragged, _ = pipe.encode_prompt(
+        list(prompts), do_classifier_free_guidance=False, device=device, **_limited(max_length)
+    )
+    lengths = torch.tensor([len(each) for each in ragged], device=ragged[0].device)
+    embeds = nn.utils.rnn.pad_sequence(ragged, batch_first=True)
+    return {"cap_feats": embeds, "mask": torch.arange(embeds.shape[1], device=lengths.device) < lengths[:, None]}
+
+
+def _encode_sd(pipe, prompts, max_length, negative, device) -> Text:
+    embeds, _ = pipe.encode_prompt(prompts, device, 1, do_classifier_free_guidance=False)
+    return {"encoder_hidden_states": embeds}
+
+
+def _encode_sdxl(pipe, prompts, max_length, negative, device) -> Text:
+    embeds, _, pooled, _ = pipe.encode_prompt(prompts, device=device, do_classifier_free_guidance=False)
+    if negative and pipe.config.force_zeros_for_empty_prompt and not any(prompts):
+        embeds, pooled = torch.zeros_like(embeds), torch.zeros_like(pooled)
+    return {"encoder_hidden_states": embeds, "text_embeds": pooled}
+
+
+# Networks.
+
+
+def _call_sd3(network, x_t, timesteps, text, guidance):
+    return network(x_t, timestep=timesteps, return_dict=False, **text)[0]
+
+
+def _call_sana(network, x_t, timesteps, text, guidance):
+    return network(x_t, timestep=timesteps, return_dict=False, **text)[0][:, : x_t.shape[1]]  # the rest: a variance
+
+
+def _call_z_image(network, x_t, timesteps, text, guidance):
+    texts = [embeds[mask] for embeds, mask in zip(text["cap_feats"], text["mask"], strict=True)]
+    return torch.stack(network(list(x_t.unsqueeze(2)), timesteps, texts, return_dict=False)[0]).squeeze(2)
+
+
+def _pack(x: torch.Tensor) -> torch.Tensor:
+    """(B, C, H, W) latents as tokens (B, H/2 · W/2, 4 C)."""
+    b, c, h, w = x.shape
+    return x.view(b, c, h // 2, 2, w // 2, 2).permute(0, 2, 4, 1, 3, 5).reshape(b, h // 2 * (w // 2), 4 * c)
+
+
+def _unpack(tokens: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    b, c, h, w = like.shape
+    return tokens.view(b, h // 2, w // 2, c, 2, 2).permute(0, 3, 1, 4, 2, 5).reshape(b, c, h, w)
+
+
+def _call_flux(network, x_t, timesteps, text, guidance):
+    height, width = x_t.shape[2] // 2, x_t.shape[3] // 2
+    places = torch.zeros(height, width, 3, device=x_t.device, dtype=x_t.dtype)
+    places[..., 1] += torch.arange(height, device=x_t.device)[:, None]
+    places[..., 2] += torch.arange(width, device=x_t.device)
+    text_places = torch.zeros(text["encoder_hidden_states"].shape[1], 3, device=x_t.device, dtype=x_t.dtype)
+    tokens = network(
+        _pack(x_t),
+        timestep=timesteps,
+        guidance=guidance if network.config.guidance_embeds else None,
+        img_ids=places.flatten(0, 1),
+        txt_ids=text_places,
+        return_dict=False,
+        **text,
+    )[0]
+    return _unpack(tokens, x_t)
+
+
+def _call_qwen(network, x_t, timesteps, text, guidance):
+    shapes = [[(1, x_t.shape[2] // 2, x_t.shape[3] // 2)]] * len(x_t)
+    return _unpack(network(_pack(x_t), timestep=timesteps, img_shapes=shapes, return_dict=False, **text)[0], x_t)
+
+
+def _call_sd(network, x_t, timesteps, text, guidance):
+    return network(x_t, timesteps, return_dict=False, **text)[0]
+
+
+def _call_sdxl(network, x_t, timesteps, text, guidance):
+    # The factor from latents to pixels is 8 in every autoencoder of SDXL: original size, no crop, this size.
+    height, width = 8 * x_t.shape[2], 8 * x_t.shape[3]
+    sizes = torch.tensor([height, width, 0, 0, height, width], device=x_t.device, dtype=x_t.dtype).expand(len(x_t), 6)
+    added = {"text_embeds": text["text_embeds"], "time_ids": sizes}
+    return network(
+        x_t,
+        timesteps,
+        encoder_hidden_states=text["encoder_hidden_states"],
+        added_cond_kwargs=added,
+        return_dict=False,
+    )[0]
+
+
+# Guidance: some pipelines give the guided prediction the norm of the conditional one.
+
+
+def _norm_of_rows(guided: torch.Tensor, conditional: torch.Tensor) -> torch.Tensor:
+    """Lumina2's: over the last axis."""
+    return guided * (conditional.norm(dim=-1, keepdim=True) / guided.norm(dim=-1, keepdim=True))
+
+
+def _norm_of_tokens(guided: torch.Tensor, conditional: torch.Tensor) -> torch.Tensor:
+    """Qwen-Image's: over the values of a token."""
+    tokens, wanted = _pack(guided), _pack(conditional)
+    return _unpack(_norm_of_rows(tokens, wanted), guided)
+
+
+def _noise_levels(pipeline: DiffusionPipeline) -> dict[str, Any]:
+    return scheduler_settings(pipeline.scheduler)
+
+
+def _to_the_image(pipeline: DiffusionPipeline) -> dict[str, Any]:
+    """Of networks whose time is 1 at the image, and which predict x0 − x1."""
+    return {"reversed_time": True, "prediction_sign": -1}
+
+
+CONVENTIONS = {
+    "StableDiffusion3Pipeline": Convention(_encode_sd3, _call_sd3, equal_steps=False),
+    "SanaPipeline": Convention(
+        _encode_sana,
+        _call_sana,
+        lambda pipeline: {"timestep_scale": 1000.0 * pipeline.transformer.config.timestep_scale},
+        patch=1,
+        mask="encoder_attention_mask",
+        lora_targets=_ATTENTION,
+        unguided={"guidance_scale": 1.0, "use_resolution_binning": False},
+        equal_steps=False,
+    ),
+    "FluxPipeline": Convention(
+        _encode_flux,
+        _call_flux,
+        lambda pipeline: {},
+        packed=True,
+        lora_targets=(*_TWO_STREAMS, "proj_mlp", "proj_out"),
+        unguided={},
+        told_guidance=True,
+    ),
+    "QwenImagePipeline": Convention(
+        _encode_qwen,
+        _call_qwen,
+        lambda pipeline: {},
+        packed=True,
+        mask="encoder_hidden_states_mask",
+        rescale=_norm_of_tokens,
+        unguided={"true_cfg_scale": 1.0},
+    ),
+    "Lumina2Pipeline": Convention(
+        _encode_lumina2,
+        _call_sd3,
+        _to_the_image,
+        mask="encoder_attention_mask",
+        lora_targets=(*_ATTENTION, "linear_1", "linear_2", "linear_3"),
+        rescale=_norm_of_rows,
+    ),
+    "ZImagePipeline": Convention(
+        _encode_z_image,
+        _call_z_image,
+        _to_the_image,
+        mask="mask",
+        lora_targets=(*_ATTENTION, "w1", "w2", "w3"),
+        unguided={"guidance_scale": 0.0},
+        scale_offset=1.0,
+    ),
+    "StableDiffusionPipeline": Convention(
+        _encode_sd,
+        _call_sd,
+        _noise_levels,
+        network="unet",
+        layers="unet_lora_layers",
+        patch=1,
+        lora_targets=_ATTENTION,
+    ),
+    "StableDiffusionXLPipeline": Convention(
+        _encode_sdxl,
+        _call_sdxl,
+        _noise_levels,
+        network="unet",
+        layers="unet_lora_layers",
+        patch=1,
+        lora_targets=_ATTENTION,
+    ),
+}

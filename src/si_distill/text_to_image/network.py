@@ -1,0 +1,111 @@
+"""A stock text-to-image network behind the contract that pipelines and trainers know (see `NetworkView`)."""
+
+import copy
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from diffusers.models.modeling_utils import ModelMixin
+from torch import nn
+
+from ..pipelines.interpolant_condition import Condition
+from ..pipelines.interpolant_pipeline_network import VIEWS, NetworkView
+from .adapters import Adapters
+from .conventions import Convention
+
+
+class TextNetwork(nn.Module):
+    """
+    A network that is told a text.
+
+    With `adapters` a copy (`copy.deepcopy`) is not a second network but an adapter of its own on the same frozen one, equal
+    to what was copied; its parameters are those of the adapter alone. Without them a copy is a network.
+
+    Args:
+        base: the stock network.
+        convention: of its pipeline.
+        sample_shape: (C, H, W) of latents.
+        adapters: of `base`, or None.
+        adapter: the name of this one's, or None for `base` as it is.
+    """
+
+    def __init__(
+        self,
+        base: ModelMixin,
+        convention: Convention,
+        sample_shape: tuple[int, int, int],
+        adapters: Adapters | None = None,
+        adapter: str | None = None,
+    ):
+        super().__init__()
+        self.convention, self.adapters, self.adapter = convention, adapters, adapter
+        self.null: Condition | None = None
+        if adapter is None:
+            self.base = base
+        else:
+            object.__setattr__(self, "base", base)  # not a part of this module: frozen, and the teacher's
+            self.weights = adapters.modules(adapter)
+        self.config = SimpleNamespace(in_channels=sample_shape[0], sample_size=sample_shape[1:], num_classes=0)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "TextNetwork":
+        if self.adapters is None:
+            base, adapter = copy.deepcopy(self.base, memo), None
+        else:
+            base, adapter = self.base, self.adapters.add(self.adapter)
+        shape = (self.config.in_channels, *self.config.sample_size)
+        new = TextNetwork(base, self.convention, shape, self.adapters, adapter)
+        new.null = self.null
+        return new
+
+    @property
+    def shares_base(self) -> bool:
+        """Whether this is an adapter on a network that others use too."""
+        return self.adapter is not None
+
+    def forward(
+        self,
+        network_input: torch.Tensor,
+        timesteps: torch.Tensor,
+        labels: None = None,
+        return_dict: bool = False,
+        guidance: torch.Tensor | None = None,
+        **text: torch.Tensor,
+    ) -> tuple[torch.Tensor]:
+        """(B, C, H, W) latents and the network's own times (B,) to the prediction, in a tuple."""
+        dtype = next(self.base.parameters()).dtype
+        text = {name: value.to(dtype) if value.is_floating_point() else value for name, value in text.items()}
+        if self.adapters is None:
+            return (self.convention.call(self.base, network_input.to(dtype), timesteps, text, guidance),)
+        with self.adapters.use(self.adapter):
+            return (self.convention.call(self.base, network_input.to(dtype), timesteps, text, guidance),)
+
+
+class _TextView(NetworkView):
+    """Latents of any height and width, no classes; the null condition is a text."""
+
+    num_classes = 0
+    null_class = None
+    augment_dim = None
+
+    @property
+    def sample_shape(self):
+        return (self.bare.config.in_channels, *self.bare.config.sample_size)
+
+    @property
+    def null(self):
+        return self.bare.null
+
+    @property
+    def feature_width(self):
+        raise ValueError(
+            "A text-to-image network gives no features here, which an adversarial term needs: set `adversarial.kind` to "
+            "none."
+        )
+
+
+VIEWS[TextNetwork] = _TextView
+
+
+def shares_base(network: nn.Module) -> bool:
+    """Whether what is trained in a network are adapters."""
+    return any(isinstance(module, TextNetwork) and module.shares_base for module in network.modules())

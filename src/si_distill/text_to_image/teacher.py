@@ -1,0 +1,127 @@
+"""Stock text-to-image pipelines as teachers."""
+
+from typing import Any
+
+import diffusers
+import torch
+from diffusers import DiffusionPipeline
+
+from ..conversion.diffusers_teachers import saved_class
+from ..errors import InputError
+from ..pipelines.interpolant_latents import LatentScaling
+from ..pipelines.interpolant_pipeline_network import NetworkView, view_network
+from ..schedulers.scheduling_stochastic_interpolant import StochasticInterpolantScheduler
+from .adapters import Adapters
+from .conventions import CONVENTIONS
+from .network import TextNetwork
+
+
+class TextToImageTeacher:
+    """
+    A stock pipeline as trainers see a teacher.
+
+    Args:
+        pipeline: of a class in `CONVENTIONS`.
+        size: height and width in pixels; the pipeline's own when not given.
+        lora_rank: rank of the adapters that copies of the network are; None makes copies networks.
+        lora_targets: the layers that they change; the convention's when empty.
+
+    Raises:
+        InputError: for another class, a size that its tokens do not divide, or layers that it does not have.
+
+    Attributes:
+        transformer (`TextNetwork`): the network.
+        scheduler: its path and times.
+        vae: its autoencoder.
+    """
+
+    def __init__(
+        self,
+        pipeline: DiffusionPipeline,
+        size: tuple[int, int] | None = None,
+        lora_rank: int | None = None,
+        lora_targets: tuple[str, ...] = (),
+    ):
+        self.pipeline = pipeline
+        self.convention = convention = CONVENTIONS[type(pipeline).__name__]
+        base = getattr(pipeline, convention.network)
+        self.size = size or self.default_size
+        adapters = lora_rank and Adapters(base, lora_rank, lora_targets or convention.lora_targets)
+        self.transformer = TextNetwork(base, convention, self.latent_shape, adapters or None)
+        try:
+            self.scheduler = StochasticInterpolantScheduler(**convention.path(pipeline))
+        except ValueError as error:
+            raise InputError(f"The scheduler of this {type(pipeline).__name__} does not fit: {error}") from error
+        self.vae = pipeline.vae
+        self.config: dict[str, Any] = {"id2label": None, "vae_pixel_min": -1.0, "image_upsampling": None}
+
+    @property
+    def network(self) -> NetworkView:
+        return view_network(self.transformer)
+
+    @property
+    def default_size(self) -> tuple[int, int]:
+        """The pipeline's own height and width."""
+        side = getattr(self.pipeline, "default_sample_size", None)
+        if side is None:
+            side = getattr(getattr(self.pipeline, self.convention.network).config, "sample_size", None) or 128
+        height, width = (side, side) if isinstance(side, int) else side
+        return height * self.pipeline.vae_scale_factor, width * self.pipeline.vae_scale_factor
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of latents of `size`."""
+        factor, unit = self.pipeline.vae_scale_factor, self.pipeline.vae_scale_factor * self.convention.patch
+        if any(side < unit or side % unit for side in self.size):
+            raise InputError(
+                f"`height` and `width` are {self.size[0]} and {self.size[1]}, but a {type(self.pipeline).__name__} makes "
+                f"images whose sides are multiples of {unit} pixels."
+            )
+        network = getattr(self.pipeline, self.convention.network)
+        channels = network.config.in_channels // (4 if self.convention.packed else 1)
+        return channels, self.size[0] // factor, self.size[1] // factor
+
+    @torch.no_grad()
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        """Latents (B, C, H, W) to images (B, 3, 8 H, 8 W) or so, about [-1, 1]."""
+        z = LatentScaling.of(self.vae).decode(latents).to(self.vae.dtype)
+        video = type(self.vae).__name__ == "AutoencoderKLQwenImage"  # an autoencoder of videos, here of one frame
+        images = self.vae.decode(z.unsqueeze(2) if video else z, return_dict=False)[0]
+        return images[:, :, 0] if video else images
+
+    @torch.no_grad()
+    def encode(self, images: torch.Tensor) -> torch.Tensor:
+        """Images (B, 3, H, W) in [-1, 1] to the mean of their latents (B, C, H/8, W/8) or so."""
+        images = images.to(self.vae.dtype)
+        video = type(self.vae).__name__ == "AutoencoderKLQwenImage"
+        encoded = self.vae.encode(images.unsqueeze(2) if video else images, return_dict=False)[0]
+        z = encoded.mode() if hasattr(encoded, "mode") else encoded
+        return LatentScaling.of(self.vae).encode(z[:, :, 0] if video else z).float()
+
+
+def is_text_to_image(name: str) -> bool:
+    """Whether a folder or repository was saved from a class of `CONVENTIONS`."""
+    return saved_class(name) in CONVENTIONS
+
+
+def load_stock_pipeline(name: str, dtype: torch.dtype | None = None) -> DiffusionPipeline:
+    """A stock text-to-image pipeline.
+
+    Raises:
+        InputError: when it cannot be loaded.
+    """
+    kind = saved_class(name)
+    if kind not in CONVENTIONS:
+        raise InputError(
+            f"{name!r} was saved as {kind or 'nothing that diffusers knows'}, which is none of the text-to-image pipelines "
+            f"known here: {', '.join(CONVENTIONS)}."
+        )
+    try:
+        pipeline = getattr(diffusers, kind).from_pretrained(name, torch_dtype=dtype)
+    except (OSError, ValueError, ImportError) as error:
+        raise InputError(f"Cannot load the {kind} {name!r}: {error}") from error
+    for component in pipeline.components.values():
+        if isinstance(component, torch.nn.Module):
+            component.requires_grad_(False).eval()
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
