@@ -104,8 +104,8 @@ def is_text_to_image(name: str) -> bool:
     return saved_class(name) in CONVENTIONS
 
 
-def load_stock_pipeline(name: str, dtype: torch.dtype | None = None) -> DiffusionPipeline:
-    """A stock text-to-image pipeline.
+def load_stock_pipeline(name: str, dtype: torch.dtype | None = None, revision: str | None = None) -> DiffusionPipeline:
+    """A stock text-to-image pipeline; `revision` is of a Hub id.
 
     Raises:
         InputError: when it cannot be loaded.
@@ -117,7 +117,7 @@ def load_stock_pipeline(name: str, dtype: torch.dtype | None = None) -> Diffusio
             f"known here: {', '.join(CONVENTIONS)}."
         )
     try:
-        pipeline = getattr(diffusers, kind).from_pretrained(name, torch_dtype=dtype)
+        pipeline = getattr(diffusers, kind).from_pretrained(name, torch_dtype=dtype, revision=revision)
     except (OSError, ValueError, ImportError) as error:
         raise InputError(f"Cannot load the {kind} {name!r}: {error}") from error
     for component in pipeline.components.values():

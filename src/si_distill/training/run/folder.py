@@ -14,6 +14,7 @@ from ...files import LOCK, FolderLock, delete, refuse_links, write_text
 from ...hub.facts import CONFIG, FACTS, METRICS
 from ...reading import dump_yaml, read_json, read_json_lines, read_yaml, resolve
 from ...settings import settings_from_dict, settings_to_dict
+from ...text_to_image.student import LORA_WEIGHTS, STUDENT
 from ..averaging.ema import EMA_WEIGHTS
 from ..averaging.posthoc import EMA_SNAPSHOTS
 from ..config import BEST, EVALUATIONS, TrainingConfig
@@ -23,9 +24,11 @@ from .profiling import PROFILE
 SAMPLES, CHECKPOINTS = "samples", "checkpoints"
 #: The pipeline on its way to the top of the folder.
 STAGING = ".pipeline.tmp"
+#: The files that say what a folder holds.
+INDICES = ("model_index.json", STUDENT)
 #: What one run leaves and another in the same folder must not find.
 TRACES = (
-    "model_index.json", METRICS, FACTS, EVALUATION, EVALUATIONS, SAMPLES, CHECKPOINTS, BEST, f".{BEST}.tmp", f".{BEST}.old",
+    *INDICES, LORA_WEIGHTS, METRICS, FACTS, EVALUATION, EVALUATIONS, SAMPLES, CHECKPOINTS, BEST, f".{BEST}.tmp", f".{BEST}.old",
     EMA_WEIGHTS, EMA_SNAPSHOTS, PROFILE, STAGING,
 )  # fmt: skip
 #: What else a run writes to: the settings, and the pipeline and its card.
@@ -173,8 +176,8 @@ class RunFolder:
         staging = self.path / STAGING
         delete(staging)
         pipeline.save_pretrained(staging)
-        # model_index.json goes last: until it is there, nobody takes the folder for a pipeline.
-        files = sorted((p for p in staging.rglob("*") if p.is_file()), key=lambda p: p.name == "model_index.json")
+        # The index goes last: until it is there, nobody takes the folder for a pipeline.
+        files = sorted((p for p in staging.rglob("*") if p.is_file()), key=lambda p: p.name in INDICES)
         for component in [path for path in staging.iterdir() if path.is_dir()]:
             # An earlier run may have left weights in more files, or in fewer, which diffusers would load instead.
             for pattern in _WEIGHTS:
