@@ -22,14 +22,16 @@ class Columns:
     Args:
         image: column of the images.
         label: column of the labels, or None for images without.
-        class_names: of the classes 0 … K − 1; None when the labels are plain numbers.
+        class_names: of the classes 0 … K − 1; None when the labels are plain numbers, or captions.
         reference: column of each image's own reference, or None.
+        captions: whether labels are captions, which have yet to be numbered.
     """
 
     image: str
     label: str | None
     class_names: list[str] | None
     reference: str | None = None
+    captions: bool = False
 
     @property
     def names(self) -> list[str]:
@@ -116,7 +118,7 @@ class RowReader:
             among coloured ones.
 
     Attributes:
-        channels: 1 if all images of these rows are grey, otherwise 3.
+        channels: 1 if all images of these rows are grey, otherwise 3; 3 if images have captions.
 
     Raises:
         InputError: when none of these rows can be read, or references have other channels than images.
@@ -125,7 +127,8 @@ class RowReader:
     def __init__(self, columns: Columns, size: int, probe: list[dict[str, Any]]):
         self.columns = columns
         self.size = size
-        self.channels = _channels(columns.image, probe)
+        found = _channels(columns.image, probe)
+        self.channels = 3 if columns.captions else found  # text-to-image pipelines know no grey images
         if columns.reference is not None and (found := _channels(columns.reference, probe)) != self.channels:
             raise InputError(
                 f"The references in {columns.reference!r} have {found} channel{'s' if found > 1 else ''} and the images in "
@@ -187,7 +190,7 @@ def find_columns(config: DataConfig, features: dict[str, Any]) -> Columns:
     import datasets
 
     label, reference = None if config.label_column == "none" else config.label_column, config.reference_column
-    for column in (config.image_column, label, reference):
+    for column in (config.image_column, label, reference, config.caption_column):
         if column is not None and column not in features:
             raise InputError(f"The data set has no column {column!r}; its columns are {list(features)}.")
     others = {name: feature for name, feature in features.items() if name != reference}
@@ -199,6 +202,14 @@ def find_columns(config: DataConfig, features: dict[str, Any]) -> Columns:
                 f"The column {column!r} holds {features[column]}, which is not read as images: store the encoded files as "
                 "binary, or write the file with `datasets`, whose `Image` column says what it is."
             )
+    if config.caption_column is not None:
+        kind = features[config.caption_column]
+        if not isinstance(kind, datasets.Value) or "string" not in kind.dtype:
+            raise InputError(
+                f"The captions in {config.caption_column!r} are {kind}: one text for each image is needed. Give another "
+                "`data.caption_column`."
+            )
+        return Columns(image, config.caption_column, None, reference, captions=True)
     if config.label_column == "none":
         return Columns(image, None, [], reference)
     if label is None:

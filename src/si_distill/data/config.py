@@ -71,6 +71,11 @@ class DataConfig:
         for name in ("max_train_samples", "num_classes"):
             if getattr(self, name) is not None:
                 at_least(f"data.{name}", getattr(self, name), 1)
+        if self.caption_column is not None and self.label_column not in (None, "none"):
+            raise InputError(
+                f"`data.caption_column` {self.caption_column!r} and `data.label_column` {self.label_column!r} are both set, "
+                "and each says what an image shows: leave one out."
+            )
         self._check_references()
 
     def _check_references(self) -> None:

@@ -58,6 +58,11 @@ def load_training_data(
 
 
 def _open_stream(config: DataConfig, readers: int, num_classes: int | None) -> ImageDataset | ImageStream:
+    if config.caption_column is not None:
+        raise InputError(
+            "Images with captions are read by index, because the captions are numbered before training, which a stream "
+            "(`data.streaming`) does not allow: set it to false."
+        )
     source = open_dataset(config)
     if source.features is None:
         raise InputError(

@@ -139,6 +139,7 @@ def references_config(config: DataConfig) -> DataConfig:
         split=config.reference_split,
         image_column=config.reference_column,
         label_column="none",
+        caption_column=None,
         reference_name=None,
         reference_files=None,
         reference_column=None,

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -35,7 +35,8 @@ class ImageDataset(IndexedData):
         name: how results refer to the data.
         channels: 1 or 3.
         size: height and width.
-        class_names: names of the classes 0 … K − 1; empty for images without labels, whose label is always 0.
+        class_names: names of the classes 0 … K − 1, or the captions that there are; empty for images without either, whose
+            label is always 0.
         read_reference: gives the uint8 tensor (C, size, size) of the reference of image i, of pairs.
         max_corrupt: unreadable images that training may meet.
     """
@@ -101,6 +102,8 @@ def digits(config: DataConfig) -> ImageDataset:
         raise InputError(
             "The digits have no references of their own: set `data.degradation` instead of `data.reference_column`."
         )
+    if config.caption_column is not None:
+        raise InputError("The digits have no captions: leave `data.caption_column` out, or give `data.name`.")
     table = load_digits()
     part, unlabelled = _part(config.split, len(table.images)), config.label_column == "none"
     images = torch.from_numpy(table.images[part] / 16 * 255).round().to(torch.uint8)[:, None]
@@ -129,10 +132,30 @@ def _from_table(config: DataConfig) -> ImageDataset:
     table = open_dataset(config)
     columns = find_columns(config, table.features)
     labels = [0] * len(table) if columns.label is None else list(table[columns.label])
+    labels = labels[: config.max_train_samples]
+    if columns.captions:
+        names = distinct_captions(config, labels)
+        rows = {caption: row for row, caption in enumerate(names)}
+        columns, labels = replace(columns, class_names=names), [rows[caption] for caption in labels]
     # Decoded here and not inside datasets: an error there names no file and can end an iteration silently.
     for column in filter(None, (columns.image, columns.reference)):
         table = table.cast_column(column, datasets.Image(decode=False))
-    return indexed(config, columns, table.__getitem__, labels[: config.max_train_samples])
+    return indexed(config, columns, table.__getitem__, labels)
+
+
+def distinct_captions(config: DataConfig, captions: list[str | None]) -> list[str]:
+    """The texts that there are, in the order in which they come.
+
+    Raises:
+        InputError: for rows without a text.
+    """
+    empty = [row for row, caption in enumerate(captions) if not (caption and caption.strip())]
+    if empty:
+        raise InputError(
+            f"{len(empty):,} of the {len(captions):,} captions in {config.caption_column!r} of {config.name!r} are empty "
+            f"(the first in row {empty[0]}): take these rows out. Training has an empty text of its own, by dropout."
+        )
+    return list(dict.fromkeys(captions))
 
 
 def _numbered_classes(config: DataConfig, labels: list[int]) -> list[str]:

@@ -41,6 +41,12 @@ class LatentDataset(IndexedData):
                 f"`data.image_size` is {config.image_size}, but the latent cache {self.folder} was made from images of "
                 f"{size}×{size} pixels: set it to {size}, or make another cache."
             )
+        made_of = recipe.data.get("caption_column")
+        if config.caption_column is not None and made_of is None:
+            raise InputError(
+                f"`data.caption_column` is {config.caption_column!r}, but the latent cache {self.folder} was made without "
+                "captions: make another one, with this setting."
+            )
         self.name = recipe.data["name"]
         self.channels, self.size, _ = recipe.latent_shape
         unlabelled = config.label_column == "none"

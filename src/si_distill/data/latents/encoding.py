@@ -33,7 +33,8 @@ from .parts import Item, StreamParts, TableParts, in_threads, open_parts
 
 #: Settings of `data` that decide which images these are; a training chooses the others for itself.
 IMAGE_SETTINGS = (
-    "name config_name data_files split streaming image_column label_column num_classes image_size max_train_samples"
+    "name config_name data_files split streaming image_column label_column caption_column num_classes image_size "
+    "max_train_samples"
 ).split()
 DTYPES = {"float16": torch.float16, "float32": torch.float32}
 
