@@ -4,7 +4,6 @@ A network is called here as `network(x_t, timesteps, text)` on latents (B, C, H,
 scheduler of `path`. With them all of these networks are one field on x_t = α x0 + β x1.
 """
 
-import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,6 +13,7 @@ from diffusers import DiffusionPipeline
 from torch import nn
 
 from ..conversion.diffusers_teachers import scheduler_settings
+from .tokens import CHAT, CLIP, LUMINA2, QWEN, SANA, SECOND_CLIP, Reading, sana_instruction
 
 Text = dict[str, torch.Tensor]
 
@@ -46,6 +46,9 @@ class Convention:
         scale_offset: what the pipeline's scale lacks to be the w of u + w (c − u).
         equal_steps: whether a call with N steps starts from N equal ones; the others need `sigmas`.
         told_guidance: whether networks may be told a scale (guidance-distilled).
+        readings: what its tokenizers read; the first one's tokens are those that `mask` tells of.
+        most_tokens: `most_tokens(pipeline)` is the largest `max_length`; None is any.
+        blank: what stands for no negative prompt.
     """
 
     encode: Callable[..., Text]
@@ -62,6 +65,9 @@ class Convention:
     scale_offset: float = 0.0
     equal_steps: bool = True
     told_guidance: bool = False
+    readings: tuple[Reading, ...] = (CLIP,)
+    most_tokens: Callable[[DiffusionPipeline], int] | None = None
+    blank: str = ""
 
 
 # Texts.
@@ -84,13 +90,11 @@ def _encode_flux(pipe, prompts, max_length, negative, device) -> Text:
 
 
 def _encode_sana(pipe, prompts, max_length, negative, device) -> Text:
-    # The instruction is a default of `__call__` alone, and negative prompts get none.
-    instruction = inspect.signature(type(pipe).__call__).parameters["complex_human_instruction"].default
     embeds, mask, _, _ = pipe.encode_prompt(
         prompts,
         do_classifier_free_guidance=False,
         device=device,
-        complex_human_instruction=None if negative else instruction,
+        complex_human_instruction=None if negative else sana_instruction(pipe),
         **_limited(max_length),
     )
     return {"encoder_hidden_states": embeds, "encoder_attention_mask": mask}
@@ -225,8 +229,19 @@ def _to_the_image(pipeline: DiffusionPipeline) -> dict[str, Any]:
     return {"reversed_time": True, "prediction_sign": -1}
 
 
+def _z_image_tokens(pipeline: DiffusionPipeline) -> int:
+    """Texts are filled up to a multiple of 32, and images have their places after them."""
+    return pipeline.transformer.config.axes_lens[0] - 32
+
+
 CONVENTIONS = {
-    "StableDiffusion3Pipeline": Convention(_encode_sd3, _call_sd3, equal_steps=False),
+    "StableDiffusion3Pipeline": Convention(
+        _encode_sd3,
+        _call_sd3,
+        equal_steps=False,
+        readings=(CLIP, SECOND_CLIP, Reading("tokenizer_3")),
+        most_tokens=lambda pipeline: 512,
+    ),
     "SanaPipeline": Convention(
         _encode_sana,
         _call_sana,
@@ -236,6 +251,7 @@ CONVENTIONS = {
         lora_targets=_ATTENTION,
         unguided={"guidance_scale": 1.0, "use_resolution_binning": False},
         equal_steps=False,
+        readings=(SANA,),
     ),
     "FluxPipeline": Convention(
         _encode_flux,
@@ -245,6 +261,8 @@ CONVENTIONS = {
         lora_targets=(*_TWO_STREAMS, "proj_mlp", "proj_out"),
         unguided={},
         told_guidance=True,
+        readings=(CLIP, Reading("tokenizer_2")),
+        most_tokens=lambda pipeline: 512,
     ),
     "QwenImagePipeline": Convention(
         _encode_qwen,
@@ -254,6 +272,9 @@ CONVENTIONS = {
         mask="encoder_hidden_states_mask",
         rescale=_norm_of_tokens,
         unguided={"true_cfg_scale": 1.0},
+        readings=(QWEN,),
+        most_tokens=lambda pipeline: 1024,
+        blank=" ",
     ),
     "Lumina2Pipeline": Convention(
         _encode_lumina2,
@@ -262,6 +283,8 @@ CONVENTIONS = {
         mask="encoder_attention_mask",
         lora_targets=(*_ATTENTION, "linear_1", "linear_2", "linear_3"),
         rescale=_norm_of_rows,
+        readings=(LUMINA2,),
+        most_tokens=lambda pipeline: pipeline.transformer.config.axes_lens[0],
     ),
     "ZImagePipeline": Convention(
         _encode_z_image,
@@ -271,6 +294,8 @@ CONVENTIONS = {
         lora_targets=(*_ATTENTION, "w1", "w2", "w3"),
         unguided={"guidance_scale": 0.0},
         scale_offset=1.0,
+        readings=(CHAT,),
+        most_tokens=_z_image_tokens,
     ),
     "StableDiffusionPipeline": Convention(
         _encode_sd,
@@ -289,5 +314,6 @@ CONVENTIONS = {
         layers="unet_lora_layers",
         patch=1,
         lora_targets=_ATTENTION,
+        readings=(CLIP, SECOND_CLIP),
     ),
 }
