@@ -1,23 +1,24 @@
 """Exported students in stock diffusers, in a process of its own that knows nothing of si_distill."""
 
 import copy
-import itertools
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_pipelines import ALL, FLOWS, build
+from tiny_pipelines import ALL, build
 
 from si_distill.errors import InputError
 from si_distill.pipelines import Field
 from si_distill.sample_noise import SampleNoise
 from si_distill.schedulers.scheduling_stochastic_interpolant import StochasticInterpolantScheduler
-from si_distill.text_to_image.student import LORA_WEIGHTS, STUDENT, TextToImageStudent, is_text_student, load_student
+from si_distill.text_to_image.student import LORA_WEIGHTS, STUDENT, TextToImageStudent, load_student
 from si_distill.text_to_image.teacher import TextToImageTeacher
 from si_distill.text_to_image.texts import encode_texts
 from si_distill.training.distillation.levels import Level, Levels
@@ -55,7 +56,6 @@ def shown(teacher, latents):
 @torch.no_grad()
 def our_images(teacher, network, scheduler, texts, x1):
     """The images of all numbers of steps: where the trainer's levels stand before the last step, and that step."""
-    teacher.transformer.null = None
     field = Field(lambda x, t, c: network(x, t, guidance=c.guidance, **c.text), scheduler)
     condition, images = texts.condition(torch.arange(2)), {}
     for count in scheduler.config.student_steps:
@@ -108,9 +108,8 @@ def exported(tmp_path_factory):
             TextToImageStudent(teacher, network, steps, str(root / name), told).save_pretrained(root / folder)
         ours |= {f"{name}/{key}": value for key, value in our_images(teacher, student, plain, texts, x1).items()}
         ours[f"{name} renoise/4"] = renoised_images(teacher, student, renoise, texts, x1)
-        ours[f"{name}/base"] = our_images(
-            teacher, teacher.transformer, scheduler(teacher, student_steps=[1]), texts, x1
-        )["1"]
+        once = scheduler(teacher, student_steps=[1])
+        ours[f"{name}/base"] = our_images(teacher, teacher.transformer, once, texts, x1)["1"]
         jobs += [
             {"name": name, "pipeline": name, "folder": f"{name}-lora", "whole": False, "stack": f"{name}-style"},
             {"name": f"{name} renoise", "pipeline": name, "folder": f"{name}-renoise", "whole": False, "stack": None},
@@ -140,3 +139,148 @@ def assert_images(given, wanted):
 def test_a_stock_call_makes_the_image_of_training(exported, name, kind, steps):
     assert_images(exported.theirs[f"{name}{kind}/{steps}"], exported.ours[f"{name}{kind}/{steps}"])
     assert (exported.ours[f"{name}{kind}/{steps}"] - exported.ours[f"{name}/base"]).abs().max() > 100 * TOLERANCE
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_a_stock_call_noises_again_as_in_training(exported, name):
+    # Stable Diffusion's LCMScheduler starts from x1, training from 0.9977 x1.
+    tolerance = 5e-3 if name in ("sd15", "sdxl") else TOLERANCE
+    theirs, ours = exported.theirs[f"{name} renoise/4"], exported.ours[f"{name} renoise/4"]
+    torch.testing.assert_close(theirs, ours, rtol=0, atol=tolerance)
+    assert (ours - exported.ours[f"{name}/4"]).abs().max() > 10 * tolerance
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_a_second_adapter_fusion_and_scales_leave_the_student_as_it_was(exported, name):
+    theirs, ours = exported.theirs, exported.ours
+    for call in ("fused", "unfused", "second off", "second gone"):
+        assert_images(theirs[f"{name}/{call}"], ours[f"{name}/1"])
+    assert_images(theirs[f"{name}/disabled"], ours[f"{name}/base"])
+    for call in ("half", "stacked"):
+        for other in (f"{name}/1", f"{name}/base"):
+            assert (theirs[f"{name}/{call}"] - ours[other]).abs().max() > 20 * TOLERANCE
+
+
+@pytest.mark.parametrize("name", ["sana", "flux", "sd15"])
+@pytest.mark.parametrize("kind", ["renoise", "full"])
+def test_images_depend_on_their_generators_alone(exported, name, kind):
+    student = load_student(exported.root / f"{name}-{kind}")
+    assert student.trained_steps == ([4] if kind == "renoise" else [1, 4])
+
+    def generators(*seeds):
+        return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+    both = student.images(PROMPTS, generators=generators(0, 1))
+    (alone,) = student.images(PROMPTS[1:], generators=generators(1))
+    assert both[1].size == (32, 32)
+    difference = np.abs(np.asarray(both[1], int) - np.asarray(alone, int))
+    assert difference.max() <= 1  # of 255: rounding
+    assert student.images(PROMPTS[:1], generators=generators(0), height=64, width=32)[0].size == (32, 64)
+
+
+def test_a_student_says_how_it_is_called(exported):
+    def arguments(folder):
+        return json.loads((exported.root / folder / STUDENT).read_text())["arguments"]["4"]
+
+    even = {"num_inference_steps": 4, "sigmas": [1.0, 0.75, 0.5, 0.25]}
+    length = {"max_sequence_length": 64}
+    assert arguments("sd3-lora") == {**even, "guidance_scale": 1.0, **length}
+    assert arguments("sana-lora") == {**even, "guidance_scale": 1.0, "use_resolution_binning": False, **length}
+    assert arguments("flux-lora") == {"num_inference_steps": 4, "guidance_scale": 3.5, **length}
+    assert arguments("qwen-lora") == {"num_inference_steps": 4, "true_cfg_scale": 1.0, **length}
+    assert arguments("z_image-lora") == {"num_inference_steps": 4, "guidance_scale": 0.0, **length}
+    unet = {"num_inference_steps": 4, "timesteps": [999, 749, 500, 250], "guidance_scale": 1.0}
+    assert arguments("sd15-lora") == unet
+    files = sorted(path.name for path in (exported.root / "sd3-lora").rglob("*") if path.is_file())
+    assert files == [LORA_WEIGHTS, "scheduler_config.json", STUDENT]
+    assert all(value.dtype == torch.float32 for value in load_file(exported.root / "sd3-lora" / LORA_WEIGHTS).values())
+
+
+def test_a_start_below_pure_noise(exported):
+    teacher = TextToImageTeacher(build("sd3"), (32, 32), lora_rank=2)
+    student = copy.deepcopy(teacher.transformer)
+    with pytest.raises(InputError, match=r"`init_time` is 0.6, but the stock pipelines start at pure noise"):
+        TextToImageStudent(teacher, student, scheduler(teacher, init_time=0.6), "base", settings("sd3"))
+
+
+def test_one_step_below_pure_noise_of_a_unet(exported):
+    """SiD-LSG's students start at step 625: no other scheduler of diffusers starts there from as much noise."""
+    teacher = TextToImageTeacher(build("sd15"), (32, 32))
+    student, told = disturbed(copy.deepcopy(teacher.transformer), 1), settings("sd15")
+    texts = encode_texts(teacher.pipeline, PROMPTS)
+    steps = scheduler(teacher, init_time=625 / 999, student_steps=[1])
+    x1 = torch.randn(2, *teacher.latent_shape, generator=torch.Generator().manual_seed(3))
+    TextToImageStudent(teacher, student, steps, "base", told).save_pretrained(exported.root / "sd15-low")
+    loaded = load_student(exported.root / "sd15-low")
+    assert loaded.arguments()["timesteps"] == [625]
+    theirs = loaded.pipeline(PROMPTS, latents=x1, output_type="pt", **loaded.arguments()).images
+    assert_images(theirs, our_images(teacher, student, steps, texts, x1)["1"])
+
+
+@pytest.fixture
+def copied(exported, tmp_path):
+    """A copy of sd3's adapter that a test may change, and a function that changes its student.json."""
+    folder = shutil.copytree(exported.root / "sd3-lora", tmp_path / "student")
+
+    def change(**values):
+        record = json.loads((folder / STUDENT).read_text()) | values
+        (folder / STUDENT).write_text(json.dumps(record))
+
+    return folder, change
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        (
+            {"base": "/nowhere/else"},
+            "an adapter of the StableDiffusion3Pipeline '/nowhere/else', which cannot be loaded",
+        ),
+        ({"pipeline_class": "FluxPipeline"}, "of a FluxPipeline, but .* is a StableDiffusion3Pipeline"),
+        ({"pipeline_class": "os"}, "names the pipeline class 'os', which is none of those known here"),
+        ({"student_steps": [1, 2]}, r"arguments for each of its `student_steps` \[1, 2\]; it has them for 1, 4"),
+        ({"arguments": {"1": {"num_inference_steps": "1"}}}, "must be a whole number, got '1'"),
+        (
+            {"student_steps": [1], "arguments": {"1": {"num_inference_steps": 1, "output_type": 1}}},
+            "the argument 'output_type'",
+        ),
+        ({"height": "32"}, "`?height`? must be a whole number"),
+    ],
+)
+def test_a_damaged_or_foreign_record(copied, values, said):
+    folder, change = copied
+    change(**values)
+    with pytest.raises(InputError, match=said):
+        load_student(folder)
+
+
+def test_what_cannot_be_loaded(copied, exported):
+    folder, change = copied
+    change(base="/nowhere/else")
+    student = load_student(folder, base=str(exported.root / "sd3"))
+    with pytest.raises(InputError, match="There is an adapter called 'student' already"):
+        student.add_lora(str(exported.root / "sd3-style"), "student")
+    student.add_lora(str(exported.root / "sd3-style"), "style", 0.5)
+    assert student.pipeline.get_active_adapters() == ["student", "style"]
+    with pytest.raises(InputError, match="There is an adapter called 'style' already"):
+        student.add_lora(str(exported.root / "sd3-style"), "style")
+    with pytest.raises(InputError, match="`num_inference_steps` is 2, but this student has 1, 4 steps"):
+        student.images(PROMPTS, steps=2)
+    with pytest.raises(InputError, match="multiples of"):
+        student.images(PROMPTS, height=33)
+    (folder / STUDENT).write_text("{")
+    with pytest.raises(InputError, match=r"student\.json"):
+        load_student(folder)
+    (folder / STUDENT).unlink()
+    with pytest.raises(InputError, match="is no text-to-image student"):
+        load_student(folder)
+
+
+def test_weights_of_another_network(copied, exported):
+    folder, _ = copied
+    shutil.copyfile(exported.root / "flux-lora" / LORA_WEIGHTS, folder / LORA_WEIGHTS)
+    with pytest.raises(InputError, match=r"The adapter .* does not fit"):
+        load_student(folder)
+    (folder / LORA_WEIGHTS).write_bytes(b"damaged")
+    with pytest.raises(InputError, match=r"The adapter .* does not fit"):
+        load_student(folder)

@@ -22,6 +22,7 @@ from diffusers import DiffusionPipeline, EulerDiscreteScheduler, FlowMatchEulerD
 from huggingface_hub import hf_hub_download, snapshot_download
 from huggingface_hub.errors import HFValidationError
 from PIL import Image
+from safetensors import safe_open
 
 from ..errors import InputError
 from ..files import write_text
@@ -260,8 +261,8 @@ class LoadedStudent:
         Args:
             prompts: the texts.
             steps: one of `trained_steps`, by default the largest.
-            generators: one for each prompt, on which alone its image depends. Stock calls of most pipelines draw the noise of
-                a re-noising student from torch's global generator instead.
+            generators: one for each prompt, on which alone its image depends. (In stock calls of most pipelines the noise
+                of a re-noising student is from torch's global generator.)
             height, width: in pixels; the student's own when not given.
 
         Raises:
@@ -312,8 +313,8 @@ def load_student(
         pipeline = load_stock_pipeline(wanted, dtype, **where)
     except InputError as error:
         raise InputError(
-            f"The student {name!r} is an adapter of {record['base']!r}, a {kind} that is not found there or cannot be loaded. "
-            f"Say where the pipeline is now: --base FOLDER_OR_REPO (in Python base=…). {error}"
+            f"The student {name!r} is an adapter of the {kind} {wanted!r}, which cannot be loaded. Say where it is now: "
+            f"--base FOLDER_OR_REPO (in Python base=…). {error}"
         ) from error
     _check_class(type(pipeline).__name__, kind, name, f"{wanted!r}")
     scheduler = getattr(diffusers, _scheduler_class(folder))
@@ -326,7 +327,24 @@ def load_student(
         ) from error
     except (OSError, ValueError, RuntimeError, LookupError) as error:
         raise InputError(f"The adapter in {name!r} does not fit {wanted!r}: {_first_line(error)}") from error
+    _check_adapter(
+        getattr(pipeline, CONVENTIONS[kind].network), folder / LORA_WEIGHTS, CONVENTIONS[kind].network, wanted
+    )
     return LoadedStudent(pipeline, record)
+
+
+def _check_adapter(network: torch.nn.Module, file: Path, prefix: str, base: str) -> None:
+    """Refuses an adapter of which a part has no place in the network: diffusers only warns."""
+    from peft import get_peft_model_state_dict
+
+    with safe_open(file, "pt") as tensors:
+        saved = set(tensors.keys())
+    loaded = {f"{prefix}.{key}" for key in get_peft_model_state_dict(network, adapter_name=ADAPTER)}
+    if saved != loaded:
+        raise InputError(
+            f"The adapter {file} does not fit {base!r}: {min(saved ^ loaded)} and {len(saved ^ loaded) - 1} more of its "
+            f"{len(saved)} tensors are not those of an adapter of this {type(network).__name__}."
+        )
 
 
 def read_student(folder: Path) -> dict[str, Any]:
@@ -344,9 +362,14 @@ def read_student(folder: Path) -> dict[str, Any]:
         )
     if not steps or set(map(str, steps)) != set(record["arguments"]) or min(record["height"], record["width"]) < 1:
         raise InputError(
-            f"{path} is damaged: it needs a size in pixels and the arguments of each of its `student_steps` {steps}, and has "
-            f"those of {', '.join(record['arguments']) or 'none'}. Restore it, or save the student again."
+            f"{path} is damaged: it needs a size in pixels, and arguments for each of its `student_steps` {steps}; it has "
+            f"them for {', '.join(record['arguments']) or 'none'}. Restore it, or save the student again."
         )
+    unknown = {name for given in record["arguments"].values() for name in given} - {
+        key.rstrip("?") for key in _ARGUMENTS
+    }
+    if unknown:
+        raise InputError(f"{path} names the argument {min(unknown)!r}, which no student's call has: it is not used.")
     return record
 
 
@@ -368,8 +391,9 @@ def _check_class(found: str, wanted: str, name: str, what: str) -> None:
 
 def _find(name: str, file: str, revision: str | None) -> Path | None:
     """A file of a folder or repository, or None."""
-    if Path(name).is_dir():
-        return path if (path := Path(name) / file).is_file() else None
+    here = Path(name)
+    if here.is_dir() or (here.parent != Path() and here.parent.is_dir()):  # a mistyped folder is not asked of the Hub
+        return here / file if (here / file).is_file() else None
     try:
         return Path(hf_hub_download(name, file, revision=revision))
     except (OSError, ValueError, HFValidationError):

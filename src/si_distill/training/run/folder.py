@@ -28,8 +28,8 @@ STAGING = ".pipeline.tmp"
 INDICES = ("model_index.json", STUDENT)
 #: What one run leaves and another in the same folder must not find.
 TRACES = (
-    *INDICES, LORA_WEIGHTS, METRICS, FACTS, EVALUATION, EVALUATIONS, SAMPLES, CHECKPOINTS, BEST, f".{BEST}.tmp", f".{BEST}.old",
-    EMA_WEIGHTS, EMA_SNAPSHOTS, PROFILE, STAGING,
+    *INDICES, LORA_WEIGHTS, METRICS, FACTS, EVALUATION, EVALUATIONS, SAMPLES, CHECKPOINTS, BEST, f".{BEST}.tmp",
+    f".{BEST}.old", EMA_WEIGHTS, EMA_SNAPSHOTS, PROFILE, STAGING,
 )  # fmt: skip
 #: What else a run writes to: the settings, and the pipeline and its card.
 _WRITTEN = (LOCK, OVERWRITING, CONFIG, f"{CONFIG}.tmp", "README.md", "transformer", "scheduler", "vae")
