@@ -26,7 +26,7 @@ def load_pipeline(
     Raises:
         InputError: when it cannot be loaded; the text says why.
     """
-    _check_place(role, name)
+    check_place(role, name)
     own: set[str] = {kind.__name__ for kind in (InterpolantPipeline, OneStepInterpolantPipeline)}
     if cls is InterpolantPipeline and not kwargs and saved_class(name) not in {*own, None}:
         return convert_diffusers(name)
@@ -44,7 +44,7 @@ def load_pipeline(
         raise InputError(f"Cannot load the {role} {name!r}: {reason}") from error
 
 
-def _check_place(role: str, name: str) -> None:
+def check_place(role: str, name: str) -> None:
     """Refuses `runs/typo` where there is a folder `runs` at once: the Hub would be asked for it five times and more."""
     path = Path(name)
     if not path.exists() and path.parent != Path() and path.parent.is_dir():

@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from text_students import disturbed, student_scheduler, text_settings
 from tiny_pipelines import ALL, build
 
 from si_distill.errors import InputError
 from si_distill.pipelines import Field
 from si_distill.sample_noise import SampleNoise
-from si_distill.schedulers.scheduling_stochastic_interpolant import StochasticInterpolantScheduler
 from si_distill.text_to_image.student import LORA_WEIGHTS, STUDENT, TextToImageStudent, load_student
 from si_distill.text_to_image.teacher import TextToImageTeacher
 from si_distill.text_to_image.texts import encode_texts
@@ -27,26 +27,6 @@ HERE = Path(__file__).parent
 PROMPTS = ["a red fox in the snow", "two boats"]
 #: Of images in [0, 1]. The same operations in the same precision: what is left is the order of additions.
 TOLERANCE = 1e-4
-
-
-def settings(name):
-    return SimpleNamespace(
-        max_length=None if name in ("sd15", "sdxl") else 64, told_guidance=3.5 if name == "flux" else None
-    )
-
-
-def disturbed(network, seed):
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in network.parameters():
-            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
-    return network
-
-
-def scheduler(teacher, **student):
-    return StochasticInterpolantScheduler.from_config(
-        teacher.scheduler.config, **{"solver": "ddim", "student_steps": [1, 4], **student}
-    )
 
 
 def shown(teacher, latents):
@@ -90,7 +70,7 @@ def exported(tmp_path_factory):
     for name in ALL:
         pipeline = build(name)
         pipeline.save_pretrained(root / name)
-        told = settings(name)
+        told = text_settings(name)
         texts = encode_texts(pipeline, PROMPTS, told.max_length, told_guidance=told.told_guidance)
         teacher = TextToImageTeacher(pipeline, (32, 32), lora_rank=4)
         x1 = torch.randn(2, *teacher.latent_shape, generator=torch.Generator().manual_seed(3))
@@ -98,8 +78,8 @@ def exported(tmp_path_factory):
         save_file({"latents": latents.contiguous()}, root / f"{name}.safetensors")
         student, style = (disturbed(copy.deepcopy(teacher.transformer), seed) for seed in (1, 2))
         # Shifted levels where the path has them; a number of steps whose times on SD's grid are no stock scheduler's.
-        plain = scheduler(teacher, timestep_shift=1.0 if name in ("sd15", "sdxl") else 3.0)
-        renoise = scheduler(teacher, solver="renoise", student_steps=[4])
+        plain = student_scheduler(teacher, timestep_shift=1.0 if name in ("sd15", "sdxl") else 3.0)
+        renoise = student_scheduler(teacher, solver="renoise", student_steps=[4])
         for folder, network, steps in (
             (f"{name}-lora", student, plain),
             (f"{name}-style", style, plain),
@@ -108,7 +88,7 @@ def exported(tmp_path_factory):
             TextToImageStudent(teacher, network, steps, str(root / name), told).save_pretrained(root / folder)
         ours |= {f"{name}/{key}": value for key, value in our_images(teacher, student, plain, texts, x1).items()}
         ours[f"{name} renoise/4"] = renoised_images(teacher, student, renoise, texts, x1)
-        once = scheduler(teacher, student_steps=[1])
+        once = student_scheduler(teacher, student_steps=[1])
         ours[f"{name}/base"] = our_images(teacher, teacher.transformer, once, texts, x1)["1"]
         jobs += [
             {"name": name, "pipeline": name, "folder": f"{name}-lora", "whole": False, "stack": f"{name}-style"},
@@ -124,7 +104,7 @@ def exported(tmp_path_factory):
         ours |= {f"{name} full/{key}": value for key, value in our_images(teacher, student, plain, texts, x1).items()}
         jobs.append({"name": f"{name} full", "pipeline": name, "folder": f"{name}-full", "whole": True, "stack": None})
     (root / "jobs.json").write_text(json.dumps(jobs))
-    run = subprocess.run([sys.executable, HERE / "stock_calls.py", root], capture_output=True, text=True)
+    run = subprocess.run([sys.executable, HERE / "stock_process.py", root], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     return SimpleNamespace(theirs=load_file(root / "images.safetensors"), ours=ours, root=root)
 
@@ -200,15 +180,15 @@ def test_a_start_below_pure_noise(exported):
     teacher = TextToImageTeacher(build("sd3"), (32, 32), lora_rank=2)
     student = copy.deepcopy(teacher.transformer)
     with pytest.raises(InputError, match=r"`init_time` is 0.6, but the stock pipelines start at pure noise"):
-        TextToImageStudent(teacher, student, scheduler(teacher, init_time=0.6), "base", settings("sd3"))
+        TextToImageStudent(teacher, student, student_scheduler(teacher, init_time=0.6), "base", text_settings("sd3"))
 
 
 def test_one_step_below_pure_noise_of_a_unet(exported):
     """SiD-LSG's students start at step 625: no other scheduler of diffusers starts there from as much noise."""
     teacher = TextToImageTeacher(build("sd15"), (32, 32))
-    student, told = disturbed(copy.deepcopy(teacher.transformer), 1), settings("sd15")
+    student, told = disturbed(copy.deepcopy(teacher.transformer), 1), text_settings("sd15")
     texts = encode_texts(teacher.pipeline, PROMPTS)
-    steps = scheduler(teacher, init_time=625 / 999, student_steps=[1])
+    steps = student_scheduler(teacher, init_time=625 / 999, student_steps=[1])
     x1 = torch.randn(2, *teacher.latent_shape, generator=torch.Generator().manual_seed(3))
     TextToImageStudent(teacher, student, steps, "base", told).save_pretrained(exported.root / "sd15-low")
     loaded = load_student(exported.root / "sd15-low")

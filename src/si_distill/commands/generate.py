@@ -1,18 +1,23 @@
-"""Generates images with a student of one or a few steps: one picture that names its classes, or a file for each image.
+"""Generates images with a student of one or a few steps: one picture with titles, or a file for each image.
 
     si-distill generate --pipeline runs/digits-student --labels 3 7 --out grid.png
     si-distill generate --pipeline runs/digits-student --labels 3 7 --images_per_label 8 --seed 1 --out images/
     si-distill generate --pipeline user/student --revision 0123abc --labels goldfish --dtype bfloat16 --out fish.png
     si-distill generate --pipeline runs/digits-student --teacher runs/digits-teacher --out both.png
+    si-distill generate --pipeline runs/sd35-turbo --prompts "a red fox in the snow" --num_inference_steps 4 --out fox.png
     si-distill generate --pipeline runs/digits-superres-student --image small/*.png --out large.png
 
 A class is a number or a name; quote names that hold spaces. A student that turns images into others takes --image, files of
-one size; with classes, one of --labels for each, or one for all. An --out that ends with / (or is a folder) takes single
-files.
+one size; with classes, one of --labels for each, or one for all. A text-to-image student, or a stock pipeline that is a
+teacher, takes --prompts or --prompts_file. An --out that ends with / (or is a folder) takes single files.
 """
 
+import re
+import typing
 from dataclasses import dataclass
+from pathlib import Path
 
+from ..errors import InputError
 from ..settings import TRUST, parse_settings, script_main, setting
 
 
@@ -30,32 +35,42 @@ class GenerateConfig:
     num_inference_steps: int | None = setting(
         None, "Steps of a student that was trained for several numbers of them; its largest when not given."
     )
-    batch_size: int = setting(64, "Images generated at once.")
+    prompts: list[str] = setting([], "Texts, each in quotation marks; of a text-to-image pipeline.")
+    prompts_file: str | None = setting(None, "A text file with a prompt on each line.")
+    num_images_per_prompt: int = setting(1, "Images of each prompt.")
+    height: int | None = setting(None, "Height in pixels; when not given, that of the training or the pipeline's own.")
+    width: int | None = setting(None, "Width in pixels.")
+    guidance_scale: float | None = setting(None, "Of a stock pipeline, instead of its own; a student needs none.")
+    base: str | None = setting(None, "The stock pipeline that a student is an adapter of, if it has moved.")
+    lora: str | None = setting(None, "A second LoRA that is stacked on a text-to-image student: a folder or a Hub id.")
+    lora_scale: float = setting(1.0, "Scale of the second LoRA.")
+    batch_size: int | None = setting(None, "Images generated at once; by default 64, of a text-to-image pipeline 4.")
     dtype: str = setting("float32", "Precision of the network.", ("float32", "bfloat16", "float16"))
     device: str | None = setting(None, "`cuda`, `cuda:1`, `cpu`, …; a GPU when there is one.")
     out: str = setting("grid.png", "The picture's file, or the folder of single files.")
 
 
+#: Settings of pipelines that are told texts, and of the others.
+_TEXT = (
+    *("prompts", "prompts_file", "num_images_per_prompt", "height", "width", "guidance_scale"),
+    *("base", "lora", "lora_scale"),
+)
+_CLASSES = ("labels", "image", "images_per_label", "teacher", "teacher_steps", "trust_remote_code")
+
+
 def main(argv: list[str]) -> None:
     settings = parse_settings(GenerateConfig, argv, __doc__)
 
-    import os
-    import re
-    from pathlib import Path
-
     import torch
-    from PIL import Image
 
-    from ..errors import InputError
-    from ..files import whole_file
-    from ..loading import load_pipeline
-    from ..pipelines import InterpolantPipeline, OneStepInterpolantPipeline
-    from ..sampling import class_names, open_images, sample_rows, spread_labels
+    from ..loading import check_place
     from ..settings import LARGEST_SEED, MOST_SAMPLES, at_least
-    from ..visualization import image_grid
+    from ..text_to_image.student import is_text_student
+    from ..text_to_image.teacher import is_text_to_image
 
-    for name in ("images_per_label", "batch_size", "teacher_steps"):
-        at_least(name, getattr(settings, name), 1, MOST_SAMPLES)
+    for name in ("images_per_label", "num_images_per_prompt", "batch_size", "teacher_steps"):
+        if getattr(settings, name) is not None:
+            at_least(name, getattr(settings, name), 1, MOST_SAMPLES)
     at_least("seed", settings.seed, 0, LARGEST_SEED)
     out = Path(settings.out)
     singly = settings.out.endswith("/") or out.is_dir()
@@ -67,16 +82,105 @@ def main(argv: list[str]) -> None:
         )
     if singly and out.exists() and not out.is_dir():
         raise InputError(f"`out` {out} is a file: give a folder, or a name without the / at its end.")
-    if settings.teacher and (singly or settings.image):
-        raise InputError(
-            "`teacher` is for a picture of a student that starts from noise: leave out --image and give a file."
-        )
     device = settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         torch.zeros(1, device=device).item()  # which `meta` has not
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"`device` {device!r} cannot be used: {str(error).splitlines()[0]}") from None
 
+    check_place("pipeline", settings.pipeline)
+    student = is_text_student(settings.pipeline, settings.revision)
+    if student or is_text_to_image(settings.pipeline):
+        _refuse(settings, _CLASSES, "is told texts: give --prompts or --prompts_file instead")
+        _from_prompts(settings, student, out, singly, device)
+    else:
+        _refuse(settings, _TEXT, "is not told texts: give --labels, or nothing if it has no classes")
+        _from_classes(settings, out, singly, device)
+
+
+def _refuse(settings: GenerateConfig, names: tuple[str, ...], why: str) -> None:
+    """Refuses settings that another kind of pipeline has."""
+    default = GenerateConfig()
+    given = [name for name in names if getattr(settings, name) != getattr(default, name)]
+    if given:
+        raise InputError(f"--{given[0]} is not for {settings.pipeline!r}, which {why}.")
+
+
+def _read_prompts(settings: GenerateConfig) -> list[str]:
+    if bool(settings.prompts) == bool(settings.prompts_file):
+        raise InputError("Give --prompts TEXT …, or --prompts_file FILE with a prompt on each line.")
+    prompts = settings.prompts
+    if settings.prompts_file:
+        try:
+            lines = Path(settings.prompts_file).read_text(encoding="utf-8").splitlines()
+        except (OSError, ValueError) as error:
+            raise InputError(f"`prompts_file` {settings.prompts_file} cannot be read: {error}") from error
+        prompts = [line.strip() for line in lines if line.strip()]
+    if not prompts or not all(prompt.strip() for prompt in prompts):
+        raise InputError("A prompt is empty: write what the image shows.")
+    return prompts
+
+
+def _from_prompts(settings: GenerateConfig, student: bool, out: Path, singly: bool, device: str) -> None:
+    prompts = _read_prompts(settings)
+
+    import torch
+
+    from ..text_to_image.stock_calls import prompt_rows, teacher_images
+    from ..text_to_image.student import load_student
+    from ..text_to_image.teacher import load_stock_pipeline
+    from ..visualization import image_grid
+
+    dtype, steps = getattr(torch, settings.dtype), settings.num_inference_steps
+    evaluations, size = "", (settings.height, settings.width)
+    if student:
+        _refuse(settings, ("guidance_scale",), "is a student, and needs no guidance: leave it out")
+        loaded = load_student(settings.pipeline, dtype, settings.base, settings.revision)
+        steps = loaded.arguments(steps)["num_inference_steps"]
+        evaluations = f", {'one network evaluation' if steps == 1 else f'{steps} network evaluations'} each"
+        if settings.lora:
+            loaded.add_lora(settings.lora, "second", settings.lora_scale)
+        pipeline = loaded.pipeline
+
+        def draw(texts: list[str], generators: list[torch.Generator]) -> list[typing.Any]:
+            return loaded.images(texts, steps, generators, *size)
+
+    else:
+        _refuse(settings, ("base", "lora", "lora_scale"), "is a stock pipeline and no student: leave it out")
+        pipeline = load_stock_pipeline(settings.pipeline, dtype, settings.revision)
+
+        def draw(texts: list[str], generators: list[torch.Generator]) -> list[typing.Any]:
+            return teacher_images(pipeline, texts, steps, settings.guidance_scale, generators, *size)
+
+    pipeline.to(device)
+    rows = prompt_rows(draw, prompts, settings.num_images_per_prompt, settings.seed, settings.batch_size or 4)
+    if singly:
+        out.mkdir(parents=True, exist_ok=True)
+        for row, images in enumerate(rows):
+            for column, image in enumerate(images):
+                _save(image, out / f"{column}_{_in_file_name(prompts[column])}_seed{settings.seed + row}.png")
+    else:
+        alone = len(rows) == len(prompts) == 1
+        _save(rows[0][0] if alone else image_grid(rows, column_titles=prompts), out)
+    count = len(rows) * len(prompts)
+    print(f"Saved {count} image{'s' if count > 1 else ''}{evaluations}: {out}")
+
+
+def _from_classes(settings: GenerateConfig, out: Path, singly: bool, device: str) -> None:
+    import os
+
+    import torch
+
+    from ..loading import load_pipeline
+    from ..pipelines import InterpolantPipeline, OneStepInterpolantPipeline
+    from ..sampling import class_names, open_images, sample_rows, spread_labels
+    from ..visualization import image_grid
+
+    if settings.teacher and (singly or settings.image):
+        raise InputError(
+            "`teacher` is for a picture of a student that starts from noise: leave out --image and give a file."
+        )
+    batch_size = settings.batch_size or 64
     where = {"revision": settings.revision} if settings.revision else {}
     trust = settings.trust_remote_code
     pipeline = load_pipeline(
@@ -105,21 +209,17 @@ def main(argv: list[str]) -> None:
     try:
         steps = {} if settings.num_inference_steps is None else {"num_inference_steps": settings.num_inference_steps}
         rows = sample_rows(
-            pipeline, labels, settings.images_per_label, settings.seed, settings.batch_size, images=inputs, **steps
+            pipeline, labels, settings.images_per_label, settings.seed, batch_size, images=inputs, **steps
         )
         if teacher:
             teacher.to(device).set_progress_bar_config(disable=True)
             again = {"num_inference_steps": settings.teacher_steps}
             taught = sample_rows(
-                teacher, labels, settings.images_per_label, settings.seed, settings.batch_size, images=None, **again
+                teacher, labels, settings.images_per_label, settings.seed, batch_size, images=None, **again
             )
     except ValueError as error:
         also = " The teacher's steps are --teacher_steps." if settings.teacher and settings.num_inference_steps else ""
         raise InputError(f"{error}{also}") from error
-
-    def save(picture: Image.Image, path: Path) -> None:
-        with whole_file(path) as file:
-            picture.save(file, Image.registered_extensions()[path.suffix.lower()])
 
     titles = class_names(pipeline, labels) if labels else None
     count = sum(map(len, rows))
@@ -127,28 +227,37 @@ def main(argv: list[str]) -> None:
         out.mkdir(parents=True, exist_ok=True)
         for row, images in enumerate(rows):
             for column, image in enumerate(images):
-                parts = (
-                    [f"{labels[column]}_{re.sub(r'[^A-Za-z0-9-]+', '-', titles[column])[:60]}"]
-                    if labels and titles
-                    else []
-                )
+                parts = [f"{labels[column]}_{_in_file_name(titles[column])}"] if labels and titles else []
                 parts += [f"{column}_{Path(settings.image[column]).stem}"] if inputs else []
                 name = os.fsdecode(os.fsencode("_".join(parts))[:200])  # most systems allow 255 bytes
-                save(image, out / f"{name}{'_' if parts else ''}seed{settings.seed + row}.png")
+                _save(image, out / f"{name}{'_' if parts else ''}seed{settings.seed + row}.png")
     elif inputs:
         size = rows[0][0].size
         shown = [[image.resize(size, 0) for image in inputs], *rows]  # 0: each pixel as a square
         names = ["input", *(f"seed {settings.seed + row}" for row in range(len(rows)))]
-        save(image_grid(shown, names, titles or [Path(file).stem for file in settings.image]), out)
+        _save(image_grid(shown, names, titles or [Path(file).stem for file in settings.image]), out)
     elif teacher:
         names = [*["student"] * len(rows), *[f"teacher, {settings.teacher_steps} steps"] * len(taught)]
-        save(image_grid([*rows, *taught], names, titles), out)
+        _save(image_grid([*rows, *taught], names, titles), out)
     else:
-        save(image_grid(rows, column_titles=titles), out)
+        _save(image_grid(rows, column_titles=titles), out)
     calls = pipeline.num_network_evaluations // pipeline.trained_steps[-1]
     calls *= settings.num_inference_steps or pipeline.trained_steps[-1]
     evaluations = "one network evaluation" if calls == 1 else f"{calls} network evaluations"
     print(f"Saved {count} image{'s' if count > 1 else ''}, {evaluations} each: {out}")
+
+
+def _in_file_name(text: str) -> str:
+    return re.sub(r"[^A-Za-z0-9-]+", "-", text)[:60]
+
+
+def _save(picture: typing.Any, path: Path) -> None:
+    from PIL import Image
+
+    from ..files import whole_file
+
+    with whole_file(path) as file:
+        picture.save(file, Image.registered_extensions()[path.suffix.lower()])
 
 
 if __name__ == "__main__":

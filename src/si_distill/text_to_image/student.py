@@ -30,6 +30,7 @@ from ..reading import read_json
 from ..schedulers.scheduling_stochastic_interpolant import StochasticInterpolantScheduler
 from .conventions import CONVENTIONS
 from .network import TextNetwork
+from .stock_calls import stock_scheduler, student_times
 from .teacher import TextToImageTeacher, load_stock_pipeline
 
 STUDENT, LORA_WEIGHTS = "student.json", "pytorch_lora_weights.safetensors"
@@ -95,7 +96,8 @@ class TextToImageStudent:
         if self.max_length is not None:
             told["max_sequence_length"] = self.max_length
         self.arguments = {
-            count: {**_times(scheduler, self.scheduler, count, convention.equal_steps), **told} for count in self.steps
+            count: {**student_times(scheduler, self.scheduler, count, convention.equal_steps), **told}
+            for count in self.steps
         }
 
     def save_pretrained(self, folder: str | Path) -> None:
@@ -141,57 +143,6 @@ class TextToImageStudent:
             **{layers: {key: value.detach().float().cpu().contiguous() for key, value in state.items()}},
             **{layers.replace("_layers", "_adapter_metadata"): config},
         )
-
-
-def stock_scheduler(scheduler: StochasticInterpolantScheduler) -> diffusers.SchedulerMixin:
-    """The stock scheduler with which a stock pipeline takes a student's steps.
-
-    On `linear` it is `FlowMatchEulerDiscreteScheduler`. On `ddpm` it is `EulerDiscreteScheduler`: its step is DDIM's in
-    x/α, and unlike `DDIMScheduler` it takes any times and starts from β(t) x1. For fresh noise at each step it is
-    `LCMScheduler`, which starts from x1 itself: β is 0.998 at Stable Diffusion's last noise level.
-
-    Raises:
-        InputError: for a student that starts below t = 1 where the stock scheduler starts from pure noise.
-    """
-    config = scheduler.config
-    renoise = config.solver == "renoise" and (config.student_steps or [1]) != [1]
-    if config.init_time != 1 and (renoise or config.interpolant == "linear"):
-        raise InputError(
-            f"`init_time` is {config.init_time:g}, but the stock pipelines start at pure noise: a student that is to be "
-            "used with them needs init_time 1."
-        )
-    if config.interpolant == "linear":
-        return FlowMatchEulerDiscreteScheduler(shift=config.timestep_shift, stochastic_sampling=renoise)
-    levels = dict(config.interpolant_kwargs, prediction_type=config.prediction_type, steps_offset=1)
-    if renoise:
-        return LCMScheduler(**levels, original_inference_steps=levels["num_train_timesteps"], clip_sample=False)
-    return EulerDiscreteScheduler(**levels, timestep_spacing="trailing")
-
-
-def _times(
-    scheduler: StochasticInterpolantScheduler, stock: diffusers.SchedulerMixin, count: int, equal_steps: bool
-) -> dict[str, Any]:
-    """The arguments of a stock call that takes the student's steps, the fewest that do."""
-    scheduler.set_timesteps(count)
-    wanted = scheduler.timesteps
-    even = [(count - step) / count for step in range(count)]
-    if isinstance(stock, FlowMatchEulerDiscreteScheduler):
-        stock.set_timesteps(sigmas=even)
-        given, further = stock.sigmas[:-1], {} if equal_steps else {"sigmas": even}
-    else:
-        wanted = scheduler.network_time(wanted).float()
-        stock.set_timesteps(count)
-        given, further = stock.timesteps.float(), {}
-        if not torch.equal(given, wanted):
-            further = {"timesteps": [round(time) for time in wanted.tolist()]}
-            stock.set_timesteps(**further)
-            given = stock.timesteps.float()
-    if given.shape != wanted.shape or not torch.allclose(given, wanted, rtol=1e-5, atol=0):
-        raise InputError(
-            f"No call of the stock pipeline has the {count} times of this student, {wanted.tolist()}: a "
-            f"{type(stock).__name__} makes {given.tolist()} of them."
-        )
-    return {"num_inference_steps": count, **further}
 
 
 @dataclass

@@ -1,6 +1,6 @@
 """Run as a script in a new process: what stock diffusers makes of exported students. Nothing of si_distill is imported.
 
-    python stock_calls.py FOLDER
+    python stock_process.py FOLDER
 
 FOLDER holds `jobs.json`, a list of students, and gets `images.safetensors`, an image (B, 3, H, W) in [0, 1] for each call.
 """
