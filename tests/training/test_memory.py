@@ -13,12 +13,12 @@ from si_distill.models import EDM2UNet2DModel, EDMUNet2DModel, SiTTransformer2DM
 from si_distill.objectives import get_objective
 from si_distill.pipelines import Condition, view_network
 from si_distill.training.distillation.config import AdversarialConfig, DistillConfig
+from si_distill.training.dry_run.graphs import graph_bytes
 from si_distill.training.dry_run.memory import (
     Devices,
     average_count,
     checkpoint_bytes,
     distillation_activations,
-    graph_bytes,
     parameter_count,
     teacher_activations,
     training_memory,

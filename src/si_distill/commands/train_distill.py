@@ -20,6 +20,13 @@ def main(argv: list[str]) -> None:
 
         return print_dry_run(settings)
 
+    from ..text_to_image.teacher import is_text_to_image
+
+    if is_text_to_image(settings.teacher):
+        from ..training.distillation.text_trainer import TextDistillationTrainer
+
+        return TextDistillationTrainer(settings).train()
+
     from ..training.distillation.trainer import DistillationTrainer
 
     DistillationTrainer(settings).train()

@@ -4,6 +4,7 @@ Diffusers' own switches (`set_adapter`, `disable_adapters`) also flip `requires_
 adapters gives no gradients, without an error: here only the flags of the layers are switched.
 """
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 
@@ -58,7 +59,11 @@ class Adapters:
 
         name, flags = f"{_NAME}_{len(self.names)}", {p: p.requires_grad for p in self.base.parameters()}
         config = LoraConfig(r=self.rank, lora_alpha=self.rank, target_modules=sorted(self.targets))
-        self.base.add_adapter(config, name)
+        with warnings.catch_warnings():
+            warnings.filterwarnings(
+                "ignore", message="Already found a `peft_config`"
+            )  # it is why the names are counted
+            self.base.add_adapter(config, name)
         self.names.append(name)
         for layer in self.layers.values():
             for part in (layer.lora_A, layer.lora_B):

@@ -34,12 +34,14 @@ class Convention:
         encode: `encode(pipeline, prompts, max_length, negative, device)` gives the text (B, …) by the names of the network's
             arguments; `max_length` None is the pipeline's own.
         call: `call(network, x_t, timesteps, text, guidance)` gives the prediction (B, C, H, W).
+        text_shapes: `text_shapes(config, max_length)` gives the shapes of a text's tensors, of the network's config.
         path: settings of `StochasticInterpolantScheduler`, of the pipeline; by default those of a velocity on `linear`.
         network: the component that is the network.
         layers: the argument of `save_lora_weights` for it.
         patch: pixels of the autoencoder's latents that a token of the network has on each side: sizes are its multiples.
         packed: whether the network's channels are those of 2 × 2 latents.
         mask: which of the text tensors says where the text is, (B, L).
+        reads_mask: whether the network reads numbers of tokens from it, for which it cannot be on the meta device.
         lora_targets: names of the linear layers that an adapter changes, by their ends.
         rescale: `rescale(guided, conditional)`, what the pipeline does after guidance.
         unguided: arguments of a call without guidance.
@@ -53,12 +55,14 @@ class Convention:
 
     encode: Callable[..., Text]
     call: Callable[..., torch.Tensor]
+    text_shapes: Callable[[Any, int | None], dict[str, tuple[int, ...]]]
     path: Callable[[DiffusionPipeline], dict[str, Any]] = lambda pipeline: {"timestep_scale": 1000.0}
     network: str = "transformer"
     layers: str = "transformer_lora_layers"
     patch: int = 2
     packed: bool = False
     mask: str | None = None
+    reads_mask: bool = False
     lora_targets: tuple[str, ...] = _TWO_STREAMS
     rescale: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None
     unguided: dict[str, Any] = field(default_factory=lambda: {"guidance_scale": 1.0})
@@ -136,6 +140,28 @@ def _encode_sdxl(pipe, prompts, max_length, negative, device) -> Text:
     if negative and pipe.config.force_zeros_for_empty_prompt and not any(prompts):
         embeds, pooled = torch.zeros_like(embeds), torch.zeros_like(pooled)
     return {"encoder_hidden_states": embeds, "text_embeds": pooled}
+
+
+def _sequence(name: str, width: str, longest: int, mask: str | None = None, **pooled: str):
+    """Shapes of embeddings (L, D) and what goes with them; D and the widths of pooled ones are of the network's config."""
+
+    def shapes(config: Any, max_length: int | None) -> dict[str, tuple[int, ...]]:
+        length = max_length or longest
+        found = {name: (length, config[width]), **{key: (config[value],) for key, value in pooled.items()}}
+        return found if mask is None else {**found, mask: (length,)}
+
+    return shapes
+
+
+def _sd3_shapes(config: Any, max_length: int | None) -> dict[str, tuple[int, ...]]:
+    length = 77 + (max_length or 256)  # CLIP's and T5's
+    width, pooled = config["joint_attention_dim"], config["pooled_projection_dim"]
+    return {"encoder_hidden_states": (length, width), "pooled_projections": (pooled,)}
+
+
+def _sdxl_shapes(config: Any, max_length: int | None) -> dict[str, tuple[int, ...]]:
+    pooled = config["projection_class_embeddings_input_dim"] - 6 * config["addition_time_embed_dim"]
+    return {"encoder_hidden_states": (77, config["cross_attention_dim"]), "text_embeds": (pooled,)}
 
 
 # Networks.
@@ -238,6 +264,7 @@ CONVENTIONS = {
     "StableDiffusion3Pipeline": Convention(
         _encode_sd3,
         _call_sd3,
+        _sd3_shapes,
         equal_steps=False,
         readings=(CLIP, SECOND_CLIP, Reading("tokenizer_3")),
         most_tokens=lambda pipeline: 512,
@@ -245,6 +272,7 @@ CONVENTIONS = {
     "SanaPipeline": Convention(
         _encode_sana,
         _call_sana,
+        _sequence("encoder_hidden_states", "caption_channels", 300, "encoder_attention_mask"),
         lambda pipeline: {"timestep_scale": 1000.0 * pipeline.transformer.config.timestep_scale},
         patch=1,
         mask="encoder_attention_mask",
@@ -256,6 +284,7 @@ CONVENTIONS = {
     "FluxPipeline": Convention(
         _encode_flux,
         _call_flux,
+        _sequence("encoder_hidden_states", "joint_attention_dim", 512, pooled_projections="pooled_projection_dim"),
         lambda pipeline: {},
         packed=True,
         lora_targets=(*_TWO_STREAMS, "proj_mlp", "proj_out"),
@@ -267,6 +296,7 @@ CONVENTIONS = {
     "QwenImagePipeline": Convention(
         _encode_qwen,
         _call_qwen,
+        _sequence("encoder_hidden_states", "joint_attention_dim", 512, "encoder_hidden_states_mask"),
         lambda pipeline: {},
         packed=True,
         mask="encoder_hidden_states_mask",
@@ -279,8 +309,10 @@ CONVENTIONS = {
     "Lumina2Pipeline": Convention(
         _encode_lumina2,
         _call_sd3,
+        _sequence("encoder_hidden_states", "cap_feat_dim", 256, "encoder_attention_mask"),
         _to_the_image,
         mask="encoder_attention_mask",
+        reads_mask=True,
         lora_targets=(*_ATTENTION, "linear_1", "linear_2", "linear_3"),
         rescale=_norm_of_rows,
         readings=(LUMINA2,),
@@ -289,8 +321,10 @@ CONVENTIONS = {
     "ZImagePipeline": Convention(
         _encode_z_image,
         _call_z_image,
+        _sequence("cap_feats", "cap_feat_dim", 512, "mask"),
         _to_the_image,
         mask="mask",
+        reads_mask=True,
         lora_targets=(*_ATTENTION, "w1", "w2", "w3"),
         unguided={"guidance_scale": 0.0},
         scale_offset=1.0,
@@ -300,6 +334,7 @@ CONVENTIONS = {
     "StableDiffusionPipeline": Convention(
         _encode_sd,
         _call_sd,
+        lambda config, max_length: {"encoder_hidden_states": (77, config["cross_attention_dim"])},
         _noise_levels,
         network="unet",
         layers="unet_lora_layers",
@@ -309,6 +344,7 @@ CONVENTIONS = {
     "StableDiffusionXLPipeline": Convention(
         _encode_sdxl,
         _call_sdxl,
+        _sdxl_shapes,
         _noise_levels,
         network="unet",
         layers="unet_lora_layers",

@@ -109,3 +109,13 @@ VIEWS[TextNetwork] = _TextView
 def shares_base(network: nn.Module) -> bool:
     """Whether what is trained in a network are adapters."""
     return any(isinstance(module, TextNetwork) and module.shares_base for module in network.modules())
+
+
+def has_text(network: nn.Module) -> bool:
+    """Whether a network, or one inside it, is told a text."""
+    return any(isinstance(module, TextNetwork) for module in network.modules())
+
+
+def adapter_parameters(network: nn.Module) -> set[nn.Parameter]:
+    """The parameters of all adapters inside a stock network."""
+    return {parameter for name, parameter in network.named_parameters() if ".lora_" in name}

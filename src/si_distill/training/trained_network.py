@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from diffusers.optimization import get_scheduler
 from torch import nn
 
+from ..text_to_image.network import has_text, shares_base
 from .config import TrainingConfig
 from .parallel.blocks import prepare_blocks
 from .parallel.sharding import average_replicated, clip_grad_norm, optimizer_groups, reshard, shard
@@ -66,9 +67,10 @@ class TrainedNetwork:
         self.accumulation = settings.gradient_accumulation_steps
         network.requires_grad_(True).eval()
         prepare_blocks(network, settings)
-        self.sharded = accelerator.is_fsdp2
-        if self.sharded:
-            network = shard(accelerator, network)
+        self.sharded = accelerator.is_fsdp2 and not shares_base(network)
+        # Parts of text-to-image networks have no gradient, which DistributedDataParallel takes for an error.
+        self.averaged = self.sharded or has_text(network)
+        network = shard(accelerator, network) if self.sharded else network.to(accelerator.device)
         adam = (torch.optim.AdamW if optimizer.weight_decay else torch.optim.Adam)(
             optimizer_groups(network.parameters()),
             lr=optimizer.learning_rate,
@@ -77,7 +79,7 @@ class TrainedNetwork:
             weight_decay=optimizer.weight_decay,
             fused=True,
         )
-        if self.sharded:
+        if self.averaged:
             _start_moments(adam)
             # Not by `prepare`, which finds an optimizer's parameters by the addresses of their shards: empty ones share one.
             accelerator._models.append(network)
@@ -142,7 +144,7 @@ class TrainedNetwork:
             The gradient norm before clipping, equal on all ranks, and whether the update was done: gradients that are
             not finite are thrown away, alike on all ranks.
         """
-        if self.sharded:
+        if self.averaged and self.accelerator.num_processes > 1:
             average_replicated(self.accelerator, self.parameters)
         cut_values = self.max_grad_value is not None
         # With an infinite limit this only measures: cut values would hide gradients that are infinite.

@@ -9,6 +9,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from ...errors import TrainingStopped
+from ...text_to_image.network import shares_base
 from ..config import TrainingConfig
 from ..parallel.sharding import own_parts, reshard, shard, whole_network
 from ..run.checkpoints import WRITE_ERRORS
@@ -114,7 +115,9 @@ class Averages:
         """Moves the averages to the device and makes them part of the checkpoints; after the trained networks."""
         self.accelerator = accelerator
         for ema in self._all():
-            if accelerator.is_fsdp2:
+            if accelerator.is_fsdp2 and shares_base(ema.network):
+                accelerator._models.append(ema.network.to(accelerator.device))
+            elif accelerator.is_fsdp2:
                 ema.network = shard(accelerator, ema.network)
                 accelerator._models.append(ema.network)
             else:

@@ -8,6 +8,7 @@ from ...choices import TIME_SAMPLERS
 from ...errors import InputError
 from ...schedulers.interpolant_solvers import STUDENT_STEPPINGS, check_levels
 from ...settings import TRUST, at_least, positive, setting
+from ...text_to_image.config import TextConfig
 from ..config import TrainingConfig
 from .terms import AdversarialConfig, FlowMapConfig, check_guidance_times
 
@@ -33,6 +34,15 @@ class DistillConfig(TrainingConfig):
         "The teacher, for --dry_run without its folder: `class` and arguments as in `model` and `scheduler` with its "
         "settings, or `training` with the file that trains it.",
     )
+    lora_rank: int | None = setting(
+        None,
+        "Text-to-image: student and critic are adapters of this rank on the teacher's network; whole networks when not "
+        "given.",
+    )
+    lora_targets: list[str] = setting(
+        [], "Ends of the names of the layers with adapters; by default the pipeline's own."
+    )
+    text: TextConfig = field(default_factory=TextConfig)
     objective: str = setting("sid", "A preset of the family, see docs/objectives.md.")
     objective_kwargs: dict = setting(
         {},
@@ -144,6 +154,12 @@ class DistillConfig(TrainingConfig):
         if not self.teacher:
             raise InputError(
                 "`teacher` is not set: give a pipeline folder or a Hub id, e.g. --teacher runs/my-teacher."
+            )
+        if self.lora_rank is not None:
+            at_least("lora_rank", self.lora_rank, 1)
+        elif self.lora_targets:
+            raise InputError(
+                "`lora_targets` are the layers of adapters: set `lora_rank`, e.g. to 64, or leave them out."
             )
         self._check_updates()
         self._check_guidance()

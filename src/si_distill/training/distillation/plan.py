@@ -95,7 +95,7 @@ def _check_guidance(settings: DistillConfig, teacher: InterpolantPipeline) -> No
         for name in names
         if getattr(settings, name) != none
     ]
-    if teacher.network.null_class is None and wrong:
+    if teacher.network.null is None and wrong:
         raise InputError(
             f"{' and '.join(wrong)} need a null class, but the teacher was trained without label dropout, or without "
             "labels, and has no null class. Leave scales of guidance at 1 and label dropout at 0."

@@ -1,6 +1,7 @@
 """The game of three networks: a frozen teacher, a critic that follows the student, and a student of one or a few steps."""
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -9,9 +10,13 @@ from PIL import Image
 from torch import nn
 
 from ...critic import CriticNetwork, FeatureNetwork
+from ...data import TrainingData
+from ...errors import InputError
 from ...loading import load_pipeline
 from ...pipelines import Condition, Field, Guidance, InterpolantPipeline, OneStepInterpolantPipeline, view_network
 from ...pipelines.interpolant_field import Network
+from ...text_to_image.config import TextConfig
+from ...text_to_image.network import shares_base
 from ...visualization import image_grid
 from ..averaging.ema import Averages
 from ..parallel.blocks import has_dropout, keep_in_bfloat16, prepare_blocks
@@ -28,9 +33,6 @@ from .levels import Level
 from .losses import CriticTerms, DistillationLosses, Draw, GeneratorTerms, Images
 from .plan import plan_distillation
 
-#: Images in a row of a sample grid.
-GRID_COLUMNS = 10
-
 
 class DistillationTrainer(Trainer):
     """Critic updates and student updates on one member of the objective family (see `si_distill.objectives`).
@@ -43,17 +45,19 @@ class DistillationTrainer(Trainer):
 
     settings: DistillConfig
     losses = ("generator_loss", "critic_loss")
+    #: Images in a row of a sample grid.
+    grid_columns = 10
+    #: What the teacher's guidance does after its formula.
+    guidance_rescale: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None
 
     def setup(self) -> None:
         settings = self.settings
-        trust = settings.trust_remote_code
-        self.teacher_pipeline = teacher = load_pipeline(InterpolantPipeline, "teacher", settings.teacher, trust)
+        self.teacher_pipeline = teacher = self._load_teacher()
         self.plan = plan = plan_distillation(settings, teacher)
         self.interpolant, self.references, self.start = teacher.scheduler.interpolant, plan.references, plan.student
         self.objective, self.adversarial, self.levels = plan.objective, plan.adversarial, plan.levels
-        view = teacher.network
-        self.null, self.num_classes, self.sample_shape = view.null, view.num_classes, view.sample_shape
-        self.data = load_fitting_images(settings, teacher, self.readers) if plan.needs_images else None
+        self.null, self.sample_shape = teacher.network.null, teacher.network.sample_shape
+        self.data = self._load_images() if plan.needs_images else None
         check_enough_images(settings, self.data, self.global_batch_size)
         self.class_shares = class_shares(settings, teacher, self.data)
         teacher.transformer.requires_grad_(False)
@@ -68,6 +72,34 @@ class DistillationTrainer(Trainer):
                 f"warning: the student is trained from image {waits:,} on (`generator_start_images`), but this run makes "
                 f"{total:,}: it will stay as it is. Raise max_steps, or lower it."
             )
+
+    # What networks are told of an image.
+
+    def _load_teacher(self) -> InterpolantPipeline:
+        settings = self.settings
+        if settings.lora_rank is not None or settings.text != TextConfig():
+            raise InputError(
+                f"`lora_rank` and `text` are for text-to-image pipelines of diffusers, and the teacher {settings.teacher!r} "
+                "is none: leave them out."
+            )
+        return load_pipeline(InterpolantPipeline, "teacher", settings.teacher, settings.trust_remote_code)
+
+    def _load_images(self) -> TrainingData:
+        return load_fitting_images(self.settings, self.teacher_pipeline, self.readers)
+
+    @property
+    def num_classes(self) -> int:
+        """How many labels there are; 0 without classes."""
+        return self.teacher_pipeline.network.num_classes
+
+    @property
+    def null_label(self) -> int | None:
+        """The label that means none of them."""
+        return self.teacher_pipeline.network.null_class
+
+    def _condition(self, labels: torch.Tensor | None, image: torch.Tensor | None = None) -> Condition:
+        """What networks are told of images with these labels."""
+        return Condition(labels, image=image)
 
     def _build_trained(self, critic: CriticNetwork) -> None:
         """Critic and student with their optimizers, and the student's averages."""
@@ -89,12 +121,13 @@ class DistillationTrainer(Trainer):
         """The frozen teacher on its device, sharded or in bfloat16 where the run is, and its field."""
         settings, teacher = self.settings, self.teacher_pipeline
         network = teacher.transformer.eval()
+        shared = shares_base(self.start.network)
         teacher_features = settings.adversarial.features == "teacher"
-        prepare_blocks(network, settings, self.objective.needs_field_gradient or teacher_features)
+        prepare_blocks(network, settings, shared or self.objective.needs_field_gradient or teacher_features)
         if self.accelerator.is_fsdp2:
-            shard(self.accelerator, network)
+            shard(self.accelerator, network.base if shared else network)
         else:
-            if settings.mixed_precision == "bf16":
+            if settings.mixed_precision == "bf16" and not shared:
                 keep_in_bfloat16(network)
             network.to(self.accelerator.device)
         if teacher.vae is not None:
@@ -126,7 +159,8 @@ class DistillationTrainer(Trainer):
     def _field(self, network: Network, guidance_scale: float = 1.0) -> Field:
         """The teacher's field, or a critic's."""
         interval = (self.settings.guidance_t_min, self.settings.guidance_t_max)
-        return Field(network, self.teacher_pipeline.scheduler, self.null, Guidance(guidance_scale, interval))
+        guidance = Guidance(guidance_scale, interval, rescale=self.guidance_rescale)
+        return Field(network, self.teacher_pipeline.scheduler, self.null, guidance)
 
     def _critic_field(self, network: Network, level: Level, guidance_scale: float = 1.0) -> Field:
         """The critic's field, of images of this level."""
@@ -278,14 +312,14 @@ class DistillationTrainer(Trainer):
         share = self.settings.student_class_dropout_prob
         if share > 0:
             u = self.noise.uniform("student_label_dropout", self.step, update, indices=batch.indices)
-            batch = replace(batch, labels=Condition(batch.labels).nulled(self.null, u < share).labels)
+            batch = replace(batch, labels=torch.where(u < share, self.null_label, batch.labels))
         return self._generate(self.generator.module, batch)
 
     def _generate(self, network: nn.Module, batch: MicroBatch) -> torch.Tensor:
         reference, bridge = self.references.start(batch.data), self.references.bridge
         image = view_network(network).condition_image(reference, batch.noise if bridge else None)
         x1 = reference if bridge else batch.noise
-        field, condition = self._student_field(network), Condition(batch.labels, image=image)
+        field, condition = self._student_field(network), self._condition(batch.labels, image)
         with self.accelerator.autocast():
             if batch.level.step == 0:
                 return field.one_step(x1, self.start.init_time, condition)
@@ -302,7 +336,7 @@ class DistillationTrainer(Trainer):
 
     def _told(self, batch: MicroBatch, labels: torch.Tensor | None) -> Condition:
         """What teacher and critic are told of images of these classes."""
-        return Condition(labels, image=batch.data["reference"] if self.references.seen else None)
+        return self._condition(labels, batch.data["reference"] if self.references.seen else None)
 
     def _critic_loss(self, batch: MicroBatch, samples: torch.Tensor, update: int) -> CriticTerms:
         draw, data = self._loss_draw(batch, "critic", update), batch.data
@@ -333,7 +367,7 @@ class DistillationTrainer(Trainer):
         It is scaled to the size of the objective's at the images, (B, …), summed over the images of all processes.
         """
         paths = self.flow_map.paths(self.noise, self.sample_shape, batch.indices, self.step, update)
-        condition = Condition(batch.labels, image=self.references.start(batch.data))[paths.rows]
+        condition = self._condition(batch.labels, self.references.start(batch.data))[paths.rows]
         student = self._student_field(self.generator.module)
         with self.accelerator.autocast():
             x_t = self.flow_map.starts(student, paths, condition)
@@ -373,12 +407,11 @@ class DistillationTrainer(Trainer):
         """Rows: what the student starts from, if that is an image, its samples with each number of steps, and x̂0 of teacher
         and critic from the last of these noised to β = α.
         """
-        indices, roles = range(GRID_COLUMNS), self.references
-        shown = self.shown_batch(self.data, GRID_COLUMNS) if roles.needed else {}
-        labels = torch.arange(GRID_COLUMNS, device=self.accelerator.device) % max(1, self.num_classes)
+        indices, roles = range(self.grid_columns), self.references
+        shown = self.shown_batch(self.data, self.grid_columns) if roles.needed else {}
+        labels = torch.arange(self.grid_columns, device=self.accelerator.device) % max(1, self.num_classes)
         labels = shown["labels"] if roles.needed and roles.paired else labels
         batch = MicroBatch(self._student_noise("samples", 0, indices=indices), labels, shown, indices)
-        pipeline = self.pipeline()
         half = torch.tensor(self.interpolant.middle_time(), device=labels.device)
         timestep_type = self.teacher_pipeline.scheduler.config.timestep_type
         t = self.interpolant.nearest_time(half, timestep_type).expand(len(labels))
@@ -388,7 +421,7 @@ class DistillationTrainer(Trainer):
             drawn = []
             for count in self.levels.counts:
                 batch = replace(batch, level=Level(count, count - 1), key=(-1, -1, 0))
-                drawn.append(self._generate(pipeline.transformer, batch))
+                drawn.append(self._generate(self.averages.network, batch))
             samples = drawn[-1]
             made = self._generated(batch, samples)
             x1 = draw.noise if made.x1 is None else made.x1
@@ -400,13 +433,18 @@ class DistillationTrainer(Trainer):
         titles += [f"teacher, x0 at t={t[0]:.2f}", f"critic, x0 at t={t[0]:.2f}"]
         if start is not None:
             rows, titles = [start, *rows], ["reference", *titles]
-        names = pipeline.config.id2label or {}
-        columns = (
-            [str(names.get(label, label)).split(",")[0] for label in labels.tolist()] if self.num_classes else None
-        )
-        if pipeline.vae is None:
-            rows = [row[:, :3] for row in rows]  # of latents that nothing decodes the first channels, as colours
-        return image_grid([pipeline.postprocess(row, "pil") for row in rows], titles, columns)
+        columns = self._names(labels.tolist()) if self.num_classes else None
+        return image_grid([self._pictures(row) for row in rows], titles, columns)
+
+    def _names(self, labels: list[int]) -> list[str]:
+        """Titles of images with these labels."""
+        names = self.teacher_pipeline.config["id2label"] or {}
+        return [str(names.get(label, label)).split(",")[0] for label in labels]
+
+    def _pictures(self, samples: torch.Tensor) -> list[Image.Image]:
+        """Samples (B, C, H, W) as pictures; of latents that nothing decodes the first channels, as colours."""
+        pipeline = self.pipeline()
+        return pipeline.postprocess(samples if pipeline.vae is not None else samples[:, :3], "pil")
 
 
 def _add(metrics: dict[str, torch.Tensor], parts: dict[str, torch.Tensor], count: int) -> None:

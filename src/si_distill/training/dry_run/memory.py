@@ -2,6 +2,8 @@
 
     parameters        4 bytes for each of the trained networks and their averages; 4 of the frozen networks, 2 of a teacher
                       that runs in bfloat16
+                      With adapters the teacher is their base, 4 bytes or in bfloat16 2, and the trained networks are the
+                      adapters alone, which FSDP2 does not cut.
     gradients         4 bytes for each parameter of the largest trained network, which are cleared after each update; with
                       DDP of all trained networks, whose gradients live in its buckets
     Adam's moments    8 bytes for each trained parameter
@@ -15,20 +17,22 @@ Left out: the libraries' workspaces, the allocator's fragments.
 import functools
 import json
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from math import ceil
 
 import torch
-import torch.nn.functional as F
 from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
 
 from ...objectives import DistillationObjective
 from ...pipelines import Condition, view_network
+from ...text_to_image.network import TextNetwork, shares_base
 from ..config import TrainingConfig
 from ..distillation.config import DistillConfig
 from ..parallel.blocks import blocks, checkpoint_blocks, half_precision_weights, has_dropout
+from .graphs import graph_sizes
+from .text import text_graph_sizes
 
 FLOAT32, BFLOAT16 = 4, 2
 #: Parts of the memory, next to the averages, that are in a checkpoint.
@@ -90,7 +94,8 @@ def training_memory(
         "teacher": 0 if teacher is None else teacher_bytes(teacher, settings, devices),
     }
     shards = devices.count if devices.sharded else 1
-    parts = {name: -(-size // shards) for name, size in parts.items()}
+    cut = {"teacher"} if shares_base(averaged) else parts.keys()  # adapters are whole on every device
+    parts = {name: -(-size // shards) if name in cut else size for name, size in parts.items()}
     if autoencoder is not None:
         parts["autoencoder"] = parameter_count([autoencoder]) * FLOAT32
     if devices.sharded:
@@ -100,6 +105,9 @@ def training_memory(
 
 def teacher_bytes(teacher: nn.Module, settings: TrainingConfig, devices: Devices) -> int:
     """Bytes of a frozen teacher's weights, all devices together where it is cut."""
+    if isinstance(teacher, TextNetwork) and teacher.adapters is not None:
+        own = sum(p.numel() for name, p in teacher.base.named_parameters() if ".lora_" not in name)
+        return own * (BFLOAT16 if settings.mixed_precision == "bf16" else FLOAT32)
     whole = parameter_count([teacher]) * FLOAT32
     if settings.mixed_precision != "bf16" or devices.sharded:
         return whole
@@ -130,51 +138,6 @@ def checkpoint_bytes(parts: dict[str, int], devices: Devices) -> int:
     """Of one checkpoint: trained networks, their moments and averages; of all devices together where they are cut."""
     saved = [size for name, size in parts.items() if name in CHECKPOINTED or name.startswith("moving averages")]
     return sum(saved) * (devices.count if devices.sharded else 1)
-
-
-def graph_bytes(network: nn.Module, forward: Callable[[], object]) -> int:
-    """Bytes that autograd saves in `forward()` for its backward pass, each storage once, parameters and buffers left out.
-
-    Args:
-        network: whose parameters and buffers do not count.
-        forward: computes something that depends on the network; on the meta device only shapes are computed. Its numbers
-            mean nothing here: attention is not computed.
-    """
-    own = {_storage(tensor) for tensor in (*network.parameters(), *network.buffers())}
-    found: dict[int, torch.Tensor] = {}
-
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        found.setdefault(_storage(tensor), tensor)  # held, so that no other storage gets its address
-        return tensor
-
-    hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
-    with torch.enable_grad(), _FusedAttentionMode(), hooks:
-        output = forward()
-    size = sum(tensor.untyped_storage().nbytes() for place, tensor in found.items() if place not in own)
-    del output
-    return size
-
-
-class _FusedAttention(torch.autograd.Function):
-    """What a fused kernel of attention keeps: its inputs, its output and the log-sum-exp of each row."""
-
-    @staticmethod
-    def forward(ctx, query, key, value):
-        output = torch.empty_like(query)
-        ctx.save_for_backward(query, key, value, output, query.new_empty(query.shape[:-1], dtype=torch.float32))
-        return output
-
-
-class _FusedAttentionMode(torch.overrides.TorchFunctionMode):
-    """The meta device would choose the plain formula, which keeps the matrix of all pairs of tokens."""
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if function is not F.scaled_dot_product_attention:
-            return function(*args, **kwargs)
-        return _FusedAttention.apply(
-            *(*args, *(kwargs[name] for name in ("query", "key", "value") if name in kwargs))[:3]
-        )
 
 
 def teacher_activations(network: ModelMixin, settings: TrainingConfig, sharded: bool = False) -> int:
@@ -249,8 +212,11 @@ def _graph(
         sharded: whether the network is cut over devices.
         frozen: the gradient goes through the network into its input.
     """
-    described = json.dumps({k: v for k, v in network.config.items() if not k.startswith("_")}, sort_keys=True)
-    sizes = _graph_sizes(type(network), described, frozen, settings.gradient_checkpointing)
+    if isinstance(network, TextNetwork):
+        sizes = text_graph_sizes(network, settings.gradient_checkpointing, frozen)
+    else:
+        described = json.dumps({k: v for k, v in network.config.items() if not k.startswith("_")}, sort_keys=True)
+        sizes = _graph_sizes(type(network), described, frozen, settings.gradient_checkpointing)
     kept, again = (constant + batch * each for constant, each in sizes)
     if settings.mixed_precision != "bf16":
         return kept, again
@@ -274,37 +240,11 @@ def _graph_sizes(
         network = cls.from_config(json.loads(described)).requires_grad_(not frozen)
         view = view_network(network)
 
-        def size(batch: int) -> int:
+        def forward(batch: int) -> object:
             x = torch.zeros(batch, *view.sample_shape, requires_grad=frozen)
             t, labels = torch.zeros(batch), torch.zeros(batch, dtype=torch.long)
             channels = view.condition_channels
             image = torch.zeros(batch, channels, *view.sample_shape[1:]) if channels else None
-            return graph_bytes(network, lambda: view(x, t, Condition(labels, image=image)))
+            return view(x, t, Condition(labels, image=image))
 
-        again = (0, 0)
-        if checkpointed:
-            again = _line(*(_largest_block(network, functools.partial(size, batch)) for batch in (1, 2)))
-            checkpoint_blocks(network)
-        return _line(size(1), size(2)), again
-
-
-def _line(one: int, two: int) -> tuple[int, int]:
-    """Constant and slope of sizes at batches of 1 and 2."""
-    return 2 * one - two, two - one
-
-
-def _largest_block(network: nn.Module, forward: Callable[[], int]) -> int:
-    """Bytes that the network's largest block keeps in `forward`."""
-    sizes: list[int] = []
-
-    def measure(block: nn.Module, args: tuple, kwargs: dict) -> None:
-        handles[block].remove()  # not in the call below
-        sizes.append(graph_bytes(network, lambda: block(*args, **kwargs)))
-
-    handles = {block: block.register_forward_pre_hook(measure, with_kwargs=True) for block in blocks(network)}
-    forward()
-    return max(sizes, default=0)
-
-
-def _storage(tensor: torch.Tensor) -> int:
-    return tensor.untyped_storage()._cdata
+        return graph_sizes(network, forward, functools.partial(checkpoint_blocks, network) if checkpointed else None)

@@ -38,6 +38,7 @@ from .memory import (
     teacher_activations,
     training_memory,
 )
+from .text import describe_texts, described_text_teacher
 
 Lines = dict[str, str]
 
@@ -114,7 +115,8 @@ def _planned(settings: TeacherConfig) -> TeacherPlan:
 
 
 def _distillation(settings: DistillConfig) -> Lines:
-    teacher, source = _described_teacher(settings)
+    text_teacher = described_text_teacher(settings)
+    teacher, source = text_teacher or _described_teacher(settings)
     plan = plan_distillation(settings, teacher, load=False)
     objective, critic, student = plan.objective, plan.critic, plan.student.network
     network = teacher.transformer.requires_grad_(False)
@@ -140,6 +142,7 @@ def _distillation(settings: DistillConfig) -> Lines:
         f"space, weight {objective.weight}, critic's weight {objective.critic_weight}",
         **_losses(settings),
         **_flow_map(settings, plan.student),
+        **(describe_texts(teacher, student, settings) if text_teacher else {}),
         **_batch(settings),
         "updates": _updates(settings),
         "student's": _optimizer({name: getattr(settings, name) for name in settings.of_critic()}, student),

@@ -5,6 +5,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
 
 from ...errors import InputError
+from ...text_to_image.network import TextNetwork, shares_base
 from ..config import TrainingConfig
 
 #: Graphs of one block's code that may be kept. Teacher, critic and student share that code, each with and without gradients
@@ -42,6 +43,8 @@ def checkpoint_blocks(network: nn.Module) -> None:
     Raises:
         InputError: for a network whose class cannot.
     """
+    if isinstance(network, TextNetwork) and network.adapters is not None:
+        return network.adapters.checkpoint_blocks()
     for module in network.modules():
         if isinstance(module, ModelMixin):
             try:
@@ -105,13 +108,15 @@ def prepare_blocks(network: nn.Module, settings: TrainingConfig, differentiated:
     """What the settings want of a network's blocks.
 
     Args:
-        network: not yet on the device.
+        network: not yet on the device. What adapters sit on is prepared once, as the teacher's.
         settings: of the run.
         differentiated: whether gradients flow through it.
 
     Raises:
         InputError: for a network whose class cannot.
     """
+    if shares_base(network):
+        return
     if settings.gradient_checkpointing and differentiated:
         checkpoint_blocks(network)
     if settings.compile:

@@ -18,23 +18,28 @@ from torch.distributed.tensor import DTensor
 from ...log_variance import LogVariance
 from ...models.unet_edm2 import MPConv, normalize
 from ...pipelines.interpolant_pipeline_network import VIEWS
+from ...text_to_image.network import adapter_parameters
 from .blocks import block_classes
 
 
 def shard(accelerator: Accelerator, network: nn.Module) -> nn.Module:
     """Cuts a network over all ranks, block by block, in place; it is not trained yet, and on the CPU the same everywhere.
 
-    Parameters without dimensions (EDM2's gains) cannot be cut: every rank has them (see `average_replicated`).
+    Parameters without dimensions (EDM2's gains) cannot be cut, and adapters are not: every rank has them (see
+    `average_replicated`).
     """
     # Nothing here changes an output of a network in place.
     warnings.filterwarnings("ignore", message=".*returned a view tensor")
     plugin = accelerator.state.fsdp_plugin
     exact = MixedPrecisionPolicy()
     half = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    scalars = {parameter for parameter in network.parameters() if parameter.ndim == 0}
-    for parameter in scalars:
+    replicated = {parameter for parameter in network.parameters() if parameter.ndim == 0}
+    replicated |= adapter_parameters(network)
+    for parameter in replicated:
         parameter.data = parameter.data.to(accelerator.device)
-    common = dict(mesh=init_device_mesh(accelerator.device.type, (accelerator.num_processes,)), ignored_params=scalars)
+    common = dict(
+        mesh=init_device_mesh(accelerator.device.type, (accelerator.num_processes,)), ignored_params=replicated
+    )
     policy = half if accelerator.mixed_precision == "bf16" else exact
     names = {*block_classes(network), *(name for view in VIEWS.values() for name in view.shared_modules)}
     for module in reversed(list(network.modules())):  # what is inside comes first
@@ -107,11 +112,12 @@ def optimizer_groups(parameters: Iterable[nn.Parameter]) -> list[dict[str, list[
 
 
 def average_replicated(accelerator: Accelerator, parameters: Iterable[nn.Parameter]) -> None:
-    """Averages the gradients of parameters that a sharded network has on every rank; collective."""
+    """Averages the gradients of parameters that every rank has whole, in one exchange; collective."""
     gradients = [p.grad for p in parameters if not isinstance(p, DTensor) and p.grad is not None]
     if gradients:
-        mean = accelerator.reduce(torch.stack(gradients), "mean")
-        torch._foreach_copy_(gradients, list(mean.unbind()))
+        mean = accelerator.reduce(torch.cat([gradient.flatten() for gradient in gradients]), "mean")
+        shares = mean.split([gradient.numel() for gradient in gradients])
+        torch._foreach_copy_(gradients, [share.view_as(g) for share, g in zip(shares, gradients, strict=True)])
 
 
 def own_parts(tensors: Iterable[torch.Tensor]) -> list[torch.Tensor]:

@@ -1,0 +1,82 @@
+"""Distillation of stock text-to-image pipelines: prompts instead of classes, and adapters instead of copies."""
+
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import nn
+
+from ...data import TrainingData, load_training_data
+from ...data.batches import Batch
+from ...pipelines import Condition
+from ...text_to_image.prompts import load_texts
+from ...text_to_image.student import TextToImageStudent
+from ...text_to_image.teacher import TextToImageTeacher, load_stock_pipeline
+from ...text_to_image.texts import encode_texts
+from ...visualization import tensor_to_pil
+from ..run.facts import describe_data, describe_network, describe_teacher
+from .trainer import DistillationTrainer
+
+
+class TextDistillationTrainer(DistillationTrainer):
+    """
+    The game with a stock text-to-image pipeline as the teacher.
+
+    A label is the number of a prompt, and the number after the last one is the empty prompt's. With `lora_rank` student,
+    critic and averages are adapters on the teacher's own network, which is in memory once.
+    """
+
+    teacher_pipeline: TextToImageTeacher
+    grid_columns = 6
+
+    def _load_teacher(self) -> TextToImageTeacher:
+        settings, text = self.settings, self.settings.text
+        # Adapters are trained in float32 on a network that nobody updates.
+        half = settings.mixed_precision == "bf16" and settings.lora_rank is not None
+        pipeline = load_stock_pipeline(settings.teacher, torch.bfloat16 if half else None)
+        size = None if text.height is None and text.width is None else (text.height, text.width)
+        teacher = TextToImageTeacher(pipeline, size, settings.lora_rank, tuple(settings.lora_targets))
+        self.guidance_rescale = teacher.convention.rescale
+        self.texts = load_texts(settings.data, text, pipeline, self.accelerator.device)
+        teacher.transformer.null = self.texts.null
+        return teacher
+
+    def _load_images(self) -> TrainingData:
+        settings, pipeline = self.settings, self.teacher_pipeline.pipeline
+        data = load_training_data(settings.data, self.readers)
+        self.texts = encode_texts(pipeline, data.class_names, settings.text.max_length, device=self.accelerator.device)
+        return data
+
+    def next_batch(self, data: TrainingData, micro_batch: int, *draw: int) -> Batch:
+        batch = super().next_batch(data, micro_batch, *draw)
+        return batch | {"images": self.teacher_pipeline.encode(batch["images"])}
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.texts)
+
+    @property
+    def null_label(self) -> int:
+        return len(self.texts)
+
+    def _condition(self, labels: torch.Tensor | None, image: torch.Tensor | None = None) -> Condition:
+        return Condition() if labels is None else self.texts.condition(labels)
+
+    def pipeline(self, network: nn.Module | None = None) -> TextToImageStudent:
+        settings, network = self.settings, self.averages.network if network is None else network
+        scheduler = type(self.start.scheduler).from_config(self.start.scheduler.config)
+        return TextToImageStudent(self.teacher_pipeline, network, scheduler, settings.teacher, settings.text)
+
+    def facts(self) -> dict[str, Any]:
+        return {
+            "network": describe_network(self.averages.network),
+            "teacher": describe_teacher(self.settings.teacher, self.teacher_pipeline),
+            "data": describe_data(self.settings.data, self.data),
+            "objective_space": self.objective.space,
+        }
+
+    def _names(self, labels: list[int]) -> list[str]:
+        return [self.texts.prompts[label] for label in labels]
+
+    def _pictures(self, samples: torch.Tensor) -> list[Image.Image]:
+        return tensor_to_pil(self.teacher_pipeline.decode(samples).clamp(-1, 1))

@@ -1,0 +1,152 @@
+"""The dry run of a text-to-image distillation: the stock pipeline as shapes alone, and what adapters on it need."""
+
+import inspect
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin
+
+from ...errors import InputError
+from ...pipelines import Condition
+from ...text_to_image.conventions import CONVENTIONS
+from ...text_to_image.network import TextNetwork
+from ...text_to_image.teacher import TextToImageTeacher, is_text_to_image
+from ...units import binary_size
+from ..distillation.config import DistillConfig
+from .graphs import graph_sizes
+
+#: Components of a stock pipeline that a dry run builds; the others are texts' and left out.
+_BUILT = ("transformer", "unet", "vae", "scheduler")
+
+
+def described_text_teacher(settings: DistillConfig) -> tuple[TextToImageTeacher, str] | None:
+    """The stock pipeline on the meta device and where its shapes are from; None for other teachers.
+
+    Raises:
+        InputError: when its configs cannot be read, or `teacher_model` is not such a pipeline's.
+    """
+    here = (Path(settings.teacher) / DiffusionPipeline.config_name).is_file()
+    if "pipeline" in settings.teacher_model and not here:
+        pipeline, source = _from_description(settings.teacher_model), "not here; as `teacher_model` describes it"
+    elif here and is_text_to_image(settings.teacher):
+        pipeline, source = _from_folder(settings.teacher), "its configs were read"
+    else:
+        return None
+    text = settings.text
+    size = None if text.height is None and text.width is None else (text.height, text.width)
+    teacher = TextToImageTeacher(pipeline, size, settings.lora_rank, tuple(settings.lora_targets))
+    network = teacher.transformer
+    shapes = teacher.convention.text_shapes(network.base.config, text.max_length)
+    convention = teacher.convention
+    real = convention.mask if convention.reads_mask else None
+    text = {
+        name: torch.ones(
+            1, *shape, dtype=torch.bool if name == convention.mask else None, device="cpu" if name == real else "meta"
+        )
+        for name, shape in shapes.items()
+    }
+    network.null = Condition(text=text)
+    return teacher, source
+
+
+def _from_folder(folder: str) -> DiffusionPipeline:
+    index = DiffusionPipeline.load_config(folder)
+    try:
+        parts = {name: _component(index[name][1], folder=folder, subfolder=name) for name in _BUILT if name in index}
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise InputError(f"Cannot read the configs of the teacher {folder!r}: {error}") from error
+    return _pipeline(index["_class_name"], parts)
+
+
+def _from_description(described: dict[str, Any]) -> DiffusionPipeline:
+    kind = described["pipeline"]
+    if kind not in CONVENTIONS:
+        raise InputError(f"`teacher_model.pipeline` is {kind!r}; known are {', '.join(CONVENTIONS)}.")
+    signature = inspect.signature(getattr(diffusers, kind).__init__).parameters
+    unknown = described.keys() - {"pipeline", *_BUILT}
+    if unknown:
+        raise InputError(f"`teacher_model` has {', '.join(sorted(unknown))}; a pipeline has {', '.join(_BUILT)} here.")
+    try:
+        parts = {}
+        for name in _BUILT:
+            if name in signature:
+                annotated = signature[name].annotation
+                given = dict(described.get(name, {}))
+                parts[name] = _component(given.pop("class", getattr(annotated, "__name__", "")), given)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise InputError(f"Cannot build the {kind} that `teacher_model` describes: {error}") from error
+    return _pipeline(kind, parts)
+
+
+def _component(name: str, config: dict[str, Any] | None = None, **place: str) -> Any:
+    """A model on the meta device, or a scheduler, from its config here or in a folder."""
+    cls = getattr(diffusers, name, None)
+    if not (isinstance(cls, type) and issubclass(cls, (ModelMixin, SchedulerMixin))):
+        raise ValueError(f"{name!r} is no model or scheduler of diffusers; give `class`.")
+    if config is None:
+        config = cls.load_config(place["folder"], subfolder=place["subfolder"])
+    with torch.device("meta" if issubclass(cls, ModelMixin) else "cpu"):
+        return cls.from_config(config)
+
+
+def _pipeline(kind: str, parts: dict[str, Any]) -> DiffusionPipeline:
+    cls = getattr(diffusers, kind)
+    taken = inspect.signature(cls.__init__).parameters.values()
+    rest = {p.name: None for p in taken if p.name != "self" and p.default is p.empty}
+    further = {"requires_safety_checker": False} if kind == "StableDiffusionPipeline" else {}
+    return cls(**{**rest, **parts, **further})
+
+
+# What it needs.
+
+
+def text_graph_sizes(network: TextNetwork, checkpointed: bool, frozen: bool) -> tuple[tuple[int, int], tuple[int, int]]:
+    """As `graph_sizes`, of a network on the meta device that is told a text.
+
+    Args:
+        network: the teacher's; with adapters one of them is measured, if there is any.
+        checkpointed: whether blocks keep their inputs alone.
+        frozen: the gradient goes through the network into its input.
+    """
+    adapters, base = network.adapters, network.base
+    shape = (network.config.in_channels, *network.config.sample_size)
+    worn = adapters.names[0] if adapters and adapters.names else None
+    looked_at = TextNetwork(base, network.convention, shape, adapters, worn)
+    flags = {parameter: parameter.requires_grad for parameter in base.parameters()}
+    base.requires_grad_(False)
+    looked_at.requires_grad_(not frozen)
+
+    def forward(batch: int) -> object:
+        x = torch.zeros(batch, *shape, device="meta", requires_grad=frozen)
+        condition = network.null[torch.zeros(batch, dtype=torch.long)]
+        guidance = torch.zeros(batch, device="meta") if network.convention.told_guidance else None
+        return looked_at(x, torch.zeros(batch, device="meta"), guidance=guidance, **condition.text)
+
+    checkpoint = adapters.checkpoint_blocks if adapters else base.enable_gradient_checkpointing
+    try:
+        return graph_sizes(base, forward, checkpoint if checkpointed else None)
+    finally:
+        base.disable_gradient_checkpointing()
+        for parameter, flag in flags.items():
+            parameter.requires_grad_(flag)
+
+
+def describe_texts(teacher: TextToImageTeacher, student: TextNetwork, settings: DistillConfig) -> dict[str, str]:
+    """The lines on images, adapters and texts."""
+    null, data, adapters = teacher.transformer.null, settings.data, teacher.transformer.adapters
+    embeddings = [value for name, value in null.text.items() if name != teacher.convention.mask]
+    shapes = " and ".join(" × ".join(map(str, value.shape[1:])) for value in embeddings)
+    kept = sum(value[0].numel() for value in embeddings) * (2 if settings.mixed_precision == "bf16" else 4)
+    limit = f", the first {data.max_train_samples:,}" if data.max_train_samples else ""
+    files = f" ({data.data_files})" if data.data_files else ""
+    lines = {"images": f"{teacher.size[0]} × {teacher.size[1]} pixels"}
+    if adapters is not None:
+        lines["adapters"] = (
+            f"rank {adapters.rank} on {len(adapters.layers)} layers, {sum(p.numel() for p in student.parameters()):,} "
+            "parameters each: student, critic and averages; the network is in memory once"
+        )
+    return lines | {
+        "texts": f"{data.name}{files}{limit}; embeddings of at most {shapes} values, {binary_size(kept)} each"
+    }

@@ -1,0 +1,104 @@
+"""Distillation of stock text-to-image pipelines by the real script: adapters, several processes, kills."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from script_runs import ROOT, environment, metrics
+from test_distributed import training
+from tiny_pipelines import ALL, build
+
+from si_distill.commands.train_distill import main
+
+LOSSES = ("critic_loss", "generator_loss", "critic_grad_norm", "generator_grad_norm", "field_distance")
+PROMPTS = ["a red fox", "two boats", "a cat", "a dog in the snow"]
+SETTINGS = """
+--data.name text --text.height 32 --text.width 48 --max_steps 4 --eval_steps 4 --save_steps 2 --logging_steps 1
+--learning_rate 1e-3 --adam_epsilon 1e-3 --lora_rank 4
+""".split()
+GUIDED = "--guidance_scale 3 --critic_guidance_scale 2 --critic_class_dropout_prob 0.25".split()
+#: Two processes with one prompt each make the update of one process with two.
+ONE, TWO = (["--per_device_train_batch_size", size] for size in ("2", "1"))
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("text")
+    (folder / "prompts.txt").write_text("\n".join(PROMPTS) + "\n")
+    for name in ALL:
+        build(name).save_pretrained(folder / name)
+    return folder
+
+
+def arguments(places, name, output, *more):
+    longest = 200 if name == "lumina2" else 48  # with its system prompt
+    limits = [] if name in ("sd15", "sdxl") else ["--text.max_length", longest]
+    told = ["--text.told_guidance", "3.5"] if name == "flux" else []
+    given = ["--teacher", places / name, "--data.data_files", places / "prompts.txt", "--output_dir", places / output]
+    return list(map(str, [*SETTINGS, *limits, *told, *given, *more]))
+
+
+def weights(folder):
+    """Adapters of the critic, the student and the average in the newest checkpoint."""
+    newest = max((folder / "checkpoints").iterdir())
+    return {file.name: load_file(file) for file in sorted(newest.glob("model*.safetensors"))}
+
+
+def assert_same(folder, expected, exactly):
+    for found, wanted in zip(metrics(folder, *LOSSES), metrics(expected, *LOSSES), strict=True):
+        assert found == (wanted if exactly else pytest.approx(wanted, rel=5e-4, abs=1e-6))
+    given, other = weights(folder), weights(expected)
+    assert given.keys() == other.keys()
+    assert len(given) == 3
+    for file, tensors in other.items():
+        for name, tensor in tensors.items():
+            torch.testing.assert_close(given[file][name], tensor, rtol=0, atol=0 if exactly else 2e-5)
+
+
+@pytest.mark.parametrize("objective", ["sid", "gap", "dmd2"])
+@pytest.mark.parametrize("name", ALL)
+def test_the_game_is_played(places, name, objective):
+    steps = ["--student_steps", "1", "4", "--student_stepping", "ddim"] if objective == "gap" else []
+    checkpointing = ["--gradient_checkpointing", "true"]
+    output = places / f"{name}-{objective}"
+    main(arguments(places, name, output, *ONE, *GUIDED, *steps, *checkpointing, "--objective", objective))
+    lines = metrics(output, *LOSSES)
+    assert len(lines) == 4
+    assert all(torch.tensor(line).isfinite().all() for line in lines)
+    _, student, _ = weights(output).values()
+    assert any(tensor.any() for name, tensor in student.items() if name.endswith("B.weight"))
+    assert sum(tensor.numel() for tensor in student.values()) < 0.5 * sum(
+        p.numel() for p in build(name).components["unet" if name in ("sd15", "sdxl") else "transformer"].parameters()
+    )
+
+
+@pytest.fixture(scope="module")
+def alone(places):
+    main(arguments(places, "sd3", "alone", *ONE, *GUIDED))
+    return places / "alone"
+
+
+def test_a_run_that_was_stopped_goes_on_as_if_it_was_not(places, alone):
+    shutil.copytree(alone, places / "resumed")
+    shutil.rmtree(places / "resumed" / "checkpoints" / "step_00000004")
+    main(arguments(places, "sd3", "resumed", *ONE, *GUIDED, "--resume_from_checkpoint", "latest"))
+    assert_same(places / "resumed", alone, exactly=True)
+
+
+def test_two_processes_are_one(places, alone):
+    entries = [
+        training("train_distill", arguments(places, "sd3", "ddp", *TWO, *GUIDED), False, None),
+        training("train_distill", arguments(places, "sd3", "fsdp", *TWO, *GUIDED), True, None),
+    ]
+    plan = places / "plan.json"
+    plan.write_text(json.dumps([{"ranks": 2, "copies": [], "trainings": entries}]))
+    command = [sys.executable, ROOT / "tests/training/ranks.py", plan]
+    subprocess.run(command, env=environment(), cwd=ROOT, timeout=300, check=True)
+    assert json.loads((places / "0.codes").read_text()) == [0, 0], (places / "0.0.log").read_text()
+    assert_same(places / "ddp", alone, exactly=False)
+    for found, wanted in zip(metrics(places / "fsdp", *LOSSES), metrics(alone, *LOSSES), strict=True):
+        assert found == pytest.approx(wanted, rel=5e-4, abs=1e-6)
