@@ -1,4 +1,5 @@
-"""Trains a multi-step teacher and leaves it as an InterpolantPipeline folder.
+"""Trains a multi-step teacher and leaves it as an InterpolantPipeline folder; or, with --model.pipeline, a text-to-image
+pipeline of diffusers on captioned images, which it leaves as such a pipeline.
 
     si-distill train-teacher --config digits/teacher
     si-distill train-teacher --config digits/teacher --max_steps 100 --output_dir runs/try
@@ -18,6 +19,11 @@ def main(argv: list[str]) -> None:
         from ..training.dry_run.report import print_dry_run
 
         return print_dry_run(settings)
+
+    if settings.is_text_to_image:
+        from ..training.text_teacher import TextTeacherTrainer
+
+        return TextTeacherTrainer(settings).train()
 
     from ..training.teacher import TeacherTrainer
 

@@ -95,7 +95,7 @@ class TextToImageTeacher:
         images = images.to(self.vae.dtype)
         video = type(self.vae).__name__ == "AutoencoderKLQwenImage"
         encoded = self.vae.encode(images.unsqueeze(2) if video else images, return_dict=False)[0]
-        z = encoded.mode() if hasattr(encoded, "mode") else encoded
+        z = encoded if isinstance(encoded, torch.Tensor) else encoded.mode()
         return LatentScaling.of(self.vae).encode(z[:, :, 0] if video else z).float()
 
 

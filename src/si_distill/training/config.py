@@ -4,7 +4,7 @@
 Names are those of transformers' `TrainingArguments` where it has them.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..choices import LOSS_WEIGHTS, TIME_SAMPLERS
@@ -248,10 +248,29 @@ class TeacherConfig(TrainingConfig):
         TIMESTEP_TYPES,
     )
     model: dict = setting(
-        {}, "The network: `class` (SiTTransformer2DModel when not given), `preset` (e.g. SiT-S/2), and its arguments."
+        {},
+        "The network: `class` (SiTTransformer2DModel when not given), `preset` (e.g. SiT-S/2), and its arguments; or "
+        "`pipeline`, the folder or repository of a text-to-image pipeline of diffusers to train further.",
     )
     model_class: str | None = setting(
         None, "A network class of your own instead of `model.class`: package.module:Class.", names_code=True
+    )
+
+    caption_dropout_prob: float = setting(
+        0.1, "Share of the captions that are left out in training, which guidance needs; for `model.pipeline`."
+    )
+    lora_rank: int | None = setting(
+        None,
+        "Train a low-rank adapter (LoRA) of this rank on the pipeline's network; all of its weights when not given.",
+    )
+    lora_targets: list[str] = setting(
+        [], "Ends of the names of the layers that it changes; those usual for the pipeline when empty."
+    )
+
+    #: Settings that `model.pipeline` says itself, and what there is only for the networks that are built here.
+    OF_OWN_NETWORKS: ClassVar[tuple[str, ...]] = (
+        *("interpolant", "interpolant_kwargs", "prediction_type", "loss_weight", "timestep_type", "model_class"),
+        *("augment_prob", "eval_metric_steps", "push_to_hub", "dry_run"),
     )
 
     ALGORITHM = 2
@@ -261,6 +280,7 @@ class TeacherConfig(TrainingConfig):
         from .teacher_references import check_teacher_references
 
         super().__post_init__()
+        self._check_text_to_image()
         if self.model_class and "class" in self.model:
             raise InputError(
                 f"`model_class` is {self.model_class!r} and `model.class` {self.model['class']!r}: leave one of them out."
@@ -273,6 +293,47 @@ class TeacherConfig(TrainingConfig):
         if self.prediction_type == "score" and self.t_min == 0:
             raise InputError("The score is infinite at t = 0: set `t_min` above 0 for prediction_type=score.")
         self._check_loss_weight()
+
+    @property
+    def is_text_to_image(self) -> bool:
+        """Whether what is trained is a text-to-image pipeline of diffusers."""
+        return "pipeline" in self.model
+
+    def _check_text_to_image(self) -> None:
+        if not 0 <= self.caption_dropout_prob < 1:
+            raise InputError(f"`caption_dropout_prob` must lie in [0, 1), got {self.caption_dropout_prob}.")
+        if self.lora_rank is not None:
+            at_least("lora_rank", self.lora_rank, 1)
+        if not self.is_text_to_image:
+            for name in ("lora_rank", "lora_targets"):
+                if getattr(self, name):
+                    raise InputError(
+                        f"`{name}` is for the network of a text-to-image pipeline: give `model.pipeline`, or leave it out."
+                    )
+            if self.data.caption_column is not None:
+                raise InputError(
+                    "`data.caption_column` is set, but only text-to-image pipelines learn from captions: give "
+                    "`model.pipeline`, or take `data.label_column`."
+                )
+            return
+        if not isinstance(self.model["pipeline"], str):
+            raise InputError(f"`model.pipeline` must be a folder or repository, got {self.model['pipeline']!r}.")
+        if len(self.model) > 1:
+            others = ", ".join(f"`model.{name}`" for name in self.model if name != "pipeline")
+            raise InputError(f"`model.pipeline` brings its network with it: leave {others} out.")
+        if self.data.caption_column is None:
+            raise InputError("A text-to-image pipeline learns from captions: set `data.caption_column`.")
+        if self.data.has_references:
+            raise InputError("Text-to-image pipelines see no references: leave those of `data` out.")
+        if self.lora_targets and self.lora_rank is None:
+            raise InputError("`lora_targets` are set without a `lora_rank`: give one, or leave them out.")
+        for setting_field in fields(self):
+            name, factory = setting_field.name, setting_field.default_factory
+            default = factory() if callable(factory) else setting_field.default
+            if name in self.OF_OWN_NETWORKS and getattr(self, name) != default:
+                raise InputError(
+                    f"`{name}` is {getattr(self, name)!r}, which cannot be set with `model.pipeline`: leave it out."
+                )
 
     def _check_loss_weight(self) -> None:
         if self.loss_weight == "none":

@@ -9,6 +9,7 @@ from PIL import Image
 from torch import nn
 
 from ..data import load_training_data
+from ..data.batches import Batch
 from ..data.latents.dataset import LatentDataset
 from ..errors import InputError
 from ..pipelines import Condition, Field, InterpolantPipeline, view_network
@@ -95,8 +96,13 @@ class TeacherTrainer(Trainer):
         plan = plan_teacher(settings, sample_size=self.data.size, **shape)
         network, self.scheduler, self.time_sampler = plan.network, plan.scheduler, plan.times
         self.interpolant = self.scheduler.interpolant
-        self.class_dropout_prob = network.config.get("class_dropout_prob", 0.0)  # of a class that has a null class
+        self.dropout_prob = network.config.get("class_dropout_prob", 0.0)  # of a class that has a null class
         self.class_names = self.data.class_names if view_network(network).num_classes else []
+        self.train_network(network)
+
+    def train_network(self, network: nn.Module) -> None:
+        """Makes `trained` and `averages` of a network."""
+        settings = self.settings
         self.averages = Averages(network, settings, self.global_batch_size)
         self.trained = TrainedNetwork(
             self.accelerator, network, settings, OptimizerSettings.of(vars(settings), total_updates=settings.max_steps)
@@ -120,10 +126,10 @@ class TeacherTrainer(Trainer):
         total = torch.zeros((), device=self.accelerator.device)
         for micro_batch in range(settings.gradient_accumulation_steps):
             batch = self.next_batch(self.data, micro_batch)
-            x0, network, indices = batch["images"], view_network(trained.module), self.indices(micro_batch)
-            condition = Condition(batch["labels"], image=network.condition_image(batch.get("reference")))
+            x0, network, indices = self.samples(batch), view_network(trained.module), self.indices(micro_batch)
+            condition = self.condition(batch)
             if network.null is not None:
-                dropped = self.noise.uniform("labels", self.step, indices=indices) < self.class_dropout_prob
+                dropped = self.noise.uniform("labels", self.step, indices=indices) < self.dropout_prob
                 condition = condition.nulled(network.null, dropped)
             augmentation = self.augmentation(indices)
             if augmentation is not None:
@@ -132,12 +138,12 @@ class TeacherTrainer(Trainer):
             t = self.time_sampler(u)
             x1, z = (noise, None) if self.interpolant.gaussian_reference else (batch["reference"], noise)
             x_t = self.interpolant.interpolate(x0, x1, t, z)
-            target = self.interpolant.target(x0, x1, t, settings.prediction_type, z)
+            target = self.interpolant.target(x0, x1, t, self.scheduler.config.prediction_type, z)
             with trained.training(), trained.forward_context(micro_batch):
                 with self.accelerator.autocast():
                     prediction = Field(network, self.scheduler).predict(x_t, t, condition)
                 weight = regression_weight(
-                    settings.loss_weight, self.interpolant.at(t, target), settings.prediction_type
+                    settings.loss_weight, self.interpolant.at(t, target), self.scheduler.config.prediction_type
                 )
                 loss = (weight * (prediction - target).square()).mean()
                 trained.backward(loss)
@@ -145,6 +151,15 @@ class TeacherTrainer(Trainer):
         norm, applied = trained.update()
         self.averages.update(trained.unwrapped, self.step)
         return {"loss": total, "grad_norm": norm}, applied
+
+    def samples(self, batch: Batch) -> torch.Tensor:
+        """What the network learns to make of a batch, (B, C, H, W)."""
+        return batch["images"]
+
+    def condition(self, batch: Batch) -> Condition:
+        """What the network is told of a batch."""
+        image = view_network(self.trained.module).condition_image(batch.get("reference"))
+        return Condition(batch["labels"], image=image)
 
     @property
     def networks(self) -> dict[str, TrainedNetwork]:

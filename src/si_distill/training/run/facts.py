@@ -55,7 +55,7 @@ def describe_data(config: DataConfig, data: TrainingData | None) -> dict[str, An
         "name": data.name,
         "split": config.split,
         "images": data.count,
-        "classes": len(data.class_names),
+        "classes" if config.caption_column is None else "captions": len(data.class_names),
         "size": config.image_size,
         **({"references": config.describe_references()} if config.has_references else {}),
     }

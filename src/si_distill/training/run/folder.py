@@ -32,7 +32,10 @@ TRACES = (
     f".{BEST}.old", EMA_WEIGHTS, EMA_SNAPSHOTS, PROFILE, STAGING,
 )  # fmt: skip
 #: What else a run writes to: the settings, and the pipeline and its card.
-_WRITTEN = (LOCK, OVERWRITING, CONFIG, f"{CONFIG}.tmp", "README.md", "transformer", "scheduler", "vae")
+_WRITTEN = (
+    LOCK, OVERWRITING, CONFIG, f"{CONFIG}.tmp", "README.md", "transformer", "unet", "scheduler", "vae",
+    *(f"{part}{number}" for part in ("text_encoder", "tokenizer") for number in ("", "_2", "_3")),
+)  # fmt: skip
 #: Weights in any form that diffusers loads.
 _WEIGHTS = ("*.safetensors", "*.bin", "*.index.json")
 #: Shapes of the lines and files that a resumed run reads and goes on with.

@@ -16,6 +16,7 @@ from torch import nn
 from ...errors import InputError, PublishError, TrainingStopped
 from ...hub.card import write_card
 from ...hub.publishing import publish_pipeline
+from ...pipelines.interpolant_pipeline_base import InterpolantPipelineBase
 from ..averaging.ema import Averages
 from ..config import TrainingConfig
 from ..parallel.accelerator import agree
@@ -66,6 +67,8 @@ class Outputs:
 
         def write() -> None:
             self.run.write_pipeline(pipeline)
+            if not isinstance(pipeline, InterpolantPipelineBase):
+                return  # a stock pipeline: a card says what pipelines of this package are
             try:
                 write_card(self.run.path)
             except InputError as error:  # a damaged file of the folder's owner is no reason to stop

@@ -1,0 +1,185 @@
+"""Text-to-image pipelines of diffusers in training: what is learned, what comes out, what is refused."""
+
+import io
+import json
+
+import datasets
+import diffusers
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from tiny_pipelines import build
+
+from si_distill.errors import InputError
+from si_distill.settings import parse_settings
+from si_distill.text_to_image.teacher import TextToImageTeacher
+from si_distill.training.config import TeacherConfig
+from si_distill.training.text_teacher import TextTeacherTrainer
+
+SMALL = "--per_device_train_batch_size 4 --logging_steps 1 --eval_steps 1000 --save_steps 1000".split()
+CAPTIONS = ["a red square", "a green square", "a blue square"]
+
+
+def captioned(folder, size):
+    """Images of one colour each, with captions; the settings of the data."""
+    rows = {"image": [], "text": []}
+    for n in range(12):
+        colour = np.zeros((size, size, 3), np.uint8)
+        colour[..., n % 3] = 200 + n
+        buffer = io.BytesIO()
+        Image.fromarray(colour).save(buffer, "PNG")
+        rows["image"].append({"bytes": buffer.getvalue(), "path": None})
+        rows["text"].append(CAPTIONS[n % 3])
+    features = datasets.Features({"image": datasets.Image(), "text": datasets.Value("string")})
+    datasets.Dataset.from_dict(rows, features).to_parquet(str(folder / "images.parquet"))
+    return ["--data.name", "parquet", "--data.data_files", folder / "images.parquet", "--data.image_size", size,
+            "--data.caption_column", "text"]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def sana(tmp_path_factory):
+    """A folder with a tiny SanaPipeline and captioned images, and the settings that name both."""
+    folder = tmp_path_factory.mktemp("sana")
+    build("sana").save_pretrained(folder / "pipeline")
+    return ["--model", f"{{pipeline: {folder / 'pipeline'}}}", *captioned(folder, 32)]
+
+
+def training(folder, *arguments) -> TextTeacherTrainer:
+    argv = ["--output_dir", folder, *SMALL, *arguments]
+    return TextTeacherTrainer(parse_settings(TeacherConfig, list(map(str, argv))))
+
+
+def weights(folder) -> dict[str, torch.Tensor]:
+    return load_file(folder / "transformer" / "diffusion_pytorch_model.safetensors")
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize("name", ["sana", "lumina2", "sd15"])
+def test_a_pipeline_learns_captioned_images(tmp_path, name):
+    build(name).save_pretrained(tmp_path / "pipeline")
+    size = TextToImageTeacher(build(name)).default_size[0]
+    model = ["--model", f"{{pipeline: {tmp_path / 'pipeline'}}}"]
+    trainer = training(tmp_path / "run", *model, *captioned(tmp_path, size), "--learning_rate", 1e-2)
+    losses = []
+    for _ in range(15):
+        metrics, applied = trainer.iteration()
+        trainer.step += 1
+        losses.append(metrics["loss"].item())
+        assert applied
+    assert np.mean(losses[-5:]) < np.mean(losses[:5])
+
+
+def test_the_run_folder_is_the_stock_pipeline_with_the_average(sana, tmp_path):
+    trainer = training(tmp_path / "run", *sana, "--max_steps", 3)
+    trainer.train()
+    pipeline = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "run")
+    assert type(pipeline).__name__ == "SanaPipeline"
+    average = dict(trainer.averages.network.base.named_parameters())
+    assert same(weights(tmp_path / "run"), {name: p.detach() for name, p in average.items()})
+    assert not same(weights(tmp_path / "run"), dict(build("sana").transformer.named_parameters()))
+    image = pipeline(
+        CAPTIONS[0], num_inference_steps=2, height=32, width=32, use_resolution_binning=False, output_type="np"
+    ).images
+    assert np.isfinite(image).all()
+    assert (tmp_path / "run" / "samples" / "step_00000003.png").exists()
+    assert not (tmp_path / "run" / "README.md").exists()  # a card would tell of a pipeline of this package
+    facts = json.loads((tmp_path / "run" / "facts.json").read_text())
+    assert facts["network"]["class"] == "SanaTransformer2DModel"
+    assert (facts["data"]["images"], facts["data"]["captions"]) == (12, 3)
+
+
+def test_a_resumed_run_repeats_the_uninterrupted_one(sana, tmp_path):
+    training(tmp_path / "whole", *sana, "--max_steps", 4).train()
+    training(tmp_path / "parts", *sana, "--max_steps", 2).train()
+    training(tmp_path / "parts", *sana, "--max_steps", 4, "--resume_from_checkpoint", "latest").train()
+    assert same(weights(tmp_path / "whole"), weights(tmp_path / "parts"))
+
+
+def test_the_empty_text_takes_the_place_of_some_captions(sana, tmp_path):
+    trainer = training(tmp_path / "run", *sana, "--caption_dropout_prob", 0.5, "--per_device_train_batch_size", 64)
+    seen = []
+    trainer.trained.module.register_forward_pre_hook(lambda module, args, told: seen.append(told), with_kwargs=True)
+    trainer.iteration()
+    null, mask = trainer.texts.null.text, seen[0]["encoder_attention_mask"]
+    empty = (mask == null["encoder_attention_mask"]).all(1)
+    assert 20 <= empty.sum() <= 44
+    assert torch.equal(
+        seen[0]["encoder_hidden_states"][empty], null["encoder_hidden_states"].expand(int(empty.sum()), -1, -1)
+    )
+
+
+def test_the_target_is_the_velocity_of_the_pipelines_own_path(sana, tmp_path):
+    """A network that knew x0 and x1 would have no loss: the sign and the times are those of the stock pipeline."""
+    trainer = training(tmp_path / "run", *sana, "--caption_dropout_prob", 0)
+    batch = {}
+    encode = trainer.samples
+    trainer.samples = lambda given: batch.setdefault("x0", encode(given))
+    noise = trainer.noise.uniform_and_normal
+
+    def drawn(*arguments, **told):
+        batch["u"], batch["x1"] = noise(*arguments, **told)
+        return batch["u"], batch["x1"]
+
+    trainer.noise.uniform_and_normal = drawn
+
+    def exact(module, args, told, output):
+        t = batch["u"].view(-1, 1, 1, 1)
+        assert torch.allclose(args[0], (1 - t) * batch["x0"] + t * batch["x1"], atol=1e-6)
+        assert torch.allclose(args[1], 1000 * batch["u"])  # what Sana is given
+        return (output[0] * 0 + batch["x1"] - batch["x0"],)
+
+    trainer.trained.module.register_forward_hook(exact, with_kwargs=True)
+    metrics, _ = trainer.iteration()
+    assert metrics["loss"].item() == pytest.approx(0, abs=1e-10)
+
+
+def test_latents_of_the_pipelines_autoencoder_give_the_same_update(tmp_path):
+    from si_distill.data.latents.config import LatentsConfig
+    from si_distill.data.latents.encoding import precompute_latents
+
+    pipeline = build("lumina2")
+    pipeline.vae.encoder.conv_out.weight[4:] = 0  # the latents' variance: none
+    pipeline.vae.encoder.conv_out.bias[4:] = -30
+    pipeline.save_pretrained(tmp_path / "pipeline")
+    data = captioned(tmp_path, 32)
+    vae = ["--vae", tmp_path / "pipeline" / "vae", "--dtype", "float32", "--output_dir", tmp_path / "latents"]
+    precompute_latents(parse_settings(LatentsConfig, list(map(str, [*vae, *data]))))
+    model = ["--model", f"{{pipeline: {tmp_path / 'pipeline'}}}"]
+    cached = ["--data.name", tmp_path / "latents", "--data.image_size", 32, "--data.caption_column", "text"]
+    losses = [
+        training(tmp_path / name, *model, *given).iteration()[0]["loss"].item()
+        for name, given in (("images", data), ("cache", cached))
+    ]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--interpolant", "vp"], "`interpolant` is 'vp', which cannot be set with `model.pipeline`"),
+        (["--prediction_type", "epsilon"], "`prediction_type`"),
+        (["--model.patch_size", "2"], "leave `model.patch_size` out"),
+        (["--data.caption_column", "null"], "set `data.caption_column`"),
+        (["--data.degradation", "downsample", "--data.degradation_kwargs", "{factor: 2}"], "no references"),
+        (["--data.image_size", "33"], "multiples of"),
+        (["--caption_dropout_prob", "1"], r"\[0, 1\)"),
+        (["--lora_rank", "0"], "lora_rank"),
+        (["--lora_targets", "[to_q]"], "without a `lora_rank`"),
+        (["--model.pipeline", "nowhere"], "none of the text-to-image pipelines"),
+    ],
+)
+def test_what_cannot_work_is_refused(sana, tmp_path, arguments, message):
+    with pytest.raises(InputError, match=message):
+        training(tmp_path / "run", *sana, *arguments)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("argument", [["--lora_rank", "4"], ["--data.caption_column", "text"]])
+def test_settings_of_pipelines_are_refused_without_one(tmp_path, argument):
+    with pytest.raises(InputError, match=r"give `model\.pipeline`"):
+        parse_settings(TeacherConfig, ["--output_dir", str(tmp_path), *argument])
