@@ -1,7 +1,8 @@
-"""Settings of texts."""
+"""Settings of texts, and of `training/precompute_texts.py`."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+from ..data.config import DataConfig
 from ..errors import InputError
 from ..settings import MOST_SAMPLES, at_least, positive, setting
 
@@ -44,3 +45,22 @@ class TextConfig:
         if self.told_guidance is not None:
             positive("text.told_guidance", self.told_guidance)
         at_least("text.max_texts_in_memory", self.max_texts_in_memory, 0, MOST_SAMPLES)
+
+
+@dataclass
+class PrecomputeTextsConfig:
+    """Which texts are encoded with which pipeline's encoders, and where the embeddings go."""
+
+    teacher: str = setting("", "The text-to-image pipeline: a folder or a Hub id.")
+    texts_dir: str = setting("", "Folder of the cache; a run that was cut off goes on there.")
+    data: DataConfig = field(default_factory=DataConfig)
+    text: TextConfig = field(default_factory=TextConfig)
+    dtype: str = setting(
+        "bfloat16", "Type of the encoders and of what is stored, as it comes from them.", ("bfloat16", "float32")
+    )
+    texts_per_shard: int = setting(256, "Distinct texts in a file; what a kill can cost each process.")
+
+    def __post_init__(self) -> None:
+        if not self.teacher or not self.texts_dir:
+            raise InputError("Give --teacher (a pipeline's folder or a Hub id) and --texts_dir (a folder).")
+        at_least("texts_per_shard", self.texts_per_shard, 1, MOST_SAMPLES)

@@ -12,6 +12,7 @@ from ..data.config import DataConfig
 from ..errors import InputError
 from .config import TextConfig
 from .conventions import CONVENTIONS
+from .text_cache import TextCache, encoder_hash, is_text_cache
 from .texts import EncodedRows, Texts, check_prompts, encode_texts, encoders
 from .tokens import default_length
 
@@ -40,6 +41,8 @@ def load_texts(data: DataConfig, settings: TextConfig, pipeline: Any, device: to
     told = told_guidance(settings, pipeline)
     check_length(settings.max_length, pipeline)
     negative = negative_prompt(settings, pipeline)
+    if is_text_cache(data.name):
+        return cached_texts(data, settings, pipeline, negative, told, device)
     prompts = read_prompts(data)
     longest = count_tokens(prompts, settings.max_length, pipeline)
     if not encoders(pipeline):
@@ -53,6 +56,45 @@ def load_texts(data: DataConfig, settings: TextConfig, pipeline: Any, device: to
     )
     source = EncodedRows(pipeline, settings.max_length, device)
     return Texts(prompts, source, source.convention, negative, longest, told, device)
+
+
+def cached_texts(
+    data: DataConfig, settings: TextConfig, pipeline: Any, negative: str, told: float | None, device: torch.device
+) -> Texts:
+    """The texts of a cache that `training/precompute_texts.py` made.
+
+    Raises:
+        InputError: when it is not whole, or its embeddings are not those that this pipeline would make.
+    """
+    cache, convention, source = TextCache(data.name), CONVENTIONS[type(pipeline).__name__], pipeline.name_or_path
+    recipe, found = cache.recipe, encoder_hash(source) if source else None
+    now = {
+        "pipeline": type(pipeline).__name__,
+        "text.max_length": settings.max_length or default_length(pipeline),
+        "text.negative_prompt": negative,
+    }
+    then = {
+        "pipeline": recipe.pipeline,
+        "text.max_length": recipe.max_length,
+        "text.negative_prompt": recipe.negative_prompt,
+    }
+    if listing := "; ".join(
+        f"{name}: {then[name]!r} there, {now[name]!r} here" for name in now if now[name] != then[name]
+    ):
+        raise InputError(
+            f"The text cache {data.name} was made with other settings ({listing}): set them to what they were, or make a "
+            "cache with training/precompute_texts.py."
+        )
+    if found is None or recipe.encoder["hash"] is None:
+        note(f"the text encoders of {source} are not here: whether {data.name} is of them is not checked.")
+    elif found != recipe.encoder["hash"]:
+        raise InputError(
+            f"The text cache {data.name} was made with other text encoders, those of {recipe.encoder['name']} (hash "
+            f"{recipe.encoder['hash']}), than {source} has (hash {found}). Make a cache with those: python "
+            f"training/precompute_texts.py --teacher {source} …"
+        )
+    prompts = cache.prompts[: data.max_train_samples]
+    return Texts(prompts, cache, convention, negative, cache.longest(prompts), told, device)
 
 
 def read_prompts(data: DataConfig) -> list[str]:

@@ -104,8 +104,11 @@ def is_text_to_image(name: str) -> bool:
     return saved_class(name) in CONVENTIONS
 
 
-def load_stock_pipeline(name: str, dtype: torch.dtype | None = None, revision: str | None = None) -> DiffusionPipeline:
-    """A stock text-to-image pipeline; `revision` is of a Hub id.
+def load_stock_pipeline(
+    name: str, dtype: torch.dtype | None = None, revision: str | None = None, **components: Any
+) -> DiffusionPipeline:
+    """A stock text-to-image pipeline; `revision` is of a Hub id, `components` take the place of those that were saved, None
+    leaves one out.
 
     Raises:
         InputError: when it cannot be loaded.
@@ -117,7 +120,7 @@ def load_stock_pipeline(name: str, dtype: torch.dtype | None = None, revision: s
             f"known here: {', '.join(CONVENTIONS)}."
         )
     try:
-        pipeline = getattr(diffusers, kind).from_pretrained(name, torch_dtype=dtype, revision=revision)
+        pipeline = getattr(diffusers, kind).from_pretrained(name, torch_dtype=dtype, revision=revision, **components)
     except (OSError, ValueError, ImportError) as error:
         raise InputError(f"Cannot load the {kind} {name!r}: {error}") from error
     for component in pipeline.components.values():
