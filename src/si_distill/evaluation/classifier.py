@@ -3,6 +3,8 @@
 import numpy as np
 import torch
 
+from ..data import DataConfig, ImageDataset, load_images
+
 
 class DigitsClassifier:
     """A support-vector classifier trained on all of scikit-learn's digits; names what a generated digit shows."""
@@ -25,3 +27,9 @@ class DigitsClassifier:
     def accuracy(self, images: torch.Tensor, labels: list[int]) -> float:
         """Share of uint8 images (N, 1, 8, 8) that show their label."""
         return float((self.predict(images) == labels).mean())
+
+
+def classifier_of(data: ImageDataset | None) -> DigitsClassifier | None:
+    """What names the class of an image of this data set: of the digits, trained on all of them, also of a part."""
+    is_digits = data is not None and data.name == "sklearn-digits" and data.class_names
+    return DigitsClassifier(*load_images(DataConfig()).read_all()) if is_digits else None

@@ -11,6 +11,8 @@ from .metrics import choices
 
 #: File of the results in a pipeline folder.
 EVALUATION = "evaluation.json"
+#: Largest height and width of images of prompts.
+MOST_SIDE = 2**14
 #: Where features of real images are kept.
 CACHE = os.environ.get("SI_DISTILL_CACHE", "~/.cache/si_distill")
 
@@ -50,8 +52,19 @@ class EvaluationConfig:
     teacher_steps: list[int] = setting([1, 10, 50], "Steps of the teacher, one row each.")
     solver: list[str] = setting([], f"Solvers, rows of each; by default the teacher's own: {', '.join(SOLVERS)}.")
     solver_kwargs: dict = setting({}, "Settings of the solvers, e.g. {diffusion_form: linear} or {rtol: 1e-4}.")
-    guidance_scale: float = setting(1.0, "The teacher's guidance; 1 is none.")
+    guidance_scale: float | None = setting(
+        None, "The teacher's guidance; 1 is none, and the default. A text-to-image pipeline's own number, and default."
+    )
     guidance_interval: list[float] = setting([0.0, 1.0], "Smallest and largest time with guidance.")
+    prompts_file: str | None = setting(
+        None, "Prompts of text-to-image pipelines, one in each line; by default the `data.caption_column` of `data`."
+    )
+    images_per_prompt: int = setting(1, "Images of each prompt; `diversity` needs 2.")
+    height: int | None = setting(None, "Height of images of prompts; by default the student's, or the teacher's own.")
+    width: int | None = setting(None, "Width of images of prompts.")
+    dtype: str = setting("float32", "Precision of text-to-image pipelines.", ("float32", "bfloat16"))
+    clip_model: str = setting("openai/clip-vit-large-patch14", "CLIPModel of clip_score: a folder or a Hub id.")
+    pick_model: str = setting("yuvalkirstain/PickScore_v1", "CLIPModel of pick_score: a folder or a Hub id.")
     data: DataConfig = field(default_factory=DataConfig)
     reference: str | None = setting(
         None, "Statistics (.npz with mu and sigma), published or cached, instead of `data`."
@@ -60,7 +73,9 @@ class EvaluationConfig:
         "pixels", "inception-v3-compat, dinov2, clip, pixels, or your own package.module:Class.", names_code=True
     )
     feature_weights: str | None = setting(None, "File of its weights, if not at torch-fidelity's usual place.")
-    metrics: list[str] = setting(list(choices()), f"What to compute: {', '.join(choices())}.")
+    metrics: list[str] = setting(
+        list(choices()), f"What to compute: {', '.join(choices(of_prompts=True))}; the last ones only of prompts."
+    )
     kid_subsets: int = setting(100, "Subsets of up to 1,000 images that KID is a mean over.")
     bootstrap_resamples: int | None = setting(
         None, "Resamples behind the intervals, 0 for none; by default 200, or 20 on more than 512 features."
@@ -89,14 +104,33 @@ class EvaluationConfig:
             at_least("num_samples", self.num_samples, 4)  # precision and recall look at the third neighbour
         if len(self.guidance_interval) != 2:
             raise InputError(f"`guidance_interval` is two times, e.g. 0.1 0.8; got {self.guidance_interval}.")
+        at_least("images_per_prompt", self.images_per_prompt, 1, MOST_SAMPLES)
+        for name in ("height", "width"):
+            if getattr(self, name) is not None:
+                at_least(name, getattr(self, name), 1, MOST_SIDE)
+        if (self.height is None) != (self.width is None):
+            raise InputError(
+                f"`height` is {self.height} and `width` {self.width}: give both, or neither for the pipeline's own size."
+            )
+        if "diversity" in self.metrics and self.images_per_prompt < 2:
+            raise InputError(
+                "`metrics` holds diversity, which compares images of one prompt: set --images_per_prompt 2."
+            )
+        if self.guidance_scale is None and not self.has_prompts:
+            self.guidance_scale = 1.0
         for steps in self.teacher_steps:
             at_least("teacher_steps", steps, 1)
-        for name, known in (("solver", SOLVERS), ("metrics", choices())):
+        for name, known in (("solver", SOLVERS), ("metrics", choices(of_prompts=True))):
             for value in getattr(self, name):
                 if value not in known:
                     raise InputError(f"`{name}` holds {value!r}; choose of: {', '.join(known)}.")
         if not self.metrics:
-            raise InputError(f"`metrics` is empty; choose of: {', '.join(choices())}.")
+            raise InputError(f"`metrics` is empty; choose of: {', '.join(choices(of_prompts=True))}.")
+
+    @property
+    def has_prompts(self) -> bool:
+        """Whether the images are those of prompts."""
+        return self.prompts_file is not None or self.data.caption_column is not None or self.data.name == "text"
 
 
 @dataclass

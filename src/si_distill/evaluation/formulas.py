@@ -157,6 +157,14 @@ def share_interval(share: float, count: int, seed: int) -> Interval:
     return float(low), float(high)
 
 
+def mean_interval(values: np.ndarray) -> Interval | None:
+    """Of a mean of independent values (N,): 1.96 standard errors to both sides; None of one value."""
+    if len(values) < 2:
+        return None
+    mean, reach = float(values.mean()), DEVIATIONS * float(values.std(ddof=1)) / len(values) ** 0.5
+    return mean - reach, mean + reach
+
+
 def kernel_distance(features: torch.Tensor, real: torch.Tensor, subsets: int) -> tuple[float, float]:
     """KID, Bińkowski et al. 2018: unbiased MMD² with (x·y / D + 1)³, mean and standard deviation over subsets."""
     size = min(KID_SUBSET, len(features), len(real))
@@ -199,6 +207,24 @@ def diversity(spreads: np.ndarray) -> float:
     For a distribution x0 | x1 it estimates √(E tr Cov(x0 | x1) / d), to compare a student with its teacher.
     """
     return float(np.sqrt(np.nanmean(spreads)))
+
+
+def prompt_distances(features: torch.Tensor, per_prompt: int) -> np.ndarray:
+    """Mean cosine distance 1 − cos(f, g) over the pairs of images of each prompt, (P,) float64; 0 is one image again.
+
+    Args:
+        features: (P · K, D), K of each prompt after each other; taken as they are, not centred.
+        per_prompt: K, at least 2.
+    """
+    unit = torch.nn.functional.normalize(features.double(), dim=1).unflatten(0, (-1, per_prompt))
+    # The sum of all K² cosines is |Σ f|²; K of them are those of an image with itself.
+    pairs = unit.sum(1).square().sum(1) - unit.square().sum((1, 2))
+    return (1 - pairs / (per_prompt * (per_prompt - 1))).cpu().numpy()
+
+
+def saturation(images: torch.Tensor, low: float, high: float) -> torch.Tensor:
+    """Share of the values (of all channels of all pixels) of each image that are at or beyond an end, (N,), float64."""
+    return ((images <= low) | (images >= high)).flatten(1).double().mean(1)
 
 
 def inception_score(logits: torch.Tensor) -> tuple[float, float]:

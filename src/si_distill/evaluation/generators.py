@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers.models.modeling_utils import ModelMixin
 
 from ..data import DataConfig, ImageDataset
 from ..errors import InputError
@@ -216,14 +217,18 @@ def build_generators(
             }
             words = ["teacher"] + ([f"{steps} step{'s' if steps > 1 else ''}"] if steps else [])
             words += [solver] if len(settings.solver) > 1 or not steps else []
-            facts = {"pipeline": settings.teacher, **sampler, **_facts(settings.teacher, pipelines.teacher)}
+            facts = {
+                "pipeline": settings.teacher,
+                **sampler,
+                **run_facts(settings.teacher, pipelines.teacher.transformer),
+            }
             rows.append(Generator(", ".join(words), "teacher", source(pipelines.teacher, **sampler), facts))
             try:
                 rows[-1].source.read([0])  # what the sampler refuses is said now, not after the rows before it
             except ValueError as error:
                 raise InputError(f"The row `{rows[-1].name}` cannot be made: {error}") from error
     if pipelines.student:
-        facts = {"pipeline": settings.pipeline, **_facts(settings.pipeline, pipelines.student)}
+        facts = {"pipeline": settings.pipeline, **run_facts(settings.pipeline, pipelines.student.transformer)}
         trained = pipelines.student.trained_steps
         for steps in trained:
             sampler = {} if trained == [1] else {"num_inference_steps": steps}
@@ -244,9 +249,9 @@ class _Run:
     guidance_scale: float
 
 
-def _facts(name: str, pipeline: Pipeline) -> dict[str, Any]:
-    """What a run folder says of the weights: the average that the pipeline holds, the student's guidance, the step."""
-    facts: dict[str, Any] = {"dtype": str(pipeline.transformer.dtype).removeprefix("torch."), "ema": None}
+def run_facts(name: str, network: ModelMixin) -> dict[str, Any]:
+    """What a run folder says of a network's weights: which average they are, the student's guidance, the step."""
+    facts: dict[str, Any] = {"dtype": str(network.dtype).removeprefix("torch."), "ema": None}
     config = Path(name) / "config.yaml"
     if not config.is_file():
         return facts  # of another make, or from the Hub: nothing is known

@@ -11,6 +11,7 @@ from .generators import Generator
 from .metrics import METRICS, Comparison, measure
 from .neighbours import Neighbours, nearest
 from .pictures import SHOWN_NEIGHBOURS
+from .prompts import Prompts
 from .reference import Reference
 from .shards import Collected
 
@@ -20,15 +21,23 @@ class Judge:
 
     Args:
         settings: which metrics, how many resamples, the seed of the resamples.
-        reference: the real images' statistics.
+        reference: the real images' statistics; None without real images, whose figures are then left out.
         class_names: of the data set, or none.
         device: where distances are computed.
+        prompts: of the images, or None.
     """
 
-    def __init__(self, settings: EvaluationConfig, reference: Reference, class_names: list[str], device: torch.device):
+    def __init__(
+        self,
+        settings: EvaluationConfig,
+        reference: Reference | None,
+        class_names: list[str],
+        device: torch.device,
+        prompts: Prompts | None = None,
+    ):
         self.settings, self.reference, self.class_names, self.device = settings, reference, class_names, device
-        chosen = settings.bootstrap_resamples
-        self.resamples = default_resamples(len(reference.mean)) if chosen is None else chosen
+        self.prompts, chosen = prompts, settings.bootstrap_resamples
+        self.resamples = default_resamples(len(reference.mean) if reference else 0) if chosen is None else chosen
         #: Neighbours of the last row that was measured.
         self.neighbours: Neighbours | None = None
 
@@ -36,13 +45,16 @@ class Judge:
         """The row of a generator."""
         count, reference = len(made.features), self.reference
         features, real = made.features.to(self.device), None
-        if reference.features is not None:
+        if reference and reference.features is not None:
             real = reference.features.to(self.device)
             self.neighbours = nearest(features.float(), real.float(), min(SHOWN_NEIGHBOURS, len(real)))
         labels = None if made.labels is None else np.array(made.labels)
         predicted = None if labels is None else self._predicted(made)
         figures = dict(logits=made.logits, labels=labels, predicted=predicted, compared=made.compared)
-        comparison = self._comparison(features, real, reference.moments, neighbours=self.neighbours, **figures)
+        if self.prompts is not None:
+            figures |= dict(prompts=self.prompts.of(range(count)), per_prompt=self.prompts.per_prompt)
+        moments = reference and reference.moments
+        comparison = self._comparison(features, real, moments, neighbours=self.neighbours, **figures)
         further = {
             "per class": self._per_class(made.features, labels, predicted),
             "made": {"kind": generator.kind, "images": count, "seconds": made.seconds, **generator.facts},
@@ -94,7 +106,9 @@ class Judge:
     ) -> dict[str, dict[str, Any]] | None:
         """Figures by class; by name. A covariance of so few images says little: KID is unbiased at any number."""
         reference = self.reference
-        if labels is None or reference.feature_labels is None or reference.features is None or not self.class_names:
+        if labels is None or reference is None or not self.class_names:
+            return None
+        if reference.feature_labels is None or reference.features is None:
             return None
         real_labels = np.array(reference.feature_labels)
         found: dict[str, dict[str, Any]] = {}

@@ -5,7 +5,7 @@ nothing else lists it. The formulas, and torch with them, are imported on use: s
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -14,8 +14,10 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
 
+    from .config import EvaluationConfig
     from .formulas import Interval
     from .neighbours import Neighbours
+    from .scores import Scorer
 
 
 @dataclass
@@ -25,7 +27,7 @@ class Comparison:
     Args:
         features: (N, D) of the images.
         real: (M, D) of real images on the same device; None where only their mean and covariance are known.
-        reference: (D,) mean and (D, D) covariance of the features of real images, float64.
+        reference: (D,) mean and (D, D) covariance of the features of real images, float64; None without real images.
         kid_subsets: subsets that KID is a mean over.
         resamples: of a Fréchet distance, behind its interval; 0 for no intervals at all.
         seed: of the resamples.
@@ -33,13 +35,15 @@ class Comparison:
         logits: (N, K) of the images, or None.
         labels: (N,) their classes, or None.
         predicted: (N,) the classes that they show, or None.
-        compared: figures of each image next to its input's truth (see `PipelineSource`).
+        compared: figures of each image, (N,): next to its input's truth (see `PipelineSource`), or of a `Metric.scorer`.
         neighbours: the nearest real images of each, or None.
+        prompts: the prompt of each image, N texts; None of images without prompts.
+        per_prompt: images of one prompt, which follow each other.
     """
 
     features: "torch.Tensor"
     real: "torch.Tensor | None"
-    reference: "tuple[np.ndarray, np.ndarray]"
+    reference: "tuple[np.ndarray, np.ndarray] | None"
     kid_subsets: int
     resamples: int = 0
     seed: int = 0
@@ -49,6 +53,8 @@ class Comparison:
     predicted: "np.ndarray | None" = None
     compared: "dict[str, np.ndarray]" = field(default_factory=dict)
     neighbours: "Neighbours | None" = None
+    prompts: Sequence[str] | None = None
+    per_prompt: int = 1
 
     @cached_property
     def in_single(self) -> "tuple[torch.Tensor, torch.Tensor]":
@@ -67,6 +73,13 @@ class Comparison:
         from .formulas import share_interval
 
         return share_interval(share, len(self.features) if count is None else count, self.seed)
+
+    @cached_property
+    def distances(self) -> "np.ndarray | None":
+        """Of each prompt, the mean distance of two of its images (see `prompt_distances`); None with one image each."""
+        from .formulas import prompt_distances
+
+        return prompt_distances(self.features, self.per_prompt) if self.per_prompt > 1 else None
 
 
 #: A value, (value, standard deviation) if the metric `deviates`, or None where the comparison lacks what it needs.
@@ -88,6 +101,9 @@ class Metric:
         interval: 95 % interval of a value; None for metrics, or comparisons, without one.
         hub: the Hub's identifier of the metric; None: it is no result in a card's metadata.
         note: said below a table that has the metric.
+        of_prompts: whether it is of images of prompts alone; rows of other images do not have it.
+        scorer: loads what gives each image of a prompt a figure, from the settings and for a device. `compute` finds the
+            figures in `comparison.compared` under the metric's name.
     """
 
     name: str
@@ -100,6 +116,8 @@ class Metric:
     interval: "Callable[[Comparison, float], Interval | None] | None" = None
     hub: str | None = None
     note: str | None = None
+    of_prompts: bool = False
+    scorer: "Callable[[EvaluationConfig, torch.device], Scorer] | None" = None
 
     def figure(self, comparison: Comparison) -> tuple[float | None, float | None]:
         """Its value and its standard deviation; None where there is none, or it is not finite, which JSON cannot say."""
@@ -134,7 +152,7 @@ def _frechet_interval(c: Comparison, distance: float) -> "Interval | None":
 def _frechet(c):
     from .formulas import Moments, frechet_from_moments
 
-    return frechet_from_moments(*Moments.of(c.features).pair, *c.reference)
+    return frechet_from_moments(*Moments.of(c.features).pair, *c.reference) if c.reference else None
 
 
 @register_metric("KID", asked_by="kid", form=".5f", lower_is_better=True, deviates=True, by_class=True, hub="kid")
@@ -191,9 +209,83 @@ def _diversity(c):
     return diversity(c.compared["spread"]) if "spread" in c.compared else None
 
 
-def choices() -> tuple[str, ...]:
-    """What the setting `metrics` can ask for."""
-    return tuple(dict.fromkeys(metric.asked_by for metric in METRICS.values() if metric.asked_by))
+def _score(name: str) -> Compute:
+    return lambda c: float(c.compared[name].mean()) if name in c.compared else None
+
+
+def _score_interval(name: str) -> "Callable[[Comparison, float], Interval | None]":
+    def interval(c: Comparison, mean: float) -> "Interval | None":
+        from .formulas import mean_interval
+
+        return mean_interval(c.compared[name].reshape(-1, c.per_prompt).mean(1))
+
+    return interval
+
+
+def _clip_scorer(settings: "EvaluationConfig", device: "torch.device") -> "Scorer":
+    from .scores import clip_score
+
+    return clip_score(settings.clip_model, device)
+
+
+def _pick_scorer(settings: "EvaluationConfig", device: "torch.device") -> "Scorer":
+    from .scores import pick_score
+
+    return pick_score(settings.pick_model, device)
+
+
+def _saturation_scorer(settings: "EvaluationConfig", device: "torch.device") -> "Scorer":
+    from .scores import Saturation
+
+    return Saturation()
+
+
+for _name, _asked_by, _form, _scorer, _lower, _note in (
+    (
+        "CLIP score",
+        "clip_score",
+        ".2f",
+        _clip_scorer,
+        False,
+        "CLIP score: mean of 100 max(cos, 0) of image and prompt.",
+    ),
+    ("PickScore", "pick_score", ".2f", _pick_scorer, False, None),
+    ("saturation", None, ".4f", _saturation_scorer, True, "saturation: share of the values of pixels at 0 or 255."),
+):
+    register_metric(
+        _name,
+        asked_by=_asked_by,
+        form=_form,
+        scorer=_scorer,
+        interval=_score_interval(_name),
+        lower_is_better=_lower,
+        of_prompts=True,
+        note=_note,
+    )(_score(_name))
+
+
+def _distances_interval(c: Comparison, mean: float) -> "Interval | None":
+    from .formulas import mean_interval
+
+    return mean_interval(c.distances)
+
+
+@register_metric(
+    "diversity per prompt",
+    asked_by="diversity",
+    form=".4f",
+    of_prompts=True,
+    interval=_distances_interval,
+    note="diversity per prompt: mean cosine distance between the features of two images of one prompt.",
+)
+def _prompt_diversity(c):
+    return None if c.distances is None else float(c.distances.mean())
+
+
+def choices(of_prompts: bool = False) -> tuple[str, ...]:
+    """What the setting `metrics` can ask for; of images of prompts it can be more."""
+    metrics = (metric for metric in METRICS.values() if of_prompts or not metric.of_prompts)
+    return tuple(dict.fromkeys(metric.asked_by for metric in metrics if metric.asked_by))
 
 
 def measure(comparison: Comparison, asked: list[str]) -> tuple[dict[str, float | None], dict[str, list[float]]]:
@@ -201,6 +293,8 @@ def measure(comparison: Comparison, asked: list[str]) -> tuple[dict[str, float |
     figures: dict[str, float | None] = {}
     intervals: dict[str, list[float]] = {}
     for metric in METRICS.values():
+        if metric.of_prompts and comparison.prompts is None:
+            continue
         value, deviation = metric.figure(comparison) if metric.asked_by in (None, *asked) else (None, None)
         figures[metric.name] = value
         if metric.deviates:

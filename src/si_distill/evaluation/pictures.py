@@ -13,6 +13,8 @@ from .samples import Source
 #: Real neighbours below each generated image.
 SHOWN_NEIGHBOURS = 3
 COLUMNS_OF_PICTURES = 10
+#: Wider images are made smaller in a picture.
+LARGEST_CELL = 512
 
 
 def draw_quality(result: dict[str, Any], path: Path) -> None:
@@ -62,6 +64,8 @@ def _points(axes: Any, rows: list[dict[str, Any]], **style: Any) -> None:
 def draw_samples(rows: list[tuple[str, torch.Tensor]], column_titles: list[str] | None, path: Path) -> None:
     """A PNG file with one row of images (N, C, H, W), uint8, for each generator."""
     pictures = [tensor_to_pil(images.float() / 127.5 - 1) for _, images in rows]
+    for image in (image for row in pictures for image in row):
+        image.thumbnail((LARGEST_CELL, LARGEST_CELL))
     with whole_file(path) as file:
         image_grid(pictures, [name for name, _ in rows], column_titles).save(file, "PNG")
 

@@ -1,13 +1,15 @@
 """Where evaluated images come from: a pipeline, a folder or file of images, or a data set; all read by index."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import torch
+from diffusers import DiffusionPipeline
 from PIL import Image
 
 from .. import fingerprints
@@ -98,13 +100,8 @@ class PipelineSource:
 
     @property
     def identity(self) -> dict[str, Any]:
-        modules = {k: v for k, v in self.pipeline.components.items() if isinstance(v, torch.nn.Module)}
         return {
-            "weights": {name: fingerprints.of_module(module) for name, module in modules.items()},
-            # Without diffusers' own notes in it, such as a list in the order of a set: other in each process.
-            "scheduler": fingerprints.of_values(
-                {k: v for k, v in self.pipeline.scheduler.config.items() if not k.startswith("_")}
-            ),
+            **identity_of(self.pipeline),
             "sampler": self.settings,
             "seed": self.seed,
             "dtype": str(self.pipeline.transformer.dtype),
@@ -112,20 +109,11 @@ class PipelineSource:
         }
 
     def read(self, indices: Sequence[int]) -> Batch:
-        rows = 0
-
-        def count(module: torch.nn.Module, arguments: tuple, result: Any) -> None:
-            nonlocal rows
-            rows += len(result[0])
-
         started = time.perf_counter()
-        hook = self.pipeline.transformer.register_forward_hook(count)
-        try:
+        with counted_rows(self.pipeline.transformer) as rows:
             images = self._draw(indices, 0)
-        finally:
-            hook.remove()
         seconds = time.perf_counter() - started
-        return Batch(images, _of(self.labels, indices), rows, seconds, self._compared(indices, images))
+        return Batch(images, _of(self.labels, indices), sum(rows), seconds, self._compared(indices, images))
 
     def _draw(self, indices: Sequence[int], draw: int) -> torch.Tensor:
         """Images (B, C, H, W), uint8, on the CPU; another `draw` is other noise for the same labels and inputs."""
@@ -157,6 +145,27 @@ class PipelineSource:
             draws = torch.stack([images[first], *again]).double() / 255
             found["spread"][first] = spread(draws).numpy()
         return found
+
+
+def identity_of(pipeline: DiffusionPipeline) -> dict[str, Any]:
+    """Hashes of the weights of all networks of a pipeline, and of its scheduler's settings."""
+    modules = {k: v for k, v in pipeline.components.items() if isinstance(v, torch.nn.Module)}
+    return {
+        "weights": {name: fingerprints.of_module(module) for name, module in modules.items()},
+        # Without diffusers' own notes in it, such as a list in the order of a set: other in each process.
+        "scheduler": fingerprints.of_values({k: v for k, v in pipeline.scheduler.config.items() if k[0] != "_"}),
+    }
+
+
+@contextmanager
+def counted_rows(network: torch.nn.Module) -> Iterator[list[int]]:
+    """A list of the rows of each forward of a network, whose result is a tuple, while this is open."""
+    rows: list[int] = []
+    hook = network.register_forward_hook(lambda module, arguments, result: rows.append(len(result[0])))
+    try:
+        yield rows
+    finally:
+        hook.remove()
 
 
 @dataclass(eq=False)

@@ -25,7 +25,9 @@ from ..reading import read_json
 from .classifier import DigitsClassifier
 from .features import Extractor
 from .npz import REAL, open_npz
+from .prompts import Prompts
 from .samples import Source
+from .scores import Scorer
 
 #: Images in a shard; a batch never crosses its border.
 SHARD = 512
@@ -37,12 +39,12 @@ ARRAYS = {
     "labels": (1, np.integer),
     "predicted": (1, np.integer),
     "images": (4, np.uint8),
-    "psnr": (1, np.floating),
-    "spread": (1, np.floating),
     "rows": (0, np.integer),
     "seconds": (0, np.floating),
 }
-#: Figures of single images next to their inputs' truth.
+#: Figures of single images, of scorers too: dimensions and types.
+FIGURE = (1, np.floating)
+#: Those next to their inputs' truth.
 COMPARED = ("psnr", "spread")
 
 
@@ -57,7 +59,7 @@ class Collected:
         predicted: N classes as the classifier sees them, or None.
         rows: rows that went through the network.
         seconds: that generation took, added up over the processes.
-        compared: figures of each image of a pipeline that takes images, (N,) by name (see `PipelineSource`).
+        compared: figures of each image, (N,) by name: of a pipeline that takes images (see `PipelineSource`), of scorers.
     """
 
     features: torch.Tensor
@@ -81,6 +83,8 @@ class Shards:
         classifier: names the class of each of some uint8 images, for label accuracy, if there is one.
         keep_images: whether the shards hold the images too, for `write_npz`.
         pictures: a folder for the images as PNG files, if they are wanted.
+        prompts: of the images, if they have any.
+        scorers: of the images and their prompts, by the names of metrics.
     """
 
     folder: Path
@@ -89,11 +93,16 @@ class Shards:
     classifier: DigitsClassifier | None = None
     keep_images: bool = False
     pictures: Path | None = None
+    prompts: Prompts | None = None
+    scorers: dict[str, Scorer] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.identity = {"source": self.source.identity, **self.extractor.identity}
         if self.classifier is not None:
             self.identity["classifier"] = self.classifier.name
+        if self.prompts is not None:
+            self.identity["prompts"] = self.prompts.identity
+            self.identity["scorers"] = {name: scorer.identity for name, scorer in self.scorers.items()}
         self.folder = self.folder / fingerprints.of_values(self.identity)
 
     def __len__(self) -> int:
@@ -143,7 +152,8 @@ class Shards:
         parts: dict[str, list[np.ndarray]] = {}
         rows, seconds = 0, 0.0
         for start in range(0, len(indices), batch_size):
-            batch = self.source.read(indices[start : start + batch_size])
+            chosen = indices[start : start + batch_size]
+            batch = self.source.read(chosen)
             features, logits = self.extractor(batch.images)
             found = {
                 "features": features,
@@ -152,6 +162,7 @@ class Shards:
                 "predicted": None if self.classifier is None else self.classifier.predict(batch.images),
                 "images": batch.images if self.keep_images else None,
                 **batch.compared,
+                **{name: scorer(batch.images, self.prompts.of(chosen)) for name, scorer in self.scorers.items()},
             }
             for name, values in found.items():
                 if values is not None:
@@ -195,13 +206,14 @@ class Shards:
         """The named arrays of one shard after the other; a shard lacks those that nobody wrote."""
         for shard in range(len(self)):
             with open_npz(self.path(shard), "features") as file:
-                found = {name: file.read(name, *ARRAYS[name]) for name in names if name in file.names}
+                found = {name: file.read(name, *ARRAYS.get(name, FIGURE)) for name in names if name in file.names}
             yield found
 
     def collect(self) -> Collected:
         """Everything but the images."""
         parts: dict[str, list[np.ndarray]] = {}
-        for arrays in self.arrays("features", "logits", "labels", "predicted", "rows", "seconds", *COMPARED):
+        figures = (*COMPARED, *self.scorers)
+        for arrays in self.arrays("features", "logits", "labels", "predicted", "rows", "seconds", *figures):
             for name, value in arrays.items():
                 parts.setdefault(name, []).append(value)
         joined = {name: np.concatenate(values) for name, values in parts.items() if values[0].ndim}
@@ -212,7 +224,7 @@ class Shards:
             predicted=joined.get("predicted"),
             rows=int(sum(parts["rows"])),
             seconds=float(sum(parts["seconds"])),
-            compared={name: joined[name] for name in COMPARED if name in joined},
+            compared={name: joined[name] for name in figures if name in joined},
         )
 
     def write_npz(self, path: Path) -> None:

@@ -18,13 +18,12 @@ def format_table(result: dict[str, Any]) -> str:
     features, reference = result["features"], result["reference"]
     weights = f", weights {features['weights']}" if features["weights"] else ""
     about = "" if result["distance"] == "FID" else "; not Inception features, so no FID and not comparable with any"
-    count = "an unknown number of" if reference["images"] is None else f"{reference['images']:,}"
+    of_what = _prompts(result) if result.get("prompts") else f"classes {result['class_balance']}"
     lines += [
         "",
         f"{result['evaluator']}; features {features['features']} ({features['version']}{weights}){about}; "
-        f"{result['num_samples']:,} images per row, seed {result['seed']}, classes {result['class_balance']}; reference "
-        f"{reference['name']} ({count} images); [ ] {result['intervals']}; ± over subsets; {result['device']}, "
-        f"{result['date']}.",
+        f"{result['num_samples']:,} images per row, seed {result['seed']}, {of_what}; {_reference(reference)}"
+        f"[ ] {result['intervals']}; ± over subsets; {result['device']}, {result['date']}.",
     ]
     for metric in METRICS.values():
         if metric.note and any(row.get(metric.name) is not None for row in rows):
@@ -33,6 +32,24 @@ def format_table(result: dict[str, Any]) -> str:
     if by_class:
         lines += ["", f"By class, {by_class['generator']}:", "", *_class_table(by_class["per class"])]
     return "\n".join(lines)
+
+
+def _reference(reference: dict[str, Any] | None) -> str:
+    if reference is None:
+        return ""
+    count = "an unknown number of" if reference["images"] is None else f"{reference['images']:,}"
+    return f"reference {reference['name']} ({count} images); "
+
+
+def _prompts(result: dict[str, Any]) -> str:
+    """The prompts, and the models that scored them, in words."""
+    prompts, each = result["prompts"], result["prompts"]["images_per_prompt"]
+    text = f"{prompts['prompts']:,} prompts of {prompts['name']} (hash {prompts['hash']})"
+    text += f" with {each} images each" if each > 1 else ""
+    for name, scorer in result["scorers"].items():
+        if "model" in scorer:
+            text += f"; {name}: {scorer['model']} ({scorer['version']}, weights {scorer['weights']})"
+    return text
 
 
 def _class_table(per_class: dict[str, dict[str, Any]]) -> list[str]:

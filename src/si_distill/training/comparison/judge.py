@@ -10,12 +10,12 @@ from accelerate import PartialState
 
 from ...data import load_images
 from ...data.config import DataConfig
+from ...evaluation.classifier import classifier_of
 from ...evaluation.config import CACHE
 from ...evaluation.features import load_extractor
 from ...evaluation.generators import Pipeline, balanced_labels, check_images, image_shape, inputs_of
 from ...evaluation.metrics import Comparison, measure
 from ...evaluation.reference import check_reference, data_reference, read_reference
-from ...evaluation.report import classifier_of
 from ...evaluation.samples import DatasetSource, PipelineSource
 from ...settings import settings_to_dict
 
