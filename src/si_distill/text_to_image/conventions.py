@@ -316,7 +316,7 @@ CONVENTIONS = {
         lora_targets=(*_ATTENTION, "linear_1", "linear_2", "linear_3"),
         rescale=_norm_of_rows,
         readings=(LUMINA2,),
-        most_tokens=lambda pipeline: pipeline.transformer.config.axes_lens[0],
+        most_tokens=lambda pipeline: pipeline.transformer.config.axes_lens[0] - 1,  # the image has the place after it
     ),
     "ZImagePipeline": Convention(
         _encode_z_image,

@@ -38,15 +38,20 @@ def load_texts(data: DataConfig, settings: TextConfig, pipeline: Any, device: to
     Raises:
         InputError: for prompts that cannot be found or are empty, and settings that the pipeline does not take.
     """
+    if is_text_cache(data.name):
+        return cached_texts(data, settings, pipeline, device)
+    return texts_of(read_prompts(data), settings, pipeline, device)
+
+
+def texts_of(prompts: Sequence[str], settings: TextConfig, pipeline: Any, device: torch.device) -> Texts:
+    """Prompts that are at hand, such as captions, for a pipeline (see `load_texts`): encoded now, or as they are drawn."""
     told = told_guidance(settings, pipeline)
     check_length(settings.max_length, pipeline)
     negative = negative_prompt(settings, pipeline)
-    if is_text_cache(data.name):
-        return cached_texts(data, settings, pipeline, negative, told, device)
-    prompts = read_prompts(data)
-    longest = count_tokens(prompts, settings.max_length, pipeline)
+    check_prompts(prompts)
     if not encoders(pipeline):
         raise InputError(f"The {type(pipeline).__name__} was loaded without text encoders, which these prompts need.")
+    longest = count_tokens(prompts, settings.max_length, pipeline)
     distinct = len(set(prompts))
     if distinct <= settings.max_texts_in_memory:
         return encode_texts(pipeline, prompts, settings.max_length, negative, device, told)
@@ -58,35 +63,30 @@ def load_texts(data: DataConfig, settings: TextConfig, pipeline: Any, device: to
     return Texts(prompts, source, source.convention, negative, longest, told, device)
 
 
-def cached_texts(
-    data: DataConfig, settings: TextConfig, pipeline: Any, negative: str, told: float | None, device: torch.device
-) -> Texts:
+def cached_texts(data: DataConfig, settings: TextConfig, pipeline: Any, device: torch.device) -> Texts:
     """The texts of a cache that `training/precompute_texts.py` made.
 
     Raises:
         InputError: when it is not whole, or its embeddings are not those that this pipeline would make.
     """
-    cache, convention, source = TextCache(data.name), CONVENTIONS[type(pipeline).__name__], pipeline.name_or_path
+    kind, source = type(pipeline).__name__, pipeline.name_or_path
+    told, negative = told_guidance(settings, pipeline), negative_prompt(settings, pipeline)
+    cache = TextCache(data.name)
     recipe, found = cache.recipe, encoder_hash(source) if source else None
-    now = {
-        "pipeline": type(pipeline).__name__,
-        "text.max_length": settings.max_length or default_length(pipeline),
-        "text.negative_prompt": negative,
-    }
-    then = {
-        "pipeline": recipe.pipeline,
-        "text.max_length": recipe.max_length,
-        "text.negative_prompt": recipe.negative_prompt,
-    }
-    if listing := "; ".join(
-        f"{name}: {then[name]!r} there, {now[name]!r} here" for name in now if now[name] != then[name]
-    ):
+    compared = (
+        ("pipeline", recipe.pipeline, kind),
+        ("text.max_length", recipe.max_length, settings.max_length or default_length(pipeline)),
+        ("text.negative_prompt", recipe.negative_prompt, negative),
+    )
+    if listing := "; ".join(f"{name}: {then!r} there, {now!r} here" for name, then, now in compared if then != now):
         raise InputError(
             f"The text cache {data.name} was made with other settings ({listing}): set them to what they were, or make a "
             "cache with training/precompute_texts.py."
         )
     if found is None or recipe.encoder["hash"] is None:
-        note(f"the text encoders of {source} are not here: whether {data.name} is of them is not checked.")
+        note(
+            f"the text encoders of {source or kind} are not on this machine: that {data.name} is of them is not checked."
+        )
     elif found != recipe.encoder["hash"]:
         raise InputError(
             f"The text cache {data.name} was made with other text encoders, those of {recipe.encoder['name']} (hash "
@@ -94,7 +94,7 @@ def cached_texts(
             f"training/precompute_texts.py --teacher {source} …"
         )
     prompts = cache.prompts[: data.max_train_samples]
-    return Texts(prompts, cache, convention, negative, cache.longest(prompts), told, device)
+    return Texts(prompts, cache, CONVENTIONS[kind], negative, cache.longest(prompts), told, device)
 
 
 def read_prompts(data: DataConfig) -> list[str]:

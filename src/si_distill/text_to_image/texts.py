@@ -1,12 +1,14 @@
 """Texts as networks are told them: from memory, from the encoders, or from a cache on disk.
 
-Each text is encoded by itself. In a batch its embedding would be rounded differently in other company, and what a network
+Each text is encoded by itself. In a batch its embedding can be rounded differently in other company, and what a network
 is told of a text would depend on the batch, the number of processes and the restart of a run.
 """
 
+import logging
 import os
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
@@ -69,7 +71,7 @@ class EncodedRows:
 
     def rows(self, keys: Sequence[Key]) -> list[Row]:
         for key in dict.fromkeys(keys):
-            self._recent[key] = self._recent.pop(key, None) or self.encode(key)
+            self._recent[key] = self._recent.pop(key) if key in self._recent else self.encode(key)
         found = [self._recent[key] for key in keys]
         while len(self._recent) > max(LONG, 2 * len(keys)):
             self._recent.popitem(last=False)
@@ -79,7 +81,8 @@ class EncodedRows:
     def encode(self, key: Key) -> Row:
         """The embedding of one text."""
         prompt, negative = key
-        text = self.convention.encode(self.pipeline, [prompt], self.max_length, negative, self.device)
+        with _without_warnings(self.pipeline):
+            text = self.convention.encode(self.pipeline, [prompt], self.max_length, negative, self.device)
         mask = self.convention.mask
         if mask is None:
             return {name: value[0] for name, value in text.items()}
@@ -168,13 +171,26 @@ def stacked(rows: Sequence[Row], mask: str | None, width: int) -> Text:
     """
     if mask is None:
         return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
-    lengths = torch.tensor([length(row) for row in rows], device=rows[0][mask].device)
-    if lengths.max() > width:
-        raise ValueError(f"a text has {lengths.max()} tokens, and its tokenizer counted at most {width}")
+    sizes = [length(row) for row in rows]
+    if max(sizes) > width:
+        raise ValueError(f"a text has {max(sizes)} tokens, and its tokenizer counted at most {width}")
+    lengths = torch.tensor(sizes, device=rows[0][mask].device)
     places = torch.arange(width, device=lengths.device).expand(len(rows), -1)
     taken = places.minimum(lengths[:, None] - 1)
     text = {name: torch.stack([row[name][of] for row, of in zip(rows, taken, strict=True)]) for name in rows[0]}
     return {**text, mask: text[mask] & (places < lengths[:, None])}
+
+
+@contextmanager
+def _without_warnings(pipeline: Any) -> Iterator[None]:
+    """Pipelines repeat the end of every text that they cut; `count_tokens` has said how many there are."""
+    logger = logging.getLogger(type(pipeline).__module__)
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def encoders(pipeline: Any) -> dict[str, torch.nn.Module]:

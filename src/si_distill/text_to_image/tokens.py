@@ -1,12 +1,15 @@
 """How the tokenizers of stock pipelines read a prompt: how many tokens it has, and how many of them are cut."""
 
 import inspect
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-#: Prompts that are counted in one call.
-CHUNK = 1024
+from tqdm.auto import tqdm
+
+#: Prompts that are counted in one call, and from how many on a progress bar is shown.
+CHUNK, LONG = 1024, 2**16
 
 
 def default_length(pipeline: Any) -> int | None:
@@ -42,12 +45,14 @@ class Reading:
         """Most tokens of a framed prompt; what is longer is cut."""
         if self.fixed:
             return getattr(pipeline, self.tokenizer).model_max_length
-        return (max_length or default_length(pipeline)) + self.dropped(pipeline)
+        return (max_length or default_length(pipeline) or 0) + self.dropped(pipeline)
 
     def count(self, pipeline: Any, prompts: Sequence[str]) -> list[int]:
         """Tokens of each prompt in its frame, uncut."""
-        tokenizer, counts = getattr(pipeline, self.tokenizer), []
-        for start in range(0, len(prompts), CHUNK):
+        tokenizer = getattr(pipeline, self.tokenizer)
+        counts: list[int] = []
+        hidden = len(prompts) < LONG or os.environ.get("RANK", "0") != "0"
+        for start in tqdm(range(0, len(prompts), CHUNK), "counting tokens", mininterval=0.5, disable=hidden):
             texts = [self.frame(pipeline, prompt) for prompt in prompts[start : start + CHUNK]]
             counts += map(len, tokenizer(texts, verbose=False).input_ids)
         return counts
