@@ -5,13 +5,17 @@ import shutil
 import subprocess
 import sys
 
+import datasets
 import pytest
 import torch
+from diffusers import SanaPipeline
+from PIL import Image
 from safetensors.torch import load_file
 from script_runs import ROOT, environment, metrics
 from test_distributed import training
 from tiny_pipelines import ALL, build
 
+from si_distill.commands.precompute_texts import main as precompute
 from si_distill.commands.train_distill import main
 
 LOSSES = ("critic_loss", "generator_loss", "critic_grad_norm", "generator_grad_norm", "field_distance")
@@ -87,6 +91,34 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_was_not(places, alone):
     shutil.rmtree(places / "resumed" / "checkpoints" / "step_00000004")
     main(arguments(places, "sd3", "resumed", *ONE, *GUIDED, "--resume_from_checkpoint", "latest"))
     assert_same(places / "resumed", alone, exactly=True)
+
+
+def test_a_cache_of_texts_changes_nothing(places, alone):
+    cache = places / "cache"
+    given = ["--teacher", places / "sd3", "--data.name", "text", "--data.data_files", places / "prompts.txt"]
+    precompute(list(map(str, [*given, "--text.max_length", 48, "--texts_dir", cache])))
+    main(arguments(places, "sd3", "cached", *ONE, *GUIDED, "--data.name", cache))
+    assert_same(places / "cached", alone, exactly=True)
+
+
+def test_real_images_with_captions(places):
+    images = [Image.new("RGB", (32, 32), colour) for colour in ("red", "blue", "red", "green")]
+    texts = ["a red square", "a blue square", "red", "a green square"]
+    datasets.Dataset.from_dict({"image": images, "text": texts}).to_parquet(places / "squares.parquet")
+    data = f"--data.name parquet --data.data_files {places / 'squares.parquet'} --data.caption_column text"
+    data += " --data.image_size 32 --text.width 32 --objective realuid"
+    main(arguments(places, "sana", "real", *ONE, *data.split()))
+    assert len(metrics(places / "real", *LOSSES)) == 4
+
+
+def test_whole_networks(places):
+    settings = arguments(places, "sana", "whole", *ONE)
+    rank = settings.index("--lora_rank")
+    main([*settings[:rank], *settings[rank + 2 :]])
+    saved = SanaPipeline.from_pretrained(places / "whole")
+    teacher = SanaPipeline.from_pretrained(places / "sana")
+    pairs = list(zip(saved.transformer.parameters(), teacher.transformer.parameters(), strict=True))
+    assert any(not torch.equal(one, other) for one, other in pairs)
 
 
 def test_two_processes_are_one(places, alone):

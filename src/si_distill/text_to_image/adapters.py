@@ -37,6 +37,7 @@ class Adapters:
     def __init__(self, base: ModelMixin, rank: int, targets: tuple[str, ...]):
         self.base, self.rank, self.targets = base, rank, targets
         self.names: list[str] = []
+        self.layers: dict[str, nn.Module] = {}  # the changed layers by their names
         self.current: str | None = None
         linear = {name: type(module) for name, module in base.named_modules() if isinstance(module, nn.Linear)}
         if not any(name == target or name.endswith(f".{target}") for name in linear for target in targets):
@@ -46,16 +47,10 @@ class Adapters:
                 f"in {', '.join(ends)}."
             )
 
-    @property
-    def layers(self) -> dict[str, nn.Module]:
-        """The changed layers by their names."""
-        from peft.tuners.tuners_utils import BaseTunerLayer
-
-        return {name: module for name, module in self.base.named_modules() if isinstance(module, BaseTunerLayer)}
-
     def add(self, like: str | None = None) -> str:
         """A further adapter, in float32: of no effect, or equal to another. Gives its name."""
         from peft import LoraConfig
+        from peft.tuners.tuners_utils import BaseTunerLayer
 
         name, flags = f"{_NAME}_{len(self.names)}", {p: p.requires_grad for p in self.base.parameters()}
         config = LoraConfig(r=self.rank, lora_alpha=self.rank, target_modules=sorted(self.targets))
@@ -65,6 +60,7 @@ class Adapters:
             )  # it is why the names are counted
             self.base.add_adapter(config, name)
         self.names.append(name)
+        self.layers = {path: layer for path, layer in self.base.named_modules() if isinstance(layer, BaseTunerLayer)}
         for layer in self.layers.values():
             for part in (layer.lora_A, layer.lora_B):
                 part[name].float().requires_grad_(False)

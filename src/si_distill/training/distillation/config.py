@@ -100,6 +100,9 @@ class DistillConfig(TrainingConfig):
     generator_start_images: int = setting(0, "Images that only the critic learns from at first (SiDA: 100,000).")
     guidance_scale: float = setting(1.0, "Classifier-free guidance of the teacher; 1 is none.")
     critic_guidance_scale: float = setting(1.0, "Guidance of the critic in the student's loss; 1 is none.")
+    critic_training_guidance_scale: float = setting(
+        1.0, "Guidance of the critic in its own loss (long-short guidance, SiD-LSG); 1 is none."
+    )
     critic_class_dropout_prob: float = setting(0.0, "Share of null classes in the critic's training, for its guidance.")
     guidance_t_min: float = setting(0.0, "Smallest time with guidance.")
     guidance_t_max: float = setting(1.0, "Largest time with guidance.")
@@ -212,17 +215,19 @@ class DistillConfig(TrainingConfig):
             )
 
     def _check_guidance(self) -> None:
-        for name in ("guidance_scale", "critic_guidance_scale", "student_guidance_scale"):
+        scales = "guidance_scale critic_guidance_scale critic_training_guidance_scale student_guidance_scale"
+        for name in scales.split():
             if not 0 <= getattr(self, name) < float("inf"):
                 raise InputError(f"`{name}` must be finite and not negative, got {getattr(self, name)}.")
         check_guidance_times("Guidance", self.guidance_t_min, self.guidance_t_max)
         for name in ("critic_class_dropout_prob", "student_class_dropout_prob"):
             if not 0 <= getattr(self, name) < 1:
                 raise InputError(f"`{name}` must lie in [0, 1), got {getattr(self, name)}.")
-        if self.critic_guidance_scale != 1 and self.critic_class_dropout_prob == 0:
+        learns_null = self.critic_class_dropout_prob > 0 or self.critic_training_guidance_scale != 1
+        if self.critic_guidance_scale != 1 and not learns_null:
             raise InputError(
                 f"`critic_guidance_scale` is {self.critic_guidance_scale}, but the critic never learns the null class: "
-                "set `critic_class_dropout_prob`, e.g. 0.1."
+                "set `critic_class_dropout_prob`, e.g. 0.1, or `critic_training_guidance_scale`."
             )
         if self.student_guidance_channels is not None:
             at_least("student_guidance_channels", self.student_guidance_channels, 1)

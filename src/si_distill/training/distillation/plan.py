@@ -87,7 +87,8 @@ def plan_distillation(settings: DistillConfig, teacher: InterpolantPipeline, loa
 
 def _check_guidance(settings: DistillConfig, teacher: InterpolantPipeline) -> None:
     """Refuses guidance or label dropout of networks whose teacher has no null class."""
-    scales = ("guidance_scale", "critic_guidance_scale", "student_guidance_scale")
+    roles = ("", "critic_", "critic_training_", "student_")
+    scales = tuple(f"{role}guidance_scale" for role in roles)
     shares = ("critic_class_dropout_prob", "student_class_dropout_prob")
     wrong = [
         f"{name}={getattr(settings, name)}"

@@ -9,9 +9,10 @@ from torch import nn
 from ...data import TrainingData, load_training_data
 from ...data.batches import Batch
 from ...pipelines import Condition
-from ...text_to_image.prompts import load_texts
+from ...text_to_image.prompts import load_texts, negative_prompt, told_guidance
 from ...text_to_image.student import TextToImageStudent
 from ...text_to_image.teacher import TextToImageTeacher, load_stock_pipeline
+from ...text_to_image.text_cache import is_text_cache, without_encoders
 from ...text_to_image.texts import encode_texts
 from ...visualization import tensor_to_pil
 from ..run.facts import describe_data, describe_network, describe_teacher
@@ -33,7 +34,10 @@ class TextDistillationTrainer(DistillationTrainer):
         settings, text = self.settings, self.settings.text
         # Adapters are trained in float32 on a network that nobody updates.
         half = settings.mixed_precision == "bf16" and settings.lora_rank is not None
-        pipeline = load_stock_pipeline(settings.teacher, torch.bfloat16 if half else None)
+        # A student of its own weights is saved as a whole pipeline, encoders and all.
+        idle = is_text_cache(settings.data.name) and settings.lora_rank is not None
+        left_out = without_encoders(settings.teacher) if idle else {}
+        pipeline = load_stock_pipeline(settings.teacher, torch.bfloat16 if half else None, **left_out)
         size = None if text.height is None and text.width is None else (text.height, text.width)
         teacher = TextToImageTeacher(pipeline, size, settings.lora_rank, tuple(settings.lora_targets))
         self.guidance_rescale = teacher.convention.rescale
@@ -42,9 +46,24 @@ class TextDistillationTrainer(DistillationTrainer):
         return teacher
 
     def _load_images(self) -> TrainingData:
-        settings, pipeline = self.settings, self.teacher_pipeline.pipeline
+        """Images whose labels are the numbers of their captions."""
+        settings = self.settings
+        if settings.data.caption_column is None or is_text_cache(settings.data.name):
+            raise InputError(
+                f"The objective {settings.objective!r} uses real images, which need captions: give a data set of both with "
+                "`data.caption_column`, or choose an objective of prompts alone, e.g. sid."
+            )
         data = load_training_data(settings.data, self.readers)
-        self.texts = encode_texts(pipeline, data.class_names, settings.text.max_length, device=self.accelerator.device)
+        if (data.size, data.size) != self.teacher_pipeline.size:
+            raise InputError(
+                f"`data.image_size` is {data.size}, but images of {' × '.join(map(str, self.teacher_pipeline.size))} "
+                "pixels are generated (`text.height` and `text.width`): set them alike."
+            )
+        pipeline, told = self.teacher_pipeline.pipeline, told_guidance(settings.text, self.teacher_pipeline.pipeline)
+        negative = negative_prompt(settings.text, pipeline)
+        self.texts = encode_texts(
+            pipeline, data.class_names, settings.text.max_length, negative, self.accelerator.device, told
+        )
         return data
 
     def next_batch(self, data: TrainingData, micro_batch: int, *draw: int) -> Batch:

@@ -353,7 +353,8 @@ class DistillationTrainer(Trainer):
             if not self.settings.adversarial.shared_augmentation:
                 augmentation = self.augmentation(batch.indices, update, 1)
             real = real.augmented(augmentation)
-        critic = self._critic_field(self.critic.module, batch.level)
+        scale = self.settings.critic_training_guidance_scale
+        critic = self._critic_field(self.critic.module, batch.level, scale)
         return self.game_losses.critic_loss(critic, fake, real, draw)
 
     def _generator_loss(self, critic: Field, batch: MicroBatch, samples: torch.Tensor, update: int) -> GeneratorTerms:

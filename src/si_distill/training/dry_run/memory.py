@@ -180,7 +180,7 @@ def distillation_activations(
     drops = settings.dropout if settings.dropout is not None else has_dropout(network)
     one_forward = settings.critic_draws == "shared" and settings.gradient_accumulation_steps == 1 and not drops
     waiting = [student] if one_forward and not settings.generator_first else []
-    in_critic_update = [*waiting, graph(batch * views)]
+    in_critic_update = [*waiting, graph(batch * views * (1 + (settings.critic_training_guidance_scale != 1)))]
     in_generator_update = [student]
     if objective.needs_field_gradient or on_teacher:
         looks = objective.needs_field_gradient + (on_teacher and (own or not objective.needs_field_gradient))
