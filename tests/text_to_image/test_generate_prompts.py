@@ -1,9 +1,9 @@
 """`si-distill generate` with prompts: students, their stock pipelines, and what does not fit."""
 
 import pytest
+from exported_students import save_student
 from helpers import tiny_sit
 from PIL import Image
-from text_students import save_student
 from tiny_pipelines import build
 
 from si_distill import OneStepInterpolantPipeline, StochasticInterpolantScheduler

@@ -11,8 +11,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from exported_students import disturbed, student_scheduler, text_settings
 from safetensors.torch import load_file, save_file
-from text_students import disturbed, student_scheduler, text_settings
 from tiny_pipelines import ALL, build
 
 from si_distill.errors import InputError

@@ -4,6 +4,7 @@ r"""Publishes a student or a teacher on the Hugging Face Hub, and a Space that s
     si-distill publish --pipeline runs/digits-student --repo-id user/digits-student --private --variant bf16
     si-distill publish --pipeline runs/digits-student --repo-id user/digits-student --license mit --space \
         --teacher-repo-id user/digits-teacher
+    si-distill publish --pipeline runs/sd35-turbo --repo-id user/sd35-turbo --prompts "a red fox" "two boats" --merged
 
 Everything is first written to hub/ in the pipeline's folder, where it stays; the upload is one commit. docs/publishing.md
 """
@@ -26,6 +27,12 @@ class PublishConfig:
     variant: str | None = setting(None, "A further copy of the weights: `bf16`.")
     license: str | None = setting(None, "The Hub's identifier of a licence, e.g. `mit`.")
     teacher_repo_id: str | None = setting(None, "Where the teacher is published, if the run loaded it from a folder.")
+    merged: bool = setting(False, "Put a LoRA into the weights and publish the whole text-to-image pipeline.")
+    prompts: list[str] = setting([], "Prompts of the pictures on the card of a text-to-image student.")
+    base: str | None = setting(None, "The stock pipeline that a LoRA is for, if it has moved.")
+    dtype: str = setting(
+        "float32", "Precision of a text-to-image pipeline, also of a merged one.", ("float32", "bfloat16", "float16")
+    )
 
 
 def main(argv: list[str]) -> None:
@@ -37,6 +44,7 @@ def main(argv: list[str]) -> None:
     from ..hub.facts import read_facts
     from ..hub.publishing import check_name, check_ready, upload
     from ..hub.staging import listing, stage_model, stage_space
+    from ..hub.text_staging import PROMPTS, stage_text_student
     from ..loading import load_pipeline
     from ..pipelines import InterpolantPipeline, OneStepInterpolantPipeline
 
@@ -56,16 +64,35 @@ def main(argv: list[str]) -> None:
         raise InputError(f"{run} holds a {facts.pipeline_class}: a Space shows a student.")
     if settings.space and facts.takes_image:
         raise InputError(f"{run} holds a student that takes images, which the Space cannot upload: leave out --space.")
-    kind = OneStepInterpolantPipeline if facts.is_student else InterpolantPipeline
-    pipeline = load_pipeline(kind, "pipeline", str(run), settings.trust_remote_code)
-    pipeline.set_progress_bar_config(disable=True)
-    pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
     model, space = run / "hub" / "model", run / "hub" / "space"
     teacher = settings.teacher_repo_id or facts.teacher_repository
-    stage_model(pipeline, model, settings.repo_id, run, settings.variant, settings.license, settings.teacher_repo_id)
+    if facts.texts:
+        if settings.variant:
+            raise InputError(
+                "`variant` is for pipelines of classes: leave it out, or publish --merged --dtype bfloat16."
+            )
+        stage_text_student(
+            run, model, settings.repo_id, settings.merged, settings.license, settings.teacher_repo_id,
+            settings.prompts or PROMPTS, settings.base, getattr(torch, settings.dtype),
+        )  # fmt: skip
+    else:
+        if settings.merged or settings.prompts or settings.base:
+            raise InputError(
+                f"{run} holds a {facts.pipeline_class}: --merged, --prompts and --base are for text to image."
+            )
+        kind = OneStepInterpolantPipeline if facts.is_student else InterpolantPipeline
+        pipeline = load_pipeline(kind, "pipeline", str(run), settings.trust_remote_code)
+        pipeline.set_progress_bar_config(disable=True)
+        pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
+        stage_model(
+            pipeline, model, settings.repo_id, run, settings.variant, settings.license, settings.teacher_repo_id
+        )
 
     def show_space(revision: str | None) -> None:
-        stage_space(space, settings.repo_id, settings.repo_id, revision, teacher, settings.private)
+        stage_space(
+            space, settings.repo_id, settings.repo_id, revision, None if facts.texts else teacher, settings.private,
+            texts=bool(facts.texts),
+        )  # fmt: skip
 
     if settings.dry_run:
         if settings.space:

@@ -4,6 +4,7 @@ import json
 import re
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import jinja2
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
@@ -17,6 +18,7 @@ from .card_tables import MISSING, model_rows, objective_rows, teacher_rows, trai
 from .facts import CONFIG, FACTS, STUDENT, TEACHER, ModelFacts, cached_blobs, read_facts
 from .facts import METRICS as LOG
 from .plain_text import escaped, is_repository, is_word, one_line, without_paths
+from .text_card import GALLERY, base_repository, text_tags, text_variables
 
 TEMPLATES = Path(__file__).parent / "model_cards"
 CARD, SAMPLES = "README.md", "samples.png"
@@ -68,6 +70,7 @@ def render_card(
     license: str | None = None,
     teacher_repo_id: str | None = None,
     variants: tuple[str, ...] = (),
+    pictures: dict[str, str] | None = None,
 ) -> ModelCard:
     """
     The card of a student or a teacher.
@@ -78,12 +81,13 @@ def render_card(
         license: the Hub's identifier of a licence; without one the card says that none was given.
         teacher_repo_id: where the teacher is published, when the run loaded it from a folder.
         variants: of the weights, e.g. `("bf16",)`.
+        pictures: of a text-to-image student: files in the folder and the prompts that they show.
 
     Raises:
         InputError: when the folder's files hold something else than a run and its evaluation write.
     """
     try:
-        return _render(facts, repo_id, license, teacher_repo_id, variants)
+        return _render(facts, repo_id, license, teacher_repo_id, variants, pictures or {})
     except (KeyError, IndexError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
         if isinstance(error, InputError):
             raise
@@ -99,8 +103,9 @@ def _render(
     license: str | None,
     teacher_repo_id: str | None,
     variants: tuple[str, ...],
+    pictures: dict[str, str],
 ) -> ModelCard:
-    teacher = teacher_repo_id or facts.teacher_repository
+    teacher = teacher_repo_id or facts.teacher_repository or (base_repository(facts) if facts.texts else None)
     name = (repo_id or facts.folder.resolve().name).split("/")[-1]
     source = repo_id or _local_source(facts)
     picture = _picture(facts.folder)
@@ -111,10 +116,23 @@ def _render(
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    template = environment.get_template("student.md" if facts.is_student else "teacher.md")
-    data = card_data(facts, name, license, teacher)
+    kind = "text_to_image" if facts.texts else "student" if facts.is_student else "teacher"
+    template = environment.get_template(f"{kind}.md")
+    data = card_data(facts, name, license, teacher, pictures)
     # What others wrote is text in the card, and never a part of its Markdown; in blocks of code it stays as it is.
     shown = replace(facts, **{name: escaped(without_paths(getattr(facts, name))) for name in _FOREIGN})
+    if facts.texts:
+        variables = text_variables(facts, shown, source, teacher if repo_id else None)
+    else:
+        variables = dict(
+            pipeline_class=facts.pipeline_class,
+            call=_call_arguments(facts),
+            takes_image=facts.takes_image,
+            variants=variants,
+            classes=facts.num_classes,
+            guided=facts.num_classes and facts.network.get("class_dropout_prob", 1) > 0,
+            model=model_rows(shown),
+        )
     text = template.render(
         card_data=data.to_yaml(),
         generated=GENERATED,
@@ -123,16 +141,9 @@ def _render(
         source=source,
         on_hub=repo_id is not None,
         picture=picture,
-        pipeline_class=facts.pipeline_class,
-        call=_call_arguments(facts),
-        takes_image=facts.takes_image,
-        variants=variants,
-        classes=facts.num_classes,
-        guided=facts.num_classes and facts.network.get("class_dropout_prob", 1) > 0,
         teacher=teacher,
         evaluations=_evaluations(facts),
         several_steps=facts.trained_steps if facts.trained_steps != [1] else None,
-        model=model_rows(shown),
         teacher_table=teacher_rows(shown),
         objective=objective_rows(shown),
         training=training_rows(shown),
@@ -143,32 +154,50 @@ def _render(
         results=_results(shown),
         license=license,
         references=_references(facts),
+        **variables,
     )
     return ModelCard(text)
 
 
 def card_data(
-    facts: ModelFacts, name: str, license: str | None = None, teacher_repo_id: str | None = None
+    facts: ModelFacts,
+    name: str,
+    license: str | None = None,
+    teacher_repo_id: str | None = None,
+    pictures: dict[str, str] | None = None,
 ) -> ModelCardData:
     """The metadata at the top of the card, in huggingface_hub's own classes, which check them."""
     conditional = facts.num_classes != 0
     tags = ["stochastic-interpolant", facts.scheduler.get("interpolant")]
     tags.append(None if facts.takes_image else "image-generation")
     tags.append("class-conditional-image-generation" if conditional else None)
+    tags = text_tags(facts) if facts.texts else tags
     steps = "one-step" if facts.trained_steps == [1] else "few-step"
     tags += [steps, "distillation", facts.settings.get("objective")] if facts.is_student else ["teacher"]
     dataset, results = _dataset(facts), eval_results(facts)
+    further: dict[str, Any] = {}
+    if facts.texts and teacher_repo_id:
+        further["base_model_relation"] = "finetune" if facts.texts["lora_rank"] is None else "adapter"
+    if pictures:
+        further["widget"] = [{"text": prompt, "output": {"url": file}} for file, prompt in pictures.items()]
     return ModelCardData(
         library_name="diffusers",
-        # The Hub has no tag of its own for generation by class.
-        pipeline_tag="image-to-image" if facts.takes_image else "unconditional-image-generation",
+        pipeline_tag=_task(facts),
         license=license,
         base_model=teacher_repo_id,
         datasets=[dataset] if dataset else None,
-        tags=[tag for tag in tags if is_word(tag)],
+        tags=[tag for tag in tags if is_word(tag) or tag == GALLERY],
         model_name=name if results else None,
         eval_results=results or None,
+        **further,
     )
+
+
+def _task(facts: ModelFacts) -> str:
+    """The Hub's name for what the model does; it has none for generation by class."""
+    if facts.texts:
+        return "text-to-image"
+    return "image-to-image" if facts.takes_image else "unconditional-image-generation"
 
 
 def eval_results(facts: ModelFacts) -> list[EvalResult]:
@@ -188,8 +217,8 @@ def eval_results(facts: ModelFacts) -> list[EvalResult]:
             arguments = {**how, "interval": (row.get("intervals") or {}).get(figure)}
             results.append(
                 EvalResult(
-                    task_type="image-to-image" if facts.takes_image else "unconditional-image-generation",
-                    task_name="image to image" if facts.takes_image else "image generation",
+                    task_type=_task(facts),
+                    task_name=_task(facts).replace("unconditional-", "").replace("-", " "),
                     dataset_type=_dataset(facts) or str(reference.get("name")),
                     dataset_name=str(reference.get("name")),
                     dataset_split=reference.get("split"),

@@ -13,6 +13,9 @@ from ..evaluation.config import EVALUATION
 from ..interpolants import INTERPOLANTS, Interpolant
 from ..pipelines.interpolant_pipeline_network import VIEWS, NetworkView
 from ..reading import read_json, read_json_lines, read_yaml
+from ..text_to_image.conventions import CONVENTIONS
+from ..text_to_image.student import LORA_WEIGHTS, read_student
+from ..text_to_image.student import STUDENT as TEXT_STUDENT
 from .plain_text import is_repository
 
 #: Files that a run leaves next to its pipeline and that are published with it.
@@ -79,7 +82,8 @@ class ModelFacts:
 
     Args:
         folder: the pipeline folder.
-        pipeline_class: `OneStepInterpolantPipeline` (a student) or another class of ours (a teacher).
+        pipeline_class: `OneStepInterpolantPipeline` (a student) or another class of ours (a teacher); of a text-to-image
+            student the stock class.
         id2label: names of the classes, or None.
         network_class, network, scheduler, vae: class name and configs of the components; `vae` is None for pixels.
         guidance: of a student that is guided inside itself: its `scale` and `channels`.
@@ -88,6 +92,7 @@ class ModelFacts:
         metrics: lines of metrics.jsonl, or [].
         recorded: facts.json, what the training noted beyond its settings, or {}.
         evaluation: evaluation.json, or None.
+        texts: student.json of a text-to-image student, or None.
     """
 
     folder: Path
@@ -103,15 +108,16 @@ class ModelFacts:
     metrics: list[dict[str, Any]] = field(default_factory=list)
     recorded: dict[str, Any] = field(default_factory=dict)
     evaluation: dict[str, Any] | None = None
+    texts: dict[str, Any] | None = None
 
     @property
     def trained_steps(self) -> list[int]:
         """The numbers of steps that a student was trained for."""
-        return list(self.scheduler.get("student_steps") or [1])
+        return list((self.texts or self.scheduler).get("student_steps") or [1])
 
     @property
     def is_student(self) -> bool:
-        return self.pipeline_class == STUDENT
+        return self.texts is not None or self.pipeline_class == STUDENT
 
     @property
     def num_classes(self) -> int | None:
@@ -177,6 +183,35 @@ def read_facts(folder: str | Path, training: bool = True) -> ModelFacts:
         InputError: when the folder is no pipeline of ours, or one of its files cannot be read.
     """
     folder = Path(folder)
+    facts = (_text_facts if (folder / TEXT_STUDENT).is_file() else _pipeline_facts)(folder)
+    if training:
+        facts.settings = read_yaml(folder / CONFIG) if (folder / CONFIG).is_file() else {}
+        facts.metrics = list(read_json_lines(folder / METRICS, _METRIC)) if (folder / METRICS).is_file() else []
+        facts.recorded = _json(folder / FACTS, _RECORDED) or {}
+        facts.evaluation = _json(folder / EVALUATION, _EVALUATION)
+    return facts
+
+
+def _text_facts(folder: Path) -> ModelFacts:
+    record = read_student(folder)
+    network = CONVENTIONS[record["pipeline_class"]].network
+    adapter = record["lora_rank"] is not None
+    if adapter and not (folder / LORA_WEIGHTS).is_file():
+        raise InputError(f"{folder} lacks its weights, {LORA_WEIGHTS}: restore them, or save the student again.")
+    return ModelFacts(
+        folder=folder,
+        pipeline_class=record["pipeline_class"],
+        id2label=None,
+        network_class=network,
+        network={},
+        scheduler=_json(folder / "scheduler" / "scheduler_config.json", {"_class_name": str}) or {},
+        vae=None,
+        parameters=_parameters(folder if adapter else folder / network),
+        texts=record,
+    )
+
+
+def _pipeline_facts(folder: Path) -> ModelFacts:
     index = _json(folder / "model_index.json", INDEX)
     if index is None:
         raise InputError(f"{folder} is not a pipeline folder: it has no model_index.json.")
@@ -187,7 +222,7 @@ def read_facts(folder: str | Path, training: bool = True) -> ModelFacts:
             f"{folder} holds {name!r}, which has no `transformer`: only pipelines of si_distill are described."
         )
     vae = _json(folder / "vae" / "config.json", _VAE) if (index.get("vae") or [None])[0] else None
-    facts = ModelFacts(
+    return ModelFacts(
         folder=folder,
         pipeline_class=name,
         id2label=index.get("id2label"),
@@ -198,12 +233,6 @@ def read_facts(folder: str | Path, training: bool = True) -> ModelFacts:
         parameters=_parameters(folder / "transformer"),
         guidance=index.get("guidance"),
     )
-    if training:
-        facts.settings = read_yaml(folder / CONFIG) if (folder / CONFIG).is_file() else {}
-        facts.metrics = list(read_json_lines(folder / METRICS, _METRIC)) if (folder / METRICS).is_file() else []
-        facts.recorded = _json(folder / FACTS, _RECORDED) or {}
-        facts.evaluation = _json(folder / EVALUATION, _EVALUATION)
-    return facts
 
 
 def cached_blobs(folder: Path) -> Path | None:

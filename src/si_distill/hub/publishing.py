@@ -16,11 +16,11 @@ from ..errors import InputError, PublishError
 from ..evaluation.config import EVALUATION
 from ..reading import read_json
 from .card import CARD, SAMPLES
-from .facts import CONFIG, FACTS, INDEX, METRICS, class_name
+from .facts import CONFIG, FACTS, INDEX, LORA_WEIGHTS, METRICS, TEXT_STUDENT, class_name
 from .staging import listing, stage_model
 
 #: Files outside the folders of components that a publication writes, and removes when it no longer has them.
-OWN_FILES = {CARD, SAMPLES, CONFIG, METRICS, FACTS, EVALUATION}
+OWN_FILES = {CARD, SAMPLES, CONFIG, METRICS, FACTS, EVALUATION, LORA_WEIGHTS, TEXT_STUDENT}
 
 
 @dataclass
@@ -178,16 +178,24 @@ def _check_same_kind(api: HfApi, folder: Path, repo_id: str, revision: str, pres
     """A name is taken when its repository holds something that this publication would bury."""
     if not present - {".gitattributes", CARD, "LICENSE"}:
         return
-    here = class_name(read_json(folder / "model_index.json", INDEX))
+    here = _published_class(folder)
     there = None
-    if "model_index.json" in present:
-        index = Path(api.hf_hub_download(repo_id, "model_index.json", revision=revision))
-        there = class_name(read_json(index, INDEX))
+    for name in (TEXT_STUDENT, "model_index.json"):
+        if name in present and there is None:
+            there = _published_class(Path(api.hf_hub_download(repo_id, name, revision=revision)).parent)
     if there != here:
         what = f"a {there}" if there else "other files, and no pipeline"
         raise InputError(
             f"The name {repo_id} is taken: its repository holds {what}, and this is a {here}. Give another --repo-id."
         )
+
+
+def _published_class(folder: Path) -> str | None:
+    """What a published folder holds: a pipeline of some class, or a text-to-image student of one."""
+    if (folder / TEXT_STUDENT).is_file():
+        kind = read_json(folder / TEXT_STUDENT, {"pipeline_class": str})["pipeline_class"]
+        return f"text-to-image student of a {kind}"
+    return class_name(read_json(folder / "model_index.json", INDEX))
 
 
 @contextmanager

@@ -60,7 +60,7 @@ def stage_model(
         raise InputError(f"`teacher_repo_id` is {teacher_repo_id!r}, which is not the name of a repository: user/name.")
     if run is not None:
         check_links(run)
-    _make_anew(folder)
+    make_anew(folder)
     pipeline.save_pretrained(folder)
     if variant:
         for name, component in pipeline.components.items():
@@ -78,7 +78,7 @@ def stage_model(
         _sample_grid(pipeline, kind).save(folder / SAMPLES)
     own_text = None
     if run is not None and _same_weights(folder / "transformer", run / "transformer"):
-        _take_results(run, folder)
+        take_results(run, folder)
         own_text = (run / CARD).read_text(encoding="utf-8", errors="replace") if is_own_text(run) else None
         facts = read_facts(folder)
     variants = (variant,) if variant else ()
@@ -95,6 +95,7 @@ def stage_space(
     revision: str | None,
     teacher_id: str | None,
     private: bool = False,
+    texts: bool = False,
 ) -> None:
     """
     Writes what a Gradio Space holds: the app, its settings, and the part of this package that samples.
@@ -107,14 +108,29 @@ def stage_space(
         model_id, revision: the student and the commit to show.
         teacher_id: the teacher to compare with.
         private: whether the model is private, so that the Space needs a token of its own.
+        texts: whether it is a text-to-image student, whose Space takes prompts.
     """
-    _make_anew(folder)
-    shutil.copytree(SPACE, folder, ignore=shutil.ignore_patterns("__pycache__"), dirs_exist_ok=True)
+    make_anew(folder)
+    rooms = ("models", "pipelines", "schedulers")
+    if texts:
+        rooms = (*rooms, "conversion", "text_to_image")
+        for source, name in (
+            ("text_app.py", "app.py"),
+            ("text_README.md", CARD),
+            ("text_students.py", "text_students.py"),
+        ):
+            shutil.copyfile(SPACE / source, folder / name)
+        # Adapters, and the tokenizers of T5 and Gemma.
+        requirements = (SPACE / "requirements.txt").read_text(encoding="utf-8")
+        further = "peft>=0.17\nsentencepiece>=0.2\nprotobuf>=4\n"
+        (folder / "requirements.txt").write_text(requirements + further, encoding="utf-8")
+    else:
+        shutil.copytree(SPACE, folder, ignore=shutil.ignore_patterns("__pycache__", "text_*"), dirs_exist_ok=True)
     package = Path(__file__).parents[1]
     for source in sorted(package.glob("*.py")):
         (folder / package.name).mkdir(exist_ok=True)
         shutil.copyfile(source, folder / package.name / source.name)
-    for room in ("models", "pipelines", "schedulers"):
+    for room in rooms:
         shutil.copytree(package / room, folder / package.name / room, ignore=shutil.ignore_patterns("__pycache__"))
     student = {"student": model_id, "revision": revision, "teacher": teacher_id}
     (folder / "space.json").write_text(json.dumps({"students": [student]}, indent=1) + "\n", encoding="utf-8")
@@ -153,17 +169,22 @@ def check_links(run: Path) -> None:
     Raises:
         InputError: names the link.
     """
-    places = [run.resolve(), *filter(None, [cached_blobs(run)])]
     components = [path for path in run.iterdir() if (path / "config.json").exists() or path.name == "scheduler"]
     for path in [*run.iterdir(), *(file for folder in components for file in folder.rglob("*"))]:
-        if path.is_symlink() and not any(map(path.resolve().is_relative_to, places)):
-            raise InputError(
-                f"{path} is a link to {os.readlink(path)}, outside of {run}, and is not published: put a copy in its place, "
-                "or remove the link."
-            )
+        check_link(path, run)
 
 
-def _make_anew(folder: Path) -> None:
+def check_link(path: Path, run: Path) -> None:
+    """Refuses one path of the folder `run` if it is such a link."""
+    places = [run.resolve(), *filter(None, [cached_blobs(run)])]
+    if path.is_symlink() and not any(map(path.resolve().is_relative_to, places)):
+        raise InputError(
+            f"{path} is a link to {os.readlink(path)}, outside of {run}, and is not published: put a copy in its place, or "
+            "remove the link."
+        )
+
+
+def make_anew(folder: Path) -> None:
     """Deletes what an earlier publication left in a folder, which is `hub/model` or `hub/space` of a run.
 
     Raises:
@@ -178,7 +199,7 @@ def _make_anew(folder: Path) -> None:
     folder.mkdir(parents=True)
 
 
-def _take_results(run: Path, folder: Path) -> None:
+def take_results(run: Path, folder: Path) -> None:
     """Writes anew what describes the run, without the paths of this machine. The evaluation's pictures stay: they show
     images of the data set, whose licence nobody here knows.
     """

@@ -268,7 +268,7 @@ def load_student(
             f"--base FOLDER_OR_REPO (in Python base=…). {error}"
         ) from error
     _check_class(type(pipeline).__name__, kind, name, f"{wanted!r}")
-    scheduler = getattr(diffusers, _scheduler_class(folder))
+    scheduler = getattr(diffusers, scheduler_class(folder))
     try:
         pipeline.scheduler = scheduler.from_pretrained(folder / "scheduler")
         pipeline.load_lora_weights(folder, weight_name=LORA_WEIGHTS, adapter_name=ADAPTER)
@@ -324,7 +324,12 @@ def read_student(folder: Path) -> dict[str, Any]:
     return record
 
 
-def _scheduler_class(folder: Path) -> str:
+def scheduler_class(folder: Path) -> str:
+    """The name of the stock scheduler in a student's folder.
+
+    Raises:
+        InputError: when it is damaged, or of a class that no student has.
+    """
     path = folder / "scheduler" / "scheduler_config.json"
     kind = read_json(path, {"_class_name": str}, "Restore it, or save the student again.")["_class_name"]
     known = [cls.__name__ for cls in (FlowMatchEulerDiscreteScheduler, EulerDiscreteScheduler, LCMScheduler)]
