@@ -24,19 +24,23 @@ def call(pipeline, latents, steps, student):
     return pipeline(prompt=list(PROMPTS), latents=latents.clone(), output_type="pt", **size, **arguments).images
 
 
-def adapter(job, latents, images):
-    """A LoRA on its base: alone, at half its effect, fused, and with a second one stacked on it."""
-    name, folder = job["name"], ROOT / job["folder"]
-    student = json.loads((folder / "student.json").read_text())
-    pipeline = getattr(diffusers, student["pipeline_class"]).from_pretrained(student["base"])
+def scheduler(folder):
     kind = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())["_class_name"]
-    pipeline.scheduler = getattr(diffusers, kind).from_pretrained(folder / "scheduler")
+    return getattr(diffusers, kind).from_pretrained(folder / "scheduler")
+
+
+def adapter(job, latents, images):
+    """A LoRA on its base: re-noising, alone, fused, at half its effect, and with a second one stacked on it."""
+    name, folder = job["name"], ROOT / job["folder"]
+    student, renoise = (json.loads((ROOT / job[key] / "student.json").read_text()) for key in ("folder", "renoise"))
+    pipeline = getattr(diffusers, student["pipeline_class"]).from_pretrained(student["base"])
     pipeline.set_progress_bar_config(disable=True)
     pipeline.load_lora_weights(folder, adapter_name="student")
+    pipeline.scheduler = scheduler(ROOT / job["renoise"])
+    images[f"{name} renoise/4"] = call(pipeline, latents, 4, renoise)
+    pipeline.scheduler = scheduler(folder)
     for steps in student["student_steps"]:
         images[f"{name}/{steps}"] = call(pipeline, latents, steps, student)
-    if not job["stack"]:
-        return
     pipeline.fuse_lora(adapter_names=["student"])
     images[f"{name}/fused"] = call(pipeline, latents, 1, student)
     pipeline.unfuse_lora()

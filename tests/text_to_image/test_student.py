@@ -90,10 +90,8 @@ def exported(tmp_path_factory):
         ours[f"{name} renoise/4"] = renoised_images(teacher, student, renoise, texts, x1)
         once = student_scheduler(teacher, student_steps=[1])
         ours[f"{name}/base"] = our_images(teacher, teacher.transformer, once, texts, x1)["1"]
-        jobs += [
-            {"name": name, "pipeline": name, "folder": f"{name}-lora", "whole": False, "stack": f"{name}-style"},
-            {"name": f"{name} renoise", "pipeline": name, "folder": f"{name}-renoise", "whole": False, "stack": None},
-        ]
+        folders = {"folder": f"{name}-lora", "stack": f"{name}-style", "renoise": f"{name}-renoise"}
+        jobs.append({"name": name, "pipeline": name, "whole": False, **folders})
         teacher = TextToImageTeacher(build(name), (32, 32))
         before = dict(teacher.pipeline.components), dict(teacher.pipeline.config)
         student = disturbed(copy.deepcopy(teacher.transformer), 1)
@@ -102,7 +100,7 @@ def exported(tmp_path_factory):
         assert dict(teacher.pipeline.components) == before[0]
         assert dict(teacher.pipeline.config) == before[1]
         ours |= {f"{name} full/{key}": value for key, value in our_images(teacher, student, plain, texts, x1).items()}
-        jobs.append({"name": f"{name} full", "pipeline": name, "folder": f"{name}-full", "whole": True, "stack": None})
+        jobs.append({"name": f"{name} full", "pipeline": name, "folder": f"{name}-full", "whole": True})
     (root / "jobs.json").write_text(json.dumps(jobs))
     run = subprocess.run([sys.executable, HERE / "stock_process.py", root], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr

@@ -175,7 +175,7 @@ def test_the_space_takes_prompts(root, tmp_path):
     (space / "space.json").write_text(json.dumps({"students": [{"student": str(root / "lora")}]}))
     script = """
 from pathlib import Path
-from exported_students import VisitorError, configured
+from text_students import VisitorError, configured
 import si_distill
 assert Path(si_distill.__file__).parent == Path.cwd() / "si_distill"
 student = configured(Path("space.json"))
