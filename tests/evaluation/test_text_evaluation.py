@@ -271,3 +271,5 @@ def test_what_does_not_fit_is_a_sentence(folders, tmp_path, changed, text):
 def test_metrics_of_prompts_need_prompts(tmp_path):
     with pytest.raises(InputError, match="clip_score, which is of images of prompts"):
         evaluate(EvaluationConfig(images="samples.npz", metrics=["clip_score"], output=str(tmp_path / "e.json")))
+    with pytest.raises(InputError, match="`images_per_prompt` is of images of prompts"):
+        evaluate(EvaluationConfig(images="samples.npz", images_per_prompt=2, output=str(tmp_path / "e.json")))

@@ -222,9 +222,9 @@ def prompt_distances(features: torch.Tensor, per_prompt: int) -> np.ndarray:
     return (1 - pairs / (per_prompt * (per_prompt - 1))).cpu().numpy()
 
 
-def saturation(images: torch.Tensor, low: float, high: float) -> torch.Tensor:
-    """Share of the values (of all channels of all pixels) of each image that are at or beyond an end, (N,), float64."""
-    return ((images <= low) | (images >= high)).flatten(1).double().mean(1)
+def saturation(images: torch.Tensor) -> torch.Tensor:
+    """Share of the values (of all channels of all pixels) of each image (N, C, H, W), uint8, at 0 or 255: (N,), float64."""
+    return ((images == 0) | (images == 255)).flatten(1).double().mean(1)
 
 
 def inception_score(logits: torch.Tensor) -> tuple[float, float]:

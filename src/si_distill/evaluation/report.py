@@ -7,6 +7,7 @@ from typing import Any
 from ..errors import InputError
 from ..files import delete, write_text
 from ..launching import join_processes
+from ..loading import check_place
 from ..text_to_image.student import is_text_student
 from ..text_to_image.teacher import is_text_to_image
 from .config import EvaluationConfig
@@ -69,11 +70,16 @@ def _measure(evaluation: Evaluation, settings: EvaluationConfig, started: float)
 
 
 def _check_has_no_prompts(settings: EvaluationConfig) -> None:
-    """Refuses text-to-image pipelines, and metrics of prompts, without prompts."""
+    """Refuses text-to-image pipelines, and metrics and settings of prompts, without prompts."""
     ways = "set `prompts_file` (a prompt in each line), or `data` with `data.caption_column`."
     for role, name in (("pipeline", settings.pipeline), ("teacher", settings.teacher)):
+        if name:
+            check_place(role, name)
         if name and (is_text_student(name) or is_text_to_image(name)):
             raise InputError(f"The {role} {name!r} makes images of prompts, and there are none: {ways}")
+    for name in ("images_per_prompt", "height", "width", "dtype"):
+        if getattr(settings, name) != getattr(EvaluationConfig, name):
+            raise InputError(f"`{name}` is of images of prompts, and there are none: {ways} Or leave it out.")
     wanted = [m.asked_by for m in METRICS.values() if m.of_prompts and m.asked_by in settings.metrics]
     if wanted:
         raise InputError(f"`metrics` holds {wanted[0]}, which is of images of prompts, and there are none: {ways}")

@@ -36,7 +36,7 @@ class Saturation:
     identity: dict[str, Any] = {"figure": "share of values at 0 or 255"}
 
     def __call__(self, images: torch.Tensor, prompts: Sequence[str]) -> np.ndarray:
-        return saturation(images, 0, 255).numpy()
+        return saturation(images).numpy()
 
 
 class ClipScorer:
