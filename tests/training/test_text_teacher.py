@@ -93,6 +93,28 @@ def test_the_run_folder_is_the_stock_pipeline_with_the_average(sana, tmp_path):
     assert (facts["data"]["images"], facts["data"]["captions"]) == (12, 3)
 
 
+def test_an_adapter_is_what_the_stock_pipeline_loads(sana, tmp_path):
+    lora = [*sana, "--lora_rank", 2, "--learning_rate", 1e-2]
+    trainer = training(tmp_path / "run", *lora, "--max_steps", 3)
+    trainer.train()
+    training(tmp_path / "parts", *lora, "--max_steps", 1).train()
+    training(tmp_path / "parts", *lora, "--max_steps", 3, "--resume_from_checkpoint", "latest").train()
+    whole, parts = (load_file(tmp_path / name / "pytorch_lora_weights.safetensors") for name in ("run", "parts"))
+    assert same(whole, parts)
+    assert not (tmp_path / "run" / "model_index.json").exists()
+
+    pipeline, t = build("sana"), torch.tensor([700.0])
+    told = {name: value[:1] for name, value in trainer.texts.text.items()}
+    x_t = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        before = pipeline.transformer(x_t, timestep=t, return_dict=False, **told)[0]
+        pipeline.load_lora_weights(tmp_path / "run")
+        after = pipeline.transformer(x_t, timestep=t, return_dict=False, **told)[0]
+        (ours,) = trainer.averages.network(x_t, t, **told)
+    assert not torch.allclose(before, after, atol=1e-4)
+    assert torch.allclose(after, ours, atol=1e-5)
+
+
 def test_a_resumed_run_repeats_the_uninterrupted_one(sana, tmp_path):
     training(tmp_path / "whole", *sana, "--max_steps", 4).train()
     training(tmp_path / "parts", *sana, "--max_steps", 2).train()

@@ -14,6 +14,7 @@ from ..data.latents.dataset import LatentDataset
 from ..errors import InputError
 from ..pipelines import Condition, Field, view_network
 from ..pipelines.interpolant_field import Guidance
+from ..text_to_image.lora import LoraWeights
 from ..text_to_image.teacher import TextToImageTeacher, load_stock_pipeline
 from ..text_to_image.texts import Texts, encode_texts
 from ..visualization import image_grid, tensor_to_pil
@@ -26,7 +27,7 @@ SHOWN, SCALES = 8, (1.0, 3.0)
 
 class TextTeacherTrainer(TeacherTrainer):
     """The regression of `TeacherTrainer` for a stock pipeline: on its own path, of latents of its autoencoder, with caption
-    dropout.
+    dropout. The run folder becomes such a pipeline, or with `lora_rank` the adapter that it loads.
     """
 
     def setup(self) -> None:
@@ -72,8 +73,10 @@ class TextTeacherTrainer(TeacherTrainer):
     def condition(self, batch: Batch) -> Condition:
         return self.texts.condition(batch["labels"])
 
-    def pipeline(self, network: nn.Module | None = None) -> DiffusionPipeline:
+    def pipeline(self, network: nn.Module | None = None) -> DiffusionPipeline | LoraWeights:
         network = self.averages.network if network is None else network
+        if network.shares_base:
+            return LoraWeights(self.teacher, network)
         pipeline = copy.copy(self.teacher.pipeline)
         pipeline.register_modules(**{self.teacher.convention.network: network.base})
         return pipeline
