@@ -7,7 +7,7 @@ RUNS ?= runs
 LAUNCH := $(BIN)/accelerate launch --quiet --num_processes 1 --num_machines 1 --mixed_precision no \
 	--dynamo_backend no --num_cpu_threads_per_process $(shell nproc)
 
-.PHONY: try demo demo-bridge test test-slow coverage space space-test docs package lint format clean
+.PHONY: try demo demo-bridge demo-text test test-slow coverage space space-test docs package lint format clean
 
 .venv/.installed: setup.py pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -42,6 +42,18 @@ demo-bridge: .venv/.installed
 		--data.split "train[1297:]" --data.degradation downsample \
 		--data.degradation_kwargs "{factor: 2, filter: pool, upsample: nearest}"
 	@echo "Inputs, teacher, student and truth: $(SUPERRES)-student/evaluation.png"
+
+# Captions such as "a red seven on the left": a text-to-image pipeline of diffusers, built small and trained here.
+TEXT := $(RUNS)/text-digits
+demo-text: .venv/.installed
+	$(BIN)/python benchmarks/text_digits_data.py --out $(TEXT)
+	$(LAUNCH) training/precompute_latents.py --vae $(TEXT)/pipeline --output_dir $(TEXT)/latents --data.name parquet \
+		--data.data_files $(TEXT)/images.parquet --data.caption_column text --data.image_size 128 --batch_size 100
+	$(LAUNCH) training/train_teacher.py --config configs/text-digits/teacher.yaml --model.pipeline $(TEXT)/pipeline \
+		--data.name $(TEXT)/latents --seed $(SEED) --output_dir $(TEXT)/teacher --overwrite_output_dir
+	$(BIN)/python benchmarks/text_digits.py --pipelines $(TEXT)/teacher --judge $(TEXT)/judge.safetensors \
+		--output $(TEXT)/figures
+	@echo "Real digits and the teacher's at 1, 4 and 20 steps: $(TEXT)/figures/text_digits.png"
 
 lint: .venv/.installed
 	$(BIN)/ruff check .
