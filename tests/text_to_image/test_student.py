@@ -18,7 +18,8 @@ from tiny_pipelines import ALL, build
 from si_distill.errors import InputError
 from si_distill.pipelines import Field
 from si_distill.sample_noise import SampleNoise
-from si_distill.text_to_image.student import LORA_WEIGHTS, STUDENT, TextToImageStudent, load_student
+from si_distill.text_to_image.lora import LORA_WEIGHTS
+from si_distill.text_to_image.student import STUDENT, TextToImageStudent, load_student
 from si_distill.text_to_image.teacher import TextToImageTeacher
 from si_distill.text_to_image.texts import encode_texts
 from si_distill.training.distillation.levels import Level, Levels

@@ -14,8 +14,9 @@ from ..interpolants import INTERPOLANTS, Interpolant
 from ..pipelines.interpolant_pipeline_network import VIEWS, NetworkView
 from ..reading import read_json, read_json_lines, read_yaml
 from ..text_to_image.conventions import CONVENTIONS
-from ..text_to_image.student import LORA_WEIGHTS, read_student
+from ..text_to_image.lora import LORA_WEIGHTS
 from ..text_to_image.student import STUDENT as TEXT_STUDENT
+from ..text_to_image.student import read_student
 from .plain_text import is_repository
 
 #: Files that a run leaves next to its pipeline and that are published with it.

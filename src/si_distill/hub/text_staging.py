@@ -10,7 +10,8 @@ import torch
 from ..errors import InputError
 from ..files import write_text
 from ..reading import read_json
-from ..text_to_image.student import ADAPTER, LORA_WEIGHTS, STUDENT, LoadedStudent, load_student, read_student
+from ..text_to_image.lora import LORA_WEIGHTS
+from ..text_to_image.student import ADAPTER, STUDENT, LoadedStudent, load_student, read_student
 from ..visualization import image_grid
 from .card import CARD, SAMPLES, is_own_text, render_card
 from .facts import read_facts

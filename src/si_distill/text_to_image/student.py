@@ -29,11 +29,12 @@ from ..files import write_text
 from ..reading import read_json
 from ..schedulers.scheduling_stochastic_interpolant import StochasticInterpolantScheduler
 from .conventions import CONVENTIONS
+from .lora import LORA_WEIGHTS, LoraWeights
 from .network import TextNetwork
 from .stock_calls import stock_scheduler, student_times
 from .teacher import TextToImageTeacher, load_stock_pipeline
 
-STUDENT, LORA_WEIGHTS = "student.json", "pytorch_lora_weights.safetensors"
+STUDENT = "student.json"
 #: The student's name among the adapters of a loaded pipeline.
 ADAPTER = "student"
 
@@ -105,7 +106,7 @@ class TextToImageStudent:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         if self.network.shares_base:
-            self._save_adapter(folder)
+            LoraWeights(self.teacher, self.network).save_pretrained(folder)
             self.scheduler.save_pretrained(folder / "scheduler")
         else:
             pipeline = copy.copy(
@@ -130,19 +131,6 @@ class TextToImageStudent:
             "max_sequence_length": self.max_length,
         }
         write_text(folder / STUDENT, json.dumps(record, indent=1) + "\n")
-
-    def _save_adapter(self, folder: Path) -> None:
-        from peft import get_peft_model_state_dict
-
-        base, name, layers = self.network.base, self.network.adapter, self.teacher.convention.layers
-        state = get_peft_model_state_dict(base, adapter_name=name)
-        config = base.peft_config[name].to_dict()
-        config["target_modules"] = sorted(config["target_modules"])  # JSON has no sets
-        type(self.teacher.pipeline).save_lora_weights(
-            folder,
-            **{layers: {key: value.detach().float().cpu().contiguous() for key, value in state.items()}},
-            **{layers.replace("_layers", "_adapter_metadata"): config},
-        )
 
 
 @dataclass

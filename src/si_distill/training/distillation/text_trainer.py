@@ -8,6 +8,7 @@ from torch import nn
 
 from ...data import TrainingData, load_training_data
 from ...data.batches import Batch
+from ...errors import InputError
 from ...pipelines import Condition
 from ...text_to_image.prompts import load_texts, negative_prompt, told_guidance
 from ...text_to_image.student import TextToImageStudent

@@ -14,8 +14,8 @@ from ...files import LOCK, FolderLock, delete, refuse_links, write_text
 from ...hub.facts import CONFIG, FACTS, METRICS
 from ...reading import dump_yaml, read_json, read_json_lines, read_yaml, resolve
 from ...settings import settings_from_dict, settings_to_dict
-from ...text_to_image.student import LORA_WEIGHTS, STUDENT
 from ...text_to_image.lora import LORA_WEIGHTS
+from ...text_to_image.student import STUDENT
 from ..averaging.ema import EMA_WEIGHTS
 from ..averaging.posthoc import EMA_SNAPSHOTS
 from ..config import BEST, EVALUATIONS, TrainingConfig
@@ -30,7 +30,6 @@ INDICES = ("model_index.json", STUDENT)
 #: What one run leaves and another in the same folder must not find.
 TRACES = (
     *INDICES, LORA_WEIGHTS, METRICS, FACTS, EVALUATION, EVALUATIONS, SAMPLES, CHECKPOINTS, BEST, f".{BEST}.tmp",
-    "model_index.json", LORA_WEIGHTS, METRICS, FACTS, EVALUATION, EVALUATIONS, SAMPLES, CHECKPOINTS, BEST, f".{BEST}.tmp",
     f".{BEST}.old", EMA_WEIGHTS, EMA_SNAPSHOTS, PROFILE, STAGING,
 )  # fmt: skip
 #: What else a run writes to: the settings, and the pipeline and its card.
