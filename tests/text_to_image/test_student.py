@@ -26,8 +26,8 @@ from si_distill.training.distillation.levels import Level, Levels
 
 HERE = Path(__file__).parent
 PROMPTS = ["a red fox in the snow", "two boats"]
-#: Of images in [0, 1]. The same operations in the same precision: what is left is the order of additions.
-TOLERANCE = 1e-4
+#: Of images in [0, 1]; 1e-5 was seen. The same operations in the same precision: what is left is the order of additions.
+TOLERANCE = 5e-5
 
 
 def shown(teacher, latents):

@@ -46,7 +46,7 @@ def text_variables(facts: ModelFacts, shown: ModelFacts, source: str, base: str 
     for count in record["student_steps"]:
         given = {**record["arguments"][str(count)], **size}
         arguments = ", ".join(f"{name}={_literal(value)}" for name, value in given.items())
-        calls.append((count, f"image = pipe(prompt, {arguments}, generator=generator).images[0]"))
+        calls.append((count, f"image = pipe(\n    prompt, {arguments}, generator=generator\n).images[0]"))
     return {
         "adapter": adapter,
         "adapter_name": ADAPTER,
