@@ -39,9 +39,9 @@ class Adapters:
         self.names: list[str] = []
         self.layers: dict[str, nn.Module] = {}  # the changed layers by their names
         self.current: str | None = None
-        linear = {name: type(module) for name, module in base.named_modules() if isinstance(module, nn.Linear)}
+        linear = [name for name, module in base.named_modules() if isinstance(module, nn.Linear)]
         if not any(name == target or name.endswith(f".{target}") for name in linear for target in targets):
-            ends = sorted({name.split(".")[-1] if not name[-1].isdigit() else name[-4:] for name in linear})
+            ends = sorted({_end(name) for name in linear})
             raise InputError(
                 f"`lora_targets` {', '.join(targets)}: no linear layer of the {type(base).__name__} ends so. Its layers end "
                 f"in {', '.join(ends)}."
@@ -105,3 +105,9 @@ class Adapters:
             return checkpoint(block, *inputs, use_reentrant=False, context_fn=contexts)
 
         self.base.enable_gradient_checkpointing(run)
+
+
+def _end(name: str) -> str:
+    """The last part of a layer's name, with the one before if it is a number."""
+    parts = name.split(".")
+    return ".".join(parts[-2:]) if parts[-1].isdigit() else parts[-1]

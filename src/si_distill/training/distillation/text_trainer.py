@@ -17,6 +17,8 @@ from ...text_to_image.text_cache import is_text_cache, without_encoders
 from ...text_to_image.texts import encode_texts
 from ...visualization import tensor_to_pil
 from ..run.facts import describe_data, describe_network, describe_teacher
+from .draws import MicroBatch
+from .text_health import image_means
 from .trainer import DistillationTrainer
 
 
@@ -31,8 +33,23 @@ class TextDistillationTrainer(DistillationTrainer):
     teacher_pipeline: TextToImageTeacher
     grid_columns = 6
 
+    def setup(self) -> None:
+        self._watched: dict[str, torch.Tensor] = {}
+        super().setup()
+        self.pipeline()  # refuses steps that no stock call takes
+
+    def iteration(self) -> tuple[dict[str, torch.Tensor], bool]:
+        metrics, finite = super().iteration()
+        return metrics | self._watched, finite
+
     def _load_teacher(self) -> TextToImageTeacher:
         settings, text = self.settings, self.settings.text
+        for name in ("student", "eval_metric_steps"):
+            if getattr(settings, name) is not None:
+                raise InputError(
+                    f"`{name}` is {getattr(settings, name)!r}, which is for teachers of classes alone: leave it out. "
+                    "(training/evaluate.py measures text-to-image students.)"
+                )
         # Adapters are trained in float32 on a network that nobody updates.
         half = settings.mixed_precision == "bf16" and settings.lora_rank is not None
         # A student of its own weights is saved as a whole pipeline, encoders and all.
@@ -89,11 +106,22 @@ class TextDistillationTrainer(DistillationTrainer):
 
     def facts(self) -> dict[str, Any]:
         return {
-            "network": describe_network(self.averages.network),
+            "network": {**describe_network(self.averages.network), "class": type(self.averages.network.base).__name__},
             "teacher": describe_teacher(self.settings.teacher, self.teacher_pipeline),
             "data": describe_data(self.settings.data, self.data),
             "objective_space": self.objective.space,
         }
+
+    def sample_grid(self) -> Image.Image:
+        picture, count = super().sample_grid(), self.grid_columns
+        # Two images of each prompt of the grid, from further noise.
+        labels = torch.arange(count, device=self.accelerator.device).repeat_interleave(2) % len(self.texts)
+        indices, level = range(2 * count), self.levels.all[-1]
+        noise = self.noise.normal(self.sample_shape, "samples", 2, indices=indices)
+        batch = MicroBatch(noise, labels, {}, indices, level, (-1, -1, 1))
+        means = image_means(self.teacher_pipeline.decode(self._generate(self.averages.network, batch)), 2)
+        self._watched = {name: torch.tensor(value) for name, value in means.items()}
+        return picture
 
     def _names(self, labels: list[int]) -> list[str]:
         return [self.texts.prompts[label] for label in labels]

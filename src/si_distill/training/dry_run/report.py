@@ -20,6 +20,7 @@ from ...pipelines import InterpolantPipeline, OneStepInterpolantPipeline, view_n
 from ...pipelines.interpolant_pipeline_folder import STOCK_LIBRARIES
 from ...schedulers.scheduling_stochastic_interpolant import StochasticInterpolantScheduler
 from ...settings import parse_settings
+from ...text_to_image.network import TextNetwork
 from ...units import binary_size
 from ..build_network import CLASSES, FOREIGN_CLASSES, build_network
 from ..config import TeacherConfig, TrainingConfig
@@ -300,6 +301,9 @@ def _on_meta(folder: str, name: str, entry: list[str] | None) -> nn.Module | Non
 def _network(network: nn.Module) -> str:
     view = view_network(network)
     size = " × ".join(map(str, view.sample_shape))
+    if isinstance(network, TextNetwork):
+        own = sum(p.numel() for name, p in network.base.named_parameters() if ".lora_" not in name)
+        return f"{type(network.base).__name__}, {own:,} parameters, {size}, text"
     kind = f"{view.num_classes} classes" if view.num_classes else "unconditional"
     return f"{type(network).__name__}, {parameter_count([network]):,} parameters, {size}, {kind}"
 

@@ -15,8 +15,10 @@ from torch import nn
 
 from ...errors import InputError, PublishError, TrainingStopped
 from ...hub.card import write_card
-from ...hub.publishing import publish_pipeline
+from ...hub.publishing import Published, publish_pipeline, upload
+from ...hub.text_staging import stage_text_student
 from ...pipelines.interpolant_pipeline_base import InterpolantPipelineBase
+from ...text_to_image.student import is_text_student
 from ..averaging.ema import Averages
 from ..config import TrainingConfig
 from ..parallel.accelerator import agree
@@ -98,14 +100,21 @@ class Outputs:
         """
         settings = self.settings
         try:
-            pipeline = type(self._pipeline(None)).from_pretrained(self.run.path)
-            published = publish_pipeline(pipeline, settings.hub_model_id, settings.hub_private_repo or None)
+            published = self._publish(settings.hub_model_id, settings.hub_private_repo or None)
         except (InputError, PublishError) as error:
             raise PublishError(
                 f"{error} The training is finished and {self.run.path} is whole; publish it later with: python "
                 f"pipelines/publish.py --pipeline {self.run.path} --repo-id {settings.hub_model_id}"
             ) from error
         print(f"Published: {published.url} at {published.commit}.")
+
+    def _publish(self, repo_id: str, private: bool | None) -> Published:
+        if is_text_student(str(self.run.path)):
+            folder = self.run.path / "hub" / "model"
+            stage_text_student(self.run.path, folder, repo_id)
+            return upload(folder, repo_id, "model", private)
+        pipeline = type(self._pipeline(None)).from_pretrained(self.run.path)
+        return publish_pipeline(pipeline, repo_id, private)
 
     def write(self, what: str, step: int, action: Callable[[], None]) -> None:
         """Does `action` on rank 0; collective.
