@@ -156,16 +156,18 @@ def word_tokenizer() -> GemmaTokenizer:
 
 @torch.no_grad()
 def start_small(network: Lumina2Transformer2DModel) -> None:
-    """Blocks and output that add nothing yet, as DiT starts, and features of the time that tell times in [0, 1] apart.
+    """Blocks that add nothing yet and an output that is nearly 0, as DiT starts; the first layer of the time tells times in
+    [0, 1] apart.
 
     The network's own sines are made for times up to 1,000: over [0, 1] all of them are nearly straight lines.
     """
     for block in (*network.noise_refiner, *network.layers):
         nn.init.zeros_(block.norm1.linear.weight)
         nn.init.zeros_(block.norm1.linear.bias)
-    for layer in (network.norm_out.linear_1, network.norm_out.linear_2):
-        nn.init.zeros_(layer.weight)
-        nn.init.zeros_(layer.bias)
+    nn.init.zeros_(network.norm_out.linear_1.weight)
+    nn.init.zeros_(network.norm_out.linear_1.bias)
+    nn.init.normal_(network.norm_out.linear_2.weight, std=0.01)  # not 0, of which guidance would take the norm
+    nn.init.zeros_(network.norm_out.linear_2.bias)
     first = network.time_caption_embed.timestep_embedder.linear_1
     slopes, kinks = 20 * torch.randn(len(first.bias)), torch.rand(len(first.bias))
     nn.init.zeros_(first.weight)

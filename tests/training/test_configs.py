@@ -77,6 +77,8 @@ def test_every_run_is_accepted_and_dry_run(path, monkeypatch):
         millions = re.search(r"max_steps: \d+ +# ([\d,]+) million images", text)
         if millions:
             assert settings.max_steps == int(millions[1].replace(",", "")) * 1_000_000 // total
+    if isinstance(settings, TeacherConfig) and settings.is_text_to_image:
+        return  # its pipeline is built first, by a benchmark; there is no dry run of it
     lines = report(settings)
     if found:
         assert f"= {total:,} images per update" in lines["batch"]
