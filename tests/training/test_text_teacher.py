@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from script_runs import command, metrics, run
 from tiny_pipelines import build
 
 from si_distill.errors import InputError
@@ -120,6 +121,15 @@ def test_a_resumed_run_repeats_the_uninterrupted_one(sana, tmp_path):
     training(tmp_path / "parts", *sana, "--max_steps", 2).train()
     training(tmp_path / "parts", *sana, "--max_steps", 4, "--resume_from_checkpoint", "latest").train()
     assert same(weights(tmp_path / "whole"), weights(tmp_path / "parts"))
+
+
+def test_two_processes_train_as_one(sana, tmp_path):
+    given = [*sana, "--max_steps", 3, "--adam_epsilon", 1e-3]
+    training(tmp_path / "one", *given).train()
+    shared = ["--output_dir", tmp_path / "two", *SMALL, "--per_device_train_batch_size", 2]
+    run(*command("train_teacher.py", *shared, *given, processes=2))
+    one, two = (np.array(metrics(tmp_path / name, "loss", "grad_norm")) for name in ("one", "two"))
+    assert two == pytest.approx(one, rel=1e-4)
 
 
 def test_the_empty_text_takes_the_place_of_some_captions(sana, tmp_path):
