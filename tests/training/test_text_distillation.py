@@ -17,14 +17,29 @@ from tiny_pipelines import ALL, build
 
 from si_distill.commands.precompute_texts import main as precompute
 from si_distill.commands.train_distill import main
+from si_distill.settings import parse_settings
+from si_distill.training.distillation.config import DistillConfig
+from si_distill.training.dry_run.report import dry_run
+from si_distill.training.dry_run.text import described_text_teacher
 
 LOSSES = ("critic_loss", "generator_loss", "critic_grad_norm", "generator_grad_norm", "field_distance")
 PROMPTS = ["a red fox", "two boats", "a cat", "a dog in the snow"]
 SETTINGS = """
---data.name text --text.height 32 --text.width 48 --max_steps 4 --eval_steps 4 --save_steps 2 --logging_steps 1
+--data.name text --text.height 32 --text.width 64 --max_steps 4 --eval_steps 4 --save_steps 2 --logging_steps 1
 --learning_rate 1e-3 --adam_epsilon 1e-3 --lora_rank 4
 """.split()
 GUIDED = "--guidance_scale 3 --critic_guidance_scale 2 --critic_class_dropout_prob 0.25".split()
+#: Parameters in millions, as their publishers say or their configs give.
+PUBLISHED = {
+    "sd35_medium": 2243,
+    "sd35_medium_full": 2243,
+    "flux1_dev": 11901,
+    "sana_1600m": 1604,
+    "lumina2": 2610,
+    "z_image": 6155,
+    "sdxl_dmd2": 2567,
+    "sd15_lsg": 860,
+}
 #: Two processes with one prompt each make the update of one process with two.
 ONE, TWO = (["--per_device_train_batch_size", size] for size in ("2", "1"))
 
@@ -134,3 +149,23 @@ def test_two_processes_are_one(places, alone):
     assert_same(places / "ddp", alone, exactly=False)
     for found, wanted in zip(metrics(places / "fsdp", *LOSSES), metrics(alone, *LOSSES), strict=True):
         assert found == pytest.approx(wanted, rel=5e-4, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "configs" / "text-to-image").glob("*.yaml")), ids=lambda path: path.stem
+)
+def test_recipes_describe_their_pipelines(path, tmp_path):
+    settings = parse_settings(DistillConfig, ["--config", str(path), "--output_dir", str(tmp_path)])
+    teacher, _ = described_text_teacher(settings)
+    millions = sum(p.numel() for name, p in teacher.transformer.base.named_parameters() if ".lora_" not in name) / 1e6
+    assert millions == pytest.approx(PUBLISHED[path.stem], rel=0.01)
+    assert teacher.size == ((512, 512) if path.stem == "sd15_lsg" else (1024, 1024))
+
+
+def test_what_the_page_says_that_sd35_needs(tmp_path):
+    path = ROOT / "configs/text-to-image/sd35_medium.yaml"
+    settings = parse_settings(DistillConfig, ["--config", str(path), "--output_dir", str(tmp_path)])
+    report = dry_run(settings)
+    assert "2,243,171,520 parameters" in report
+    assert "rank 64 on 337 layers, 93,978,624 parameters each" in report
+    assert "about 9.9" in report.split("memory:")[1].split("GiB")[0]

@@ -54,7 +54,9 @@ class Adapters:
 
         name, flags = f"{_NAME}_{len(self.names)}", {p: p.requires_grad for p in self.base.parameters()}
         config = LoraConfig(r=self.rank, lora_alpha=self.rank, target_modules=sorted(self.targets))
-        with warnings.catch_warnings():
+        # On the meta device random weights would be drawn for nothing.
+        shapes_alone = next(self.base.parameters()).is_meta
+        with warnings.catch_warnings(), torch.device("meta") if shapes_alone else nullcontext():
             warnings.filterwarnings(
                 "ignore", message="Already found a `peft_config`"
             )  # it is why the names are counted

@@ -39,6 +39,7 @@ class Convention:
         network: the component that is the network.
         layers: the argument of `save_lora_weights` for it.
         patch: pixels of the autoencoder's latents that a token of the network has on each side: sizes are its multiples.
+        multiple: what stock calls want sides in pixels to be a multiple of besides.
         packed: whether the network's channels are those of 2 × 2 latents.
         mask: which of the text tensors says where the text is, (B, L).
         reads_mask: whether the network reads numbers of tokens from it, for which it cannot be on the meta device.
@@ -61,6 +62,7 @@ class Convention:
     layers: str = "transformer_lora_layers"
     patch: int = 2
     packed: bool = False
+    multiple: int = 1
     mask: str | None = None
     reads_mask: bool = False
     lora_targets: tuple[str, ...] = _TWO_STREAMS
@@ -278,6 +280,7 @@ CONVENTIONS = {
         mask="encoder_attention_mask",
         lora_targets=_ATTENTION,
         unguided={"guidance_scale": 1.0, "use_resolution_binning": False},
+        multiple=32,
         equal_steps=False,
         readings=(SANA,),
     ),

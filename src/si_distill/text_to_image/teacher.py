@@ -1,5 +1,6 @@
 """Stock text-to-image pipelines as teachers."""
 
+import math
 from typing import Any
 
 import diffusers
@@ -71,7 +72,8 @@ class TextToImageTeacher:
     @property
     def latent_shape(self) -> tuple[int, int, int]:
         """(C, H, W) of latents of `size`."""
-        factor, unit = self.pipeline.vae_scale_factor, self.pipeline.vae_scale_factor * self.convention.patch
+        factor = self.pipeline.vae_scale_factor
+        unit = math.lcm(factor * self.convention.patch, self.convention.multiple)
         if any(side < unit or side % unit for side in self.size):
             raise InputError(
                 f"`height` and `width` are {self.size[0]} and {self.size[1]}, but a {type(self.pipeline).__name__} makes "

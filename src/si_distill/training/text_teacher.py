@@ -18,6 +18,7 @@ from ..text_to_image.lora import LoraWeights
 from ..text_to_image.teacher import TextToImageTeacher, load_stock_pipeline
 from ..text_to_image.texts import Texts, encode_texts
 from ..visualization import image_grid, tensor_to_pil
+from .parallel.blocks import prepare_blocks
 from .run.facts import describe_data, describe_network
 from .teacher import SAMPLE_STEPS, TeacherTrainer
 
@@ -46,6 +47,8 @@ class TextTeacherTrainer(TeacherTrainer):
         self.time_sampler = settings.build_time_sampler(self.interpolant, path.timestep_type)
         self.texts = self._encode_captions()
         network = copy.deepcopy(self.teacher.transformer) if rank else self.teacher.transformer
+        if rank:
+            prepare_blocks(self.teacher.transformer, settings)
         network.null, self.dropout_prob = self.texts.null, settings.caption_dropout_prob
         self.train_network(network)
 

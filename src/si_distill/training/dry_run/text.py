@@ -1,5 +1,6 @@
 """The dry run of a text-to-image distillation: the stock pipeline as shapes alone, and what adapters on it need."""
 
+import functools
 import inspect
 from pathlib import Path
 from typing import Any
@@ -102,6 +103,7 @@ def _pipeline(kind: str, parts: dict[str, Any]) -> DiffusionPipeline:
 # What it needs.
 
 
+@functools.lru_cache(maxsize=8)
 def text_graph_sizes(network: TextNetwork, checkpointed: bool, frozen: bool) -> tuple[tuple[int, int], tuple[int, int]]:
     """As `graph_sizes`, of a network on the meta device that is told a text.
 
