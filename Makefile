@@ -43,7 +43,8 @@ demo-bridge: .venv/.installed
 		--data.degradation_kwargs "{factor: 2, filter: pool, upsample: nearest}"
 	@echo "Inputs, teacher, student and truth: $(SUPERRES)-student/evaluation.png"
 
-# Captions such as "a red seven on the left": a text-to-image pipeline of diffusers, built small and trained here.
+# Captions such as "a red seven on the left": a text-to-image pipeline of diffusers, built small, trained here, and distilled
+# into a LoRA of one step.
 TEXT := $(RUNS)/text-digits
 demo-text: .venv/.installed
 	$(BIN)/python benchmarks/text_digits_data.py --out $(TEXT)
@@ -51,9 +52,11 @@ demo-text: .venv/.installed
 		--data.data_files $(TEXT)/images.parquet --data.caption_column text --data.image_size 128 --batch_size 100
 	$(LAUNCH) training/train_teacher.py --config configs/text-digits/teacher.yaml --model.pipeline $(TEXT)/pipeline \
 		--data.name $(TEXT)/latents --seed $(SEED) --output_dir $(TEXT)/teacher --overwrite_output_dir
-	$(BIN)/python benchmarks/text_digits.py --pipelines $(TEXT)/teacher --judge $(TEXT)/judge.safetensors \
-		--output $(TEXT)/figures
-	@echo "Real digits and the teacher's at 1, 4 and 20 steps: $(TEXT)/figures/text_digits.png"
+	$(LAUNCH) training/train_distill.py --config configs/text-digits/distill.yaml --teacher $(TEXT)/teacher \
+		--data.data_files $(TEXT)/images.parquet --seed $(SEED) --output_dir $(TEXT)/student --overwrite_output_dir
+	$(BIN)/python benchmarks/text_digits.py --pipelines $(TEXT)/teacher $(TEXT)/student --steps 1 4 20 --guidance 1 1.5 \
+		--judge $(TEXT)/judge.safetensors --output $(TEXT)/figures
+	@echo "Real digits, the teacher's at 1, 4 and 20 steps, the student's: $(TEXT)/figures/text_digits.png"
 
 lint: .venv/.installed
 	$(BIN)/ruff check .
