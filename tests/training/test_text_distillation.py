@@ -1,6 +1,7 @@
 """Distillation of stock text-to-image pipelines by the real script: adapters, several processes, kills."""
 
 import json
+import math
 import shutil
 import subprocess
 import sys
@@ -116,14 +117,28 @@ def test_a_cache_of_texts_changes_nothing(places, alone):
     assert_same(places / "cached", alone, exactly=True)
 
 
-def test_real_images_with_captions(places):
+@pytest.fixture(scope="module")
+def squares(places):
+    """Settings of four images with captions."""
     images = [Image.new("RGB", (32, 32), colour) for colour in ("red", "blue", "red", "green")]
     texts = ["a red square", "a blue square", "red", "a green square"]
     datasets.Dataset.from_dict({"image": images, "text": texts}).to_parquet(places / "squares.parquet")
     data = f"--data.name parquet --data.data_files {places / 'squares.parquet'} --data.caption_column text"
-    data += " --data.image_size 32 --text.width 32 --objective realuid"
-    main(arguments(places, "sana", "real", *ONE, *data.split()))
+    return f"{data} --data.image_size 32 --text.width 32".split()
+
+
+def test_real_images_with_captions(places, squares):
+    main(arguments(places, "sana", "real", *ONE, *squares, "--objective", "realuid"))
     assert len(metrics(places / "real", *LOSSES)) == 4
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_an_adversarial_term_looks_at_the_middle(places, squares, name):
+    kind = ["--adversarial.kind", "encoder" if name in ("sana", "sd15") else "head", "--gradient_checkpointing", "true"]
+    output = places / f"{name}-judged"
+    main(arguments(places, name, output, *ONE, *squares, *kind, "--max_steps", "2"))
+    lines = metrics(output, "critic_adversarial_loss", "generator_adversarial_loss")
+    assert all(math.isfinite(value) and value > 0 for line in lines for value in line[1:]), lines
 
 
 def test_whole_networks(places):

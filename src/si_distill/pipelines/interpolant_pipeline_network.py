@@ -156,7 +156,7 @@ class _DiffusersView(NetworkView):
 
     def __call__(self, network_input, timesteps, condition, return_features=False):
         found: list[torch.Tensor] = []
-        with _listening(self._feature_module(), found) if return_features else nullcontext():
+        with listening(self._feature_module(), found) if return_features else nullcontext():
             output = self.network(network_input, timesteps, self._labels(condition.labels), return_dict=False)[0]
         prediction = output[:, : network_input.shape[1]]
         return (prediction, self._tokens(found[0])) if return_features else (prediction,)
@@ -260,7 +260,7 @@ def _bare(network: nn.Module) -> nn.Module:
 
 
 @contextmanager
-def _listening(module: nn.Module, found: list[torch.Tensor]) -> Iterator[None]:
+def listening(module: nn.Module, found: list[torch.Tensor]) -> Iterator[None]:
     """Keeps the outputs of a submodule, with their gradients' history."""
     handle = module.register_forward_hook(lambda module, args, output: found.append(output))
     try:

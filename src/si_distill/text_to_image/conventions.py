@@ -26,6 +26,32 @@ _ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 
 
 @dataclass(frozen=True)
+class Features:
+    """
+    The hidden tokens (B, N, D) in the middle of a network.
+
+    Args:
+        width: `width(config)` is D, of the network's config.
+        blocks: the list whose middle block gives them, or the block.
+        place: which of several outputs they are; None where there is one, also a map (B, D, H, W).
+    """
+
+    width: Callable[[Any], int]
+    blocks: str = "transformer_blocks"
+    place: int | None = None
+
+    def module(self, network: nn.Module) -> nn.Module:
+        """The block."""
+        found = getattr(network, self.blocks)
+        return found[max(1, len(found) // 2) - 1] if isinstance(found, nn.ModuleList) else found
+
+    def tokens(self, output: Any) -> torch.Tensor:
+        """(B, N, D) of what the block gives."""
+        hidden = output if self.place is None else output[self.place]
+        return hidden.flatten(2).mT if hidden.ndim == 4 else hidden
+
+
+@dataclass(frozen=True)
 class Convention:
     """
     One class of pipelines.
@@ -35,6 +61,7 @@ class Convention:
             arguments; `max_length` None is the pipeline's own.
         call: `call(network, x_t, timesteps, text, guidance)` gives the prediction (B, C, H, W).
         text_shapes: `text_shapes(config, max_length)` gives the shapes of a text's tensors, of the network's config.
+        features: where an adversarial term looks.
         path: settings of `StochasticInterpolantScheduler`, of the pipeline; by default those of a velocity on `linear`.
         network: the component that is the network.
         layers: the argument of `save_lora_weights` for it.
@@ -57,6 +84,7 @@ class Convention:
     encode: Callable[..., Text]
     call: Callable[..., torch.Tensor]
     text_shapes: Callable[[Any, int | None], dict[str, tuple[int, ...]]]
+    features: Features
     path: Callable[[DiffusionPipeline], dict[str, Any]] = lambda pipeline: {"timestep_scale": 1000.0}
     network: str = "transformer"
     layers: str = "transformer_lora_layers"
@@ -262,11 +290,19 @@ def _z_image_tokens(pipeline: DiffusionPipeline) -> int:
     return pipeline.transformer.config.axes_lens[0] - 32
 
 
+def _heads(config: Any) -> int:
+    return config["num_attention_heads"] * config["attention_head_dim"]
+
+
+_IMAGE_STREAM = Features(_heads, place=1)  # blocks give the text's tokens, then the image's
+_MIDDLE = Features(lambda config: config["block_out_channels"][-1], "mid_block")
+
 CONVENTIONS = {
     "StableDiffusion3Pipeline": Convention(
         _encode_sd3,
         _call_sd3,
         _sd3_shapes,
+        _IMAGE_STREAM,
         equal_steps=False,
         readings=(CLIP, SECOND_CLIP, Reading("tokenizer_3")),
         most_tokens=lambda pipeline: 512,
@@ -275,6 +311,7 @@ CONVENTIONS = {
         _encode_sana,
         _call_sana,
         _sequence("encoder_hidden_states", "caption_channels", 300, "encoder_attention_mask"),
+        Features(_heads),
         lambda pipeline: {"timestep_scale": 1000.0 * pipeline.transformer.config.timestep_scale},
         patch=1,
         mask="encoder_attention_mask",
@@ -288,6 +325,7 @@ CONVENTIONS = {
         _encode_flux,
         _call_flux,
         _sequence("encoder_hidden_states", "joint_attention_dim", 512, pooled_projections="pooled_projection_dim"),
+        _IMAGE_STREAM,
         lambda pipeline: {},
         packed=True,
         lora_targets=(*_TWO_STREAMS, "proj_mlp", "proj_out"),
@@ -300,6 +338,7 @@ CONVENTIONS = {
         _encode_qwen,
         _call_qwen,
         _sequence("encoder_hidden_states", "joint_attention_dim", 512, "encoder_hidden_states_mask"),
+        _IMAGE_STREAM,
         lambda pipeline: {},
         packed=True,
         mask="encoder_hidden_states_mask",
@@ -313,6 +352,7 @@ CONVENTIONS = {
         _encode_lumina2,
         _call_sd3,
         _sequence("encoder_hidden_states", "cap_feat_dim", 256, "encoder_attention_mask"),
+        Features(lambda config: config["hidden_size"], "layers"),
         _to_the_image,
         mask="encoder_attention_mask",
         reads_mask=True,
@@ -325,6 +365,7 @@ CONVENTIONS = {
         _encode_z_image,
         _call_z_image,
         _sequence("cap_feats", "cap_feat_dim", 512, "mask"),
+        Features(lambda config: config["dim"], "layers"),
         _to_the_image,
         mask="mask",
         reads_mask=True,
@@ -338,6 +379,7 @@ CONVENTIONS = {
         _encode_sd,
         _call_sd,
         lambda config, max_length: {"encoder_hidden_states": (77, config["cross_attention_dim"])},
+        _MIDDLE,
         _noise_levels,
         network="unet",
         layers="unet_lora_layers",
@@ -348,6 +390,7 @@ CONVENTIONS = {
         _encode_sdxl,
         _call_sdxl,
         _sdxl_shapes,
+        _MIDDLE,
         _noise_levels,
         network="unet",
         layers="unet_lora_layers",

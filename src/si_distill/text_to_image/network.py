@@ -1,6 +1,7 @@
 """A stock text-to-image network behind the contract that pipelines and trainers know (see `NetworkView`)."""
 
 import copy
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,7 +10,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
 
 from ..pipelines.interpolant_condition import Condition
-from ..pipelines.interpolant_pipeline_network import VIEWS, NetworkView
+from ..pipelines.interpolant_pipeline_network import VIEWS, NetworkView, listening
 from .adapters import Adapters
 from .conventions import Convention
 
@@ -69,15 +70,20 @@ class TextNetwork(nn.Module):
         labels: None = None,
         return_dict: bool = False,
         guidance: torch.Tensor | None = None,
+        return_features: bool = False,
         **text: torch.Tensor,
-    ) -> tuple[torch.Tensor]:
-        """(B, C, H, W) latents and the network's own times (B,) to the prediction, in a tuple."""
+    ) -> tuple[torch.Tensor, ...]:
+        """(B, C, H, W) latents and the network's own times (B,) to the prediction, and if asked for to the hidden tokens
+        (B, N, D) of its middle.
+        """
         dtype = next(self.base.parameters()).dtype
         text = {name: value.to(dtype) if value.is_floating_point() else value for name, value in text.items()}
-        if self.adapters is None:
-            return (self.convention.call(self.base, network_input.to(dtype), timesteps, text, guidance),)
-        with self.adapters.use(self.adapter):
-            return (self.convention.call(self.base, network_input.to(dtype), timesteps, text, guidance),)
+        features, found = self.convention.features, []
+        wearing = nullcontext() if self.adapters is None else self.adapters.use(self.adapter)
+        looking = listening(features.module(self.base), found) if return_features else nullcontext()
+        with wearing, looking:
+            prediction = self.convention.call(self.base, network_input.to(dtype), timesteps, text, guidance)
+        return (prediction, features.tokens(found[0])) if return_features else (prediction,)
 
 
 class _TextView(NetworkView):
@@ -97,10 +103,7 @@ class _TextView(NetworkView):
 
     @property
     def feature_width(self):
-        raise ValueError(
-            "A text-to-image network gives no features here, which an adversarial term needs: set `adversarial.kind` to "
-            "none."
-        )
+        return self.bare.convention.features.width(self.bare.base.config)
 
 
 VIEWS[TextNetwork] = _TextView
