@@ -68,7 +68,7 @@ def main(argv: list[str]) -> None:
     from ..text_to_image.student import is_text_student
     from ..text_to_image.teacher import is_text_to_image
 
-    for name in ("images_per_label", "num_images_per_prompt", "batch_size", "teacher_steps"):
+    for name in ("images_per_label", "num_images_per_prompt", "batch_size", "teacher_steps", "num_inference_steps"):
         if getattr(settings, name) is not None:
             at_least(name, getattr(settings, name), 1, MOST_SAMPLES)
     at_least("seed", settings.seed, 0, LARGEST_SEED)
@@ -109,16 +109,14 @@ def _refuse(settings: GenerateConfig, names: tuple[str, ...], why: str) -> None:
 def _read_prompts(settings: GenerateConfig) -> list[str]:
     if bool(settings.prompts) == bool(settings.prompts_file):
         raise InputError("Give --prompts TEXT …, or --prompts_file FILE with a prompt on each line.")
-    prompts = settings.prompts
+    from ..data.config import DataConfig
+    from ..evaluation.prompts import load_prompts
+    from ..text_to_image.texts import check_prompts
+
     if settings.prompts_file:
-        try:
-            lines = Path(settings.prompts_file).read_text(encoding="utf-8").splitlines()
-        except (OSError, ValueError) as error:
-            raise InputError(f"`prompts_file` {settings.prompts_file} cannot be read: {error}") from error
-        prompts = [line.strip() for line in lines if line.strip()]
-    if not prompts or not all(prompt.strip() for prompt in prompts):
-        raise InputError("A prompt is empty: write what the image shows.")
-    return prompts
+        return load_prompts(settings.prompts_file, DataConfig(), 1, None).texts
+    check_prompts(settings.prompts)
+    return settings.prompts
 
 
 def _from_prompts(settings: GenerateConfig, student: bool, out: Path, singly: bool, device: str) -> None:

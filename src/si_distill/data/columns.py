@@ -72,6 +72,8 @@ def explained(config: DataConfig) -> Iterator[None]:
     except Exception as error:  # networks, archives and file formats have errors of all types
         cause = error.__cause__
         reason = f"{error} ({type(cause).__name__}: {cause})" if cause is not None else f"{error}"
+        if type(cause).__name__ == "SchemaInferenceError":
+            reason = "it has no rows: the files are empty."
         raise InputError(
             f"Cannot load the data set {config.name!r} (data_files={config.data_files!r}, split={config.split!r}): "
             f"{reason}{_advice(config, error)}"

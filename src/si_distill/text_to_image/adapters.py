@@ -31,7 +31,7 @@ class Adapters:
         targets: ends of the names of the linear layers that are changed.
 
     Raises:
-        InputError: when no layer has such a name.
+        InputError: when no layer has one of these names, or the network has an adapter already.
     """
 
     def __init__(self, base: ModelMixin, rank: int, targets: tuple[str, ...]):
@@ -40,11 +40,17 @@ class Adapters:
         self.layers: dict[str, nn.Module] = {}  # the changed layers by their names
         self.current: str | None = None
         linear = [name for name, module in base.named_modules() if isinstance(module, nn.Linear)]
-        if not any(name == target or name.endswith(f".{target}") for name in linear for target in targets):
+        if present := list(getattr(base, "peft_config", {})):
+            raise InputError(
+                f"The {type(base).__name__} has an adapter already ({', '.join(present)}), which would not be a part of the "
+                "teacher: make it one with pipeline.fuse_lora() and pipeline.unload_lora_weights()."
+            )
+        idle = [target for target in targets if not any(f".{name}".endswith(f".{target}") for name in linear)]
+        if idle or not all(targets):
             ends = sorted({_end(name) for name in linear})
             raise InputError(
-                f"`lora_targets` {', '.join(targets)}: no linear layer of the {type(base).__name__} ends so. Its layers end "
-                f"in {', '.join(ends)}."
+                f"`lora_targets` {', '.join(map(repr, idle or targets))}: no linear layer of the {type(base).__name__} ends "
+                f"so. Its layers end in {', '.join(ends)}."
             )
 
     def add(self, like: str | None = None) -> str:

@@ -1,7 +1,5 @@
 """Prompts of a data set, a text file or a cache of embeddings, as the texts that a pipeline is told."""
 
-import os
-import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,18 +10,13 @@ from ..data.config import DataConfig
 from ..errors import InputError
 from .config import TextConfig
 from .conventions import CONVENTIONS
+from .notes import note
 from .text_cache import TextCache, encoder_hash, is_text_cache
 from .texts import EncodedRows, Texts, check_prompts, encode_texts, encoders
 from .tokens import default_length
 
 #: What FLUX.1-dev's own pipeline tells it unless it is told otherwise.
 TOLD_GUIDANCE = 3.5
-
-
-def note(text: str) -> None:
-    """Says something on standard error, once per run."""
-    if os.environ.get("RANK", "0") == "0":
-        print(f"note: {text}", file=sys.stderr, flush=True)
 
 
 def load_texts(data: DataConfig, settings: TextConfig, pipeline: Any, device: torch.device) -> Texts:
@@ -122,7 +115,7 @@ def read_prompts(data: DataConfig) -> list[str]:
         else:
             column = caption_column(data, table.features)
             prompts = list(table.select_columns([column])[: data.max_train_samples or len(table)][column])
-    prompts = [prompt or "" for prompt in prompts]
+    prompts = [(prompt or "").removeprefix("\ufeff") for prompt in prompts]  # a mark that some editors put first
     check_prompts(prompts)
     return prompts
 

@@ -32,9 +32,8 @@ from .conventions import CONVENTIONS
 from .lora import LORA_WEIGHTS, LoraWeights
 from .network import TextNetwork
 from .stock_calls import stock_scheduler, student_times
-from .teacher import TextToImageTeacher, load_stock_pipeline
+from .teacher import STUDENT, TextToImageTeacher, load_stock_pipeline
 
-STUDENT = "student.json"
 #: The student's name among the adapters of a loaded pipeline.
 ADAPTER = "student"
 
@@ -216,6 +215,8 @@ class LoadedStudent:
             scheduler.step = functools.partial(scheduler.step, generator=draws)
         try:
             return self.pipeline(prompt=list(prompts), generator=draws, **arguments).images
+        except ValueError as error:
+            raise InputError(f"The {type(self.pipeline).__name__} refuses {arguments}: {error}") from error
         finally:
             vars(scheduler).pop("step", None)
 
@@ -264,7 +265,7 @@ def load_student(
         raise InputError(
             f"A LoRA needs the package peft: pip install 'si_distill[text-to-image]' ({error})."
         ) from error
-    except (OSError, ValueError, RuntimeError, LookupError) as error:
+    except (OSError, ValueError, RuntimeError, LookupError, TypeError) as error:
         raise InputError(f"The adapter in {name!r} does not fit {wanted!r}: {_first_line(error)}") from error
     _check_adapter(
         getattr(pipeline, CONVENTIONS[kind].network), folder / LORA_WEIGHTS, CONVENTIONS[kind].network, wanted
@@ -304,6 +305,12 @@ def read_student(folder: Path) -> dict[str, Any]:
             f"{path} is damaged: it needs a size in pixels, and arguments for each of its `student_steps` {steps}; it has "
             f"them for {', '.join(record['arguments']) or 'none'}. Restore it, or save the student again."
         )
+    for count, given in record["arguments"].items():
+        levels = [len(given[name]) for name in ("sigmas", "timesteps") if name in given]
+        if given["num_inference_steps"] != int(count) or any(length != int(count) for length in levels):
+            raise InputError(
+                f"{path} is damaged: its arguments of {count} steps are of another number of steps, {given}."
+            )
     unknown = {name for given in record["arguments"].values() for name in given} - {
         key.rstrip("?") for key in _ARGUMENTS
     }

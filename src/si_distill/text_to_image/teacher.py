@@ -1,6 +1,9 @@
 """Stock text-to-image pipelines as teachers."""
 
 import math
+import re
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import diffusers
@@ -15,6 +18,12 @@ from ..schedulers.scheduling_stochastic_interpolant import StochasticInterpolant
 from .adapters import Adapters
 from .conventions import CONVENTIONS
 from .network import TextNetwork
+from .notes import note
+
+#: What says of a folder that it is a student (see `student`).
+STUDENT = "student.json"
+#: In names of models that were distilled to a few steps.
+_FEW_STEPS = re.compile(r"turbo|lightning|schnell|hyper-?sd|(?<![a-z])lcm(?![a-z])|(?<!\d)[1-8]-?step", re.IGNORECASE)
 
 
 class TextToImageTeacher:
@@ -28,7 +37,8 @@ class TextToImageTeacher:
         lora_targets: the layers that they change; the convention's when empty.
 
     Raises:
-        InputError: for another class, a size that its tokens do not divide, or layers that it does not have.
+        InputError: for a size that its tokens do not divide, layers that it does not have, or a scheduler of another kind
+            of model than such pipelines are.
 
     Attributes:
         transformer (`TextNetwork`): the network.
@@ -47,6 +57,7 @@ class TextToImageTeacher:
         self.convention = convention = CONVENTIONS[type(pipeline).__name__]
         base = getattr(pipeline, convention.network)
         self.size = size or self.default_size
+        check_scheduler(pipeline)
         adapters = lora_rank and Adapters(base, lora_rank, lora_targets or convention.lora_targets)
         self.transformer = TextNetwork(base, convention, self.latent_shape, adapters or None)
         try:
@@ -106,6 +117,65 @@ def is_text_to_image(name: str) -> bool:
     return saved_class(name) in CONVENTIONS
 
 
+def check_scheduler(pipeline: DiffusionPipeline) -> None:
+    """Refuses noise levels of another kind of model; the path may be the network's own, and then nothing else would notice.
+
+    Raises:
+        InputError: for a flow of a network that predicts noise, and the reverse.
+    """
+    scheduler, kind = pipeline.scheduler, type(pipeline).__name__
+    flows = type(scheduler).__name__.startswith("FlowMatch")
+    flows |= scheduler.config.get("prediction_type") == "flow_prediction"
+    if flows != (CONVENTIONS[kind].network == "transformer"):
+        raise InputError(
+            f"The scheduler of this {kind} is a {type(scheduler).__name__}, which {'is' if flows else 'is not'} one of flow "
+            f"matching, and the network of a {kind} {'does not match' if flows else 'matches'} flows: restore its own."
+        )
+
+
+def not_text_to_image(name: str) -> str:
+    """Why a folder or repository cannot be loaded as a text-to-image pipeline, in a sentence."""
+    if (Path(name) / STUDENT).is_file():
+        return (
+            f"{name!r} is a student's adapter and no pipeline: give the base that its {STUDENT} names, or write the two as "
+            "one pipeline (pipelines/publish.py --merged)."
+        )
+    known = f"the text-to-image pipelines known here: {', '.join(CONVENTIONS)}."
+    if kind := saved_class(name):
+        return f"{name!r} was saved as {kind}, which is none of {known}"
+    what = "holds no pipeline" if Path(name).exists() else "is no folder here, and was not found on the Hub"
+    return f"{name!r} {what}: give one of {known}"
+
+
+def warn_of_distilled(name: str, pipeline: DiffusionPipeline, scales: Sequence[float]) -> None:
+    """Says of a teacher that was distilled before what that means for its students.
+
+    Args:
+        name: the folder or repository.
+        pipeline: what was loaded from it.
+        scales: of guidance, of all roles.
+    """
+    convention = CONVENTIONS[type(pipeline).__name__]
+    told = getattr(pipeline, convention.network).config.guidance_embeds if convention.told_guidance else None
+    if told and any(scale != 1 for scale in scales):
+        note(
+            f"this {type(pipeline).__name__} is guidance-distilled and has not learned empty prompts: guidance scales other "
+            f"than 1 ({', '.join(f'{scale:g}' for scale in scales)}) lead its students away from it. Set "
+            "`text.told_guidance` instead."
+        )
+    few = _FEW_STEPS.search(Path(name).name)
+    reasons = (
+        f"it has a {STUDENT}" if (Path(name) / STUDENT).is_file() else None,
+        f"its name has {few[0]!r} in it" if few else None,
+        "it is told no guidance, like FLUX.1-schnell" if told is False else None,
+    )
+    if why := " and ".join(filter(None, reasons)):
+        note(
+            f"the teacher {name!r} seems to be distilled to a few steps already ({why}). It knows few noise levels, and what "
+            "it says at others does not guide a student: take the model that it was distilled from."
+        )
+
+
 def load_stock_pipeline(
     name: str, dtype: torch.dtype | None = None, revision: str | None = None, **components: Any
 ) -> DiffusionPipeline:
@@ -117,16 +187,23 @@ def load_stock_pipeline(
     """
     kind = saved_class(name)
     if kind not in CONVENTIONS:
-        raise InputError(
-            f"{name!r} was saved as {kind or 'nothing that diffusers knows'}, which is none of the text-to-image pipelines "
-            f"known here: {', '.join(CONVENTIONS)}."
-        )
+        raise InputError(not_text_to_image(name))
     try:
         pipeline = getattr(diffusers, kind).from_pretrained(name, torch_dtype=dtype, revision=revision, **components)
-    except (OSError, ValueError, ImportError) as error:
+    except torch.OutOfMemoryError:
+        raise
+    except (OSError, ValueError, ImportError, RuntimeError, LookupError, TypeError, AttributeError) as error:
         raise InputError(f"Cannot load the {kind} {name!r}: {error}") from error
-    for component in pipeline.components.values():
+    for part, component in pipeline.components.items():
         if isinstance(component, torch.nn.Module):
             component.requires_grad_(False).eval()
+            # diffusers only warns, and leaves them without values.
+            lost = [key for key, value in component.state_dict().items() if value.is_meta and part not in components]
+            if lost:
+                raise InputError(
+                    f"The {part} of {name!r} lacks {len(lost)} tensors that its config asks for, e.g. {lost[0]}: the weights "
+                    "and the config do not belong together. Restore them."
+                )
+    check_scheduler(pipeline)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline

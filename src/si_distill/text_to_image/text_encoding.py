@@ -24,7 +24,8 @@ from ..launching import join_processes
 from ..units import binary_size
 from .config import PrecomputeTextsConfig
 from .conventions import CONVENTIONS
-from .prompts import check_length, count_tokens, negative_prompt, note, read_prompts
+from .notes import note
+from .prompts import check_length, count_tokens, negative_prompt, read_prompts
 from .teacher import load_stock_pipeline
 from .text_cache import (
     MANIFEST,

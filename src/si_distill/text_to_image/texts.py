@@ -4,6 +4,7 @@ Each text is encoded by itself. In a batch its embedding can be rounded differen
 is told of a text would depend on the batch, the number of processes and the restart of a run.
 """
 
+import functools
 import logging
 import os
 from collections import OrderedDict
@@ -14,6 +15,7 @@ from typing import Any, Protocol
 import torch
 from tqdm.auto import tqdm
 
+from .. import fingerprints
 from ..errors import InputError
 from ..pipelines.interpolant_condition import Condition
 from .conventions import CONVENTIONS, Convention, Text
@@ -136,6 +138,11 @@ class Texts:
 
     def __len__(self) -> int:
         return len(self.prompts)
+
+    @functools.cached_property
+    def hash(self) -> str:
+        """Tells this list of texts from others."""
+        return fingerprints.of_values(self.prompts)
 
     @property
     def null(self) -> Condition:

@@ -21,12 +21,13 @@ from ..visualization import image_grid, tensor_to_pil
 from .parallel.blocks import prepare_blocks
 from .run.facts import describe_data, describe_network
 from .teacher import SAMPLE_STEPS, TeacherTrainer
+from .texts_state import TextsState
 
 #: Captions and guidance scales of a sample grid.
 SHOWN, SCALES = 8, (1.0, 3.0)
 
 
-class TextTeacherTrainer(TeacherTrainer):
+class TextTeacherTrainer(TextsState, TeacherTrainer):
     """The regression of `TeacherTrainer` for a stock pipeline: on its own path, of latents of its autoencoder, with caption
     dropout. The run folder becomes such a pipeline, or with `lora_rank` the adapter that it loads.
     """

@@ -12,17 +12,18 @@ from ...errors import InputError
 from ...pipelines import Condition
 from ...text_to_image.prompts import load_texts, negative_prompt, told_guidance
 from ...text_to_image.student import TextToImageStudent
-from ...text_to_image.teacher import TextToImageTeacher, load_stock_pipeline
+from ...text_to_image.teacher import TextToImageTeacher, load_stock_pipeline, warn_of_distilled
 from ...text_to_image.text_cache import is_text_cache, without_encoders
 from ...text_to_image.texts import encode_texts
 from ...visualization import tensor_to_pil
 from ..run.facts import describe_data, describe_network, describe_teacher
+from ..texts_state import TextsState
 from .draws import MicroBatch
 from .text_health import image_means
 from .trainer import DistillationTrainer
 
 
-class TextDistillationTrainer(DistillationTrainer):
+class TextDistillationTrainer(TextsState, DistillationTrainer):
     """
     The game with a stock text-to-image pipeline as the teacher.
 
@@ -56,6 +57,8 @@ class TextDistillationTrainer(DistillationTrainer):
         idle = is_text_cache(settings.data.name) and settings.lora_rank is not None
         left_out = without_encoders(settings.teacher) if idle else {}
         pipeline = load_stock_pipeline(settings.teacher, torch.bfloat16 if half else None, **left_out)
+        scales = (settings.guidance_scale, settings.critic_guidance_scale, settings.critic_training_guidance_scale)
+        warn_of_distilled(settings.teacher, pipeline, scales)
         size = None if text.height is None and text.width is None else (text.height, text.width)
         teacher = TextToImageTeacher(pipeline, size, settings.lora_rank, tuple(settings.lora_targets))
         self.guidance_rescale = teacher.convention.rescale

@@ -17,6 +17,7 @@ from ...pipelines import Condition, Field, Guidance, InterpolantPipeline, OneSte
 from ...pipelines.interpolant_field import Network
 from ...text_to_image.config import TextConfig
 from ...text_to_image.network import shares_base
+from ...text_to_image.teacher import not_text_to_image
 from ...visualization import image_grid
 from ..averaging.ema import Averages
 from ..parallel.blocks import has_dropout, keep_in_bfloat16, prepare_blocks
@@ -79,8 +80,8 @@ class DistillationTrainer(Trainer):
         settings = self.settings
         if settings.lora_rank is not None or settings.text != TextConfig():
             raise InputError(
-                f"`lora_rank` and `text` are for text-to-image pipelines of diffusers, and the teacher {settings.teacher!r} "
-                "is none: leave them out."
+                "`lora_rank` and `text` are for text-to-image pipelines of diffusers: leave them out, or give such a teacher. "
+                f"{not_text_to_image(settings.teacher)}"
             )
         return load_pipeline(InterpolantPipeline, "teacher", settings.teacher, settings.trust_remote_code)
 

@@ -32,10 +32,14 @@ TRACES = (
     *INDICES, LORA_WEIGHTS, METRICS, FACTS, EVALUATION, EVALUATIONS, SAMPLES, CHECKPOINTS, BEST, f".{BEST}.tmp",
     f".{BEST}.old", EMA_WEIGHTS, EMA_SNAPSHOTS, PROFILE, STAGING,
 )  # fmt: skip
+#: Folders of what has weights in a pipeline, and of tokenizers.
+_COMPONENTS = (
+    "transformer", "unet", "vae",
+    *(f"{part}{number}" for part in ("text_encoder", "tokenizer") for number in ("", "_2", "_3")),
+)  # fmt: skip
 #: What else a run writes to: the settings, and the pipeline and its card.
 _WRITTEN = (
-    LOCK, OVERWRITING, CONFIG, f"{CONFIG}.tmp", "README.md", "transformer", "unet", "scheduler", "vae",
-    *(f"{part}{number}" for part in ("text_encoder", "tokenizer") for number in ("", "_2", "_3")),
+    LOCK, OVERWRITING, CONFIG, f"{CONFIG}.tmp", "README.md", "scheduler", *_COMPONENTS,
 )  # fmt: skip
 #: Weights in any form that diffusers loads.
 _WEIGHTS = ("*.safetensors", "*.bin", "*.index.json")
@@ -182,11 +186,12 @@ class RunFolder:
         pipeline.save_pretrained(staging)
         # The index goes last: until it is there, nobody takes the folder for a pipeline.
         files = sorted((p for p in staging.rglob("*") if p.is_file()), key=lambda p: p.name in INDICES)
-        for component in [path for path in staging.iterdir() if path.is_dir()]:
-            # An earlier run may have left weights in more files, or in fewer, which diffusers would load instead.
+        for name in _COMPONENTS:
+            # An earlier run may have left weights in more files, or in fewer, which diffusers would load instead, or a whole
+            # pipeline where this one is an adapter.
             for pattern in _WEIGHTS:
-                for stale in (self.path / component.name).glob(pattern):
-                    if not (component / stale.name).exists():
+                for stale in (self.path / name).glob(pattern):
+                    if not (staging / name / stale.name).exists():
                         delete(stale)
         for file in files:
             target = self.path / file.relative_to(staging)
