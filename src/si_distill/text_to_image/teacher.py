@@ -171,8 +171,8 @@ def warn_of_distilled(name: str, pipeline: DiffusionPipeline, scales: Sequence[f
     )
     if why := " and ".join(filter(None, reasons)):
         note(
-            f"the teacher {name!r} seems to be distilled to a few steps already ({why}). It knows few noise levels, and what "
-            "it says at others does not guide a student: take the model that it was distilled from."
+            f"the teacher {name!r} seems to be distilled to a few steps already ({why}). It knows few noise levels, and "
+            "what it says at others does not guide a student: take the model that it was distilled from."
         )
 
 
@@ -201,8 +201,8 @@ def load_stock_pipeline(
             lost = [key for key, value in component.state_dict().items() if value.is_meta and part not in components]
             if lost:
                 raise InputError(
-                    f"The {part} of {name!r} lacks {len(lost)} tensors that its config asks for, e.g. {lost[0]}: the weights "
-                    "and the config do not belong together. Restore them."
+                    f"The {part} of {name!r} lacks {len(lost)} tensors that its config asks for, e.g. {lost[0]}: the "
+                    "weights and the config do not belong together. Restore them."
                 )
     check_scheduler(pipeline)
     pipeline.set_progress_bar_config(disable=True)
