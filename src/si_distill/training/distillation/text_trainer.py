@@ -45,12 +45,17 @@ class TextDistillationTrainer(TextsState, DistillationTrainer):
 
     def _load_teacher(self) -> TextToImageTeacher:
         settings, text = self.settings, self.settings.text
-        for name in ("student", "eval_metric_steps"):
-            if getattr(settings, name) is not None:
-                raise InputError(
-                    f"`{name}` is {getattr(settings, name)!r}, which is for teachers of classes alone: leave it out. "
-                    "(training/evaluate.py measures text-to-image students.)"
-                )
+        refused = {
+            "student": settings.student is not None,
+            "eval_metric_steps": settings.eval_metric_steps is not None,
+            "critic_start": settings.critic_start == "random",
+            "student_guidance_scale": settings.student_guidance_scale != 1,  # no stock call would guide it
+        }
+        for name in (name for name, given in refused.items() if given):
+            raise InputError(
+                f"`{name}` is {getattr(settings, name)!r}, which is for teachers of classes alone: leave it out. "
+                "(training/evaluate.py measures text-to-image students.)"
+            )
         # Adapters are trained in float32 on a network that nobody updates.
         half = settings.mixed_precision == "bf16" and settings.lora_rank is not None
         # A student of its own weights is saved as a whole pipeline, encoders and all.

@@ -82,6 +82,8 @@ class DistillationTrainer(Trainer):
             raise InputError(
                 "`lora_rank` and `text` are for text-to-image pipelines of diffusers: leave them out, or give such a "
                 f"teacher. {not_text_to_image(settings.teacher)}"
+                "`lora_rank` and `text` are for text-to-image pipelines of diffusers: leave them out, or give one. "
+                f"{not_text_to_image(settings.teacher)}"
             )
         return load_pipeline(InterpolantPipeline, "teacher", settings.teacher, settings.trust_remote_code)
 

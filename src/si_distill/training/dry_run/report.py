@@ -21,6 +21,7 @@ from ...pipelines.interpolant_pipeline_folder import STOCK_LIBRARIES
 from ...schedulers.scheduling_stochastic_interpolant import StochasticInterpolantScheduler
 from ...settings import parse_settings
 from ...text_to_image.network import TextNetwork
+from ...text_to_image.student import TextToImageStudent
 from ...units import binary_size
 from ..build_network import CLASSES, FOREIGN_CLASSES, build_network
 from ..config import TeacherConfig, TrainingConfig
@@ -121,6 +122,8 @@ def _distillation(settings: DistillConfig) -> Lines:
     plan = plan_distillation(settings, teacher, load=False)
     objective, critic, student = plan.objective, plan.critic, plan.student.network
     network = teacher.transformer.requires_grad_(False)
+    if text_teacher:  # refuses steps that no stock call takes
+        TextToImageStudent(teacher, student, plan.student.scheduler, settings.teacher, settings.text)
     devices = Devices.of_launcher()
     judged = plan.adversarial is not None
     activations = distillation_activations(network, objective, judged, settings, devices.sharded)
