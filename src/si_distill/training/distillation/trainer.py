@@ -80,8 +80,6 @@ class DistillationTrainer(Trainer):
         settings = self.settings
         if settings.lora_rank is not None or settings.text != TextConfig():
             raise InputError(
-                "`lora_rank` and `text` are for text-to-image pipelines of diffusers: leave them out, or give such a "
-                f"teacher. {not_text_to_image(settings.teacher)}"
                 "`lora_rank` and `text` are for text-to-image pipelines of diffusers: leave them out, or give one. "
                 f"{not_text_to_image(settings.teacher)}"
             )
