@@ -33,7 +33,7 @@ def test_one_prompt_is_one_image_which_its_seed_decides(folders, tmp_path, capsy
     assert "Saved 1 image, 4 network evaluations each" in capsys.readouterr().out
     with Image.open(fox) as image:
         assert image.size == (32, 32)
-    (tmp_path / "prompts.txt").write_text(f"{FOX}\n  {BOATS}\n")
+    (tmp_path / "prompts.txt").write_text(f"{FOX}\n{BOATS}\n")
     prompts = ("--prompts_file", str(tmp_path / "prompts.txt"))
     generate(folders / "student", f"{tmp_path}/all/", *prompts, "--num_images_per_prompt", "2", "--batch_size", "3")
     names = {f"{prompt}_seed{n}.png" for prompt in ("0_a-red-fox-in-the-snow", "1_two-boats") for n in (0, 1)}
