@@ -31,6 +31,11 @@ class TextConfig:
         "batch is encoded when it is drawn, unless training/precompute_texts.py did it before.",
     )
 
+    @property
+    def size(self) -> tuple[int, int] | None:
+        """Height and width, or None for the pipeline's own."""
+        return None if self.height is None or self.width is None else (self.height, self.width)
+
     def __post_init__(self) -> None:
         if self.max_length is not None:
             at_least("text.max_length", self.max_length, 1, MOST_TOKENS)

@@ -64,8 +64,7 @@ class TextDistillationTrainer(TextsState, DistillationTrainer):
         pipeline = load_stock_pipeline(settings.teacher, torch.bfloat16 if half else None, **left_out)
         scales = (settings.guidance_scale, settings.critic_guidance_scale, settings.critic_training_guidance_scale)
         warn_of_distilled(settings.teacher, pipeline, scales)
-        size = None if text.height is None and text.width is None else (text.height, text.width)
-        teacher = TextToImageTeacher(pipeline, size, settings.lora_rank, tuple(settings.lora_targets))
+        teacher = TextToImageTeacher(pipeline, text.size, settings.lora_rank, tuple(settings.lora_targets))
         self.guidance_rescale = teacher.convention.rescale
         self.texts = load_texts(settings.data, text, pipeline, self.accelerator.device)
         teacher.transformer.null = self.texts.null

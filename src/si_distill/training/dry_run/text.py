@@ -36,8 +36,7 @@ def described_text_teacher(settings: DistillConfig) -> tuple[TextToImageTeacher,
     else:
         return None
     text = settings.text
-    size = None if text.height is None and text.width is None else (text.height, text.width)
-    teacher = TextToImageTeacher(pipeline, size, settings.lora_rank, tuple(settings.lora_targets))
+    teacher = TextToImageTeacher(pipeline, text.size, settings.lora_rank, tuple(settings.lora_targets))
     network = teacher.transformer
     shapes = teacher.convention.text_shapes(network.base.config, text.max_length)
     convention = teacher.convention
