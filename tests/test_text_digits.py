@@ -40,7 +40,7 @@ def test_a_plain_stock_call_draws_a_picture_and_texts_are_words(tmp_path):
     assert (image >= 0).all()
 
     texts = encode_texts(pipeline, [scene.caption for scene in SCENES])
-    words = texts.text["encoder_hidden_states"]
+    words = texts.condition(torch.arange(len(SCENES) + 1)).text["encoder_hidden_states"]
     assert words.shape[1] == 8  # the beginning, what the pipeline says first, and the six words of a caption
     assert len({row.numpy().tobytes() for row in words}) == len(SCENES) + 1
 

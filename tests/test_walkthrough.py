@@ -39,19 +39,6 @@ SMALLER = {
 }
 
 
-def test_the_readme_has_the_commands_of_the_page():
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    section = readme.split("## ImageNet", 1)[1].split("\n## ", 1)[0]
-    words = [shlex.split(line) for line in COMMANDS]
-    found = [
-        shlex.split(line, comments=True)
-        for block in re.findall(r"```bash\n(.*?)```", section, re.DOTALL)
-        for line in block.replace("\\\n", " ").splitlines()
-    ]
-    assert len(found) >= 3
-    assert all(command in words for command in found)
-
-
 @pytest.fixture(scope="module")
 def machine(tmp_path_factory):
     """An empty machine with the repository, and stand-ins for the checkpoint and what the Hub has."""

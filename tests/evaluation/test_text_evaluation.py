@@ -253,7 +253,7 @@ def test_diversity_is_the_mean_distance_of_pairs():
         (dict(num_samples=5), "a multiple of 2 up to 6"),
         (dict(num_samples=8), "a multiple of 2 up to 6"),
         (dict(solver=["heun"]), "`solver` is set"),
-        (dict(height=24, width=24, teacher="{folders}/student"), "none of the text-to-image pipelines"),
+        (dict(height=24, width=24, teacher="{folders}/student"), "a student's adapter and no pipeline"),
         (dict(height=17, width=17), "multiples of"),
         (dict(height=96, width=96), "The row `student, 1 step` cannot be made.*pos_embed_max_size"),
         (dict(height=16), "give both"),

@@ -211,7 +211,7 @@ def test_wrong_input_is_refused_before_anything_is_written(cache, teacher, promp
     with pytest.raises(InputError, match=r"holds a\.txt, which is no part of a text cache"):
         precompute(teacher, tmp_path / "notes", prompts)
     for arguments, words in (
-        (["--teacher", tmp_path / "notes"], "none of the text-to-image pipelines"),
+        (["--teacher", tmp_path / "notes"], "give one of the text-to-image pipelines known here"),
         (["--data.data_files", tmp_path / "none.txt"], "Cannot load the data set"),
         (["--data.caption_column", "caption"], "no column 'caption'"),
         (["--text.max_length", 481], "takes at most 480 tokens"),

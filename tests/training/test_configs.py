@@ -18,6 +18,7 @@ ROOT = Path(__file__).parent.parent.parent
 CONFIGS = ROOT / "configs"
 RUNS = sorted(path for path in CONFIGS.glob("*/*.yaml") if path.stem.startswith(("teacher", "distill")))
 RECIPES = sorted((CONFIGS / "recipes").glob("*.yaml"))
+TEXTS = sorted(CONFIGS.glob("text-to-image/*.yaml"))  # see test_text_distillation
 LATENTS = sorted(CONFIGS.glob("*/latents.yaml"))
 BASES = sorted((CONFIGS / "bases").glob("*.yaml"))
 
@@ -119,16 +120,16 @@ def test_every_recipe_lies_over_a_run(recipe):
 
 
 def test_every_file_is_tested():
-    read_here = set().union(*(with_includes(path) for path in (*RUNS, *RECIPES)))
+    read_here = set().union(*(with_includes(path) for path in (*RUNS, *RECIPES, *TEXTS)))
     assert {path.resolve() for path in BASES} <= read_here
     launcher = set((CONFIGS / "accelerate").glob("*.yaml"))  # see test_settings
     figures = {CONFIGS / "published.yaml"}  # see test_reproduction
-    assert {*RUNS, *RECIPES, *BASES, *LATENTS} | launcher | figures == {
+    assert {*RUNS, *RECIPES, *BASES, *LATENTS, *TEXTS} | launcher | figures == {
         path for path in CONFIGS.rglob("*") if path.is_file()
     }
 
 
-@pytest.mark.parametrize("path", [*RUNS, *RECIPES, *BASES, *LATENTS], ids=name)
+@pytest.mark.parametrize("path", [*RUNS, *RECIPES, *BASES, *LATENTS, *TEXTS], ids=name)
 def test_every_file_says_where_its_values_are_from(path):
     text = path.read_text(encoding="utf-8")
     assert text.startswith("# ")

@@ -341,7 +341,8 @@ for size, (duration, further) in SIZES.items():
 #: Configs that are ours and no publication's.
 OWN = {
     f"{folder}/distill" for folder in
-    ("digits", "cifar10", "fashion-mnist", "fashion_inpaint", "digits_superres", "imagenet256", "imagenet256_superres")
+    ("digits", "cifar10", "fashion-mnist", "fashion_inpaint", "digits_superres", "text-digits", "imagenet256",
+     "imagenet256_superres")
 } | {"imagenet256/distill_s2", "imagenet256/distill_freeflow_sit_xl2"}  # fmt: skip
 
 

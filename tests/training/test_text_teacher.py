@@ -15,7 +15,6 @@ from tiny_pipelines import build
 
 from si_distill.errors import InputError
 from si_distill.settings import parse_settings
-from si_distill.text_to_image.teacher import TextToImageTeacher
 from si_distill.training.config import TeacherConfig
 from si_distill.training.text_teacher import TextTeacherTrainer
 
@@ -63,7 +62,7 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 @pytest.mark.parametrize("name", ["sana", "lumina2", "sd15"])
 def test_a_pipeline_learns_captioned_images(tmp_path, name):
     build(name).save_pretrained(tmp_path / "pipeline")
-    size = TextToImageTeacher(build(name)).default_size[0]
+    size = 32
     model = ["--model", f"{{pipeline: {tmp_path / 'pipeline'}}}"]
     trainer = training(tmp_path / "run", *model, *captioned(tmp_path, size), "--learning_rate", 1e-2)
     losses = []
@@ -105,7 +104,7 @@ def test_an_adapter_is_what_the_stock_pipeline_loads(sana, tmp_path):
     assert not (tmp_path / "run" / "model_index.json").exists()
 
     pipeline, t = build("sana"), torch.tensor([700.0])
-    told = {name: value[:1] for name, value in trainer.texts.text.items()}
+    told = trainer.texts.condition(torch.arange(1)).text
     x_t = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         before = pipeline.transformer(x_t, timestep=t, return_dict=False, **told)[0]
@@ -202,7 +201,7 @@ def test_latents_of_the_pipelines_autoencoder_give_the_same_update(tmp_path):
         (["--caption_dropout_prob", "1"], r"\[0, 1\)"),
         (["--lora_rank", "0"], "lora_rank"),
         (["--lora_targets", "[to_q]"], "without a `lora_rank`"),
-        (["--model.pipeline", "nowhere"], "none of the text-to-image pipelines"),
+        (["--model.pipeline", "nowhere"], "give one of the text-to-image pipelines known here"),
     ],
 )
 def test_what_cannot_work_is_refused(sana, tmp_path, arguments, message):

@@ -296,6 +296,10 @@ def _references(facts: ModelFacts) -> list[str]:
         keys.append("zhou2024sida")
     if (facts.settings.get("flow_map") or {}).get("weight"):
         keys.append("tong2025freeflow")
+    if facts.texts:
+        keys.append("zhou2025siddit")
+    if facts.settings.get("critic_training_guidance_scale", 1) != 1:
+        keys.append("zhou2024lsg")
     if facts.settings.get("objective") == "dmd2" or (facts.is_student and kind == "head"):
         keys.append("yin2024dmd2")
     for prefix, key in (("SiT", "ma2024sit"), ("EDM2", "karras2024edm2"), ("EDM", "karras2022edm")):

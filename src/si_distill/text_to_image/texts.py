@@ -150,8 +150,10 @@ class Texts:
         return self._condition([(self.negative_prompt, True)])
 
     def condition(self, rows: torch.Tensor, **told: Any) -> Condition:
-        """What networks are told of the texts in these rows, (B,)."""
-        return self._condition([(self.prompts[row], False) for row in rows.tolist()], **told)
+        """What networks are told of the texts in these rows, (B,); the row after the last one is the negative text."""
+        negative = (self.negative_prompt, True)
+        keys = [(self.prompts[row], False) if row < len(self) else negative for row in rows.tolist()]
+        return self._condition(keys, **told)
 
     def _condition(self, keys: Sequence[Key], **told: Any) -> Condition:
         text = stacked(self.source.rows(keys), self.convention.mask, self.width)
