@@ -29,7 +29,9 @@ SETTINGS = """
 --data.name text --text.height 32 --text.width 64 --max_steps 4 --eval_steps 4 --save_steps 2 --logging_steps 1
 --learning_rate 1e-3 --adam_epsilon 1e-3 --lora_rank 4
 """.split()
-GUIDED = "--guidance_scale 3 --critic_guidance_scale 2 --critic_class_dropout_prob 0.25 --student_class_dropout_prob 0.25".split()
+GUIDED = """
+--guidance_scale 3 --critic_guidance_scale 2 --critic_class_dropout_prob 0.25 --student_class_dropout_prob 0.25
+""".split()
 #: Parameters in millions, as their publishers say or their configs give.
 PUBLISHED = {
     "sd35_medium": 2243,
