@@ -295,6 +295,7 @@ def _heads(config: Any) -> int:
 
 
 _IMAGE_STREAM = Features(_heads, place=1)  # blocks give the text's tokens, then the image's
+_UNET: dict[str, Any] = dict(network="unet", layers="unet_lora_layers", patch=1, lora_targets=_ATTENTION)
 _MIDDLE = Features(lambda config: config["block_out_channels"][-1], "mid_block")
 
 CONVENTIONS = {
@@ -381,10 +382,7 @@ CONVENTIONS = {
         lambda config, max_length: {"encoder_hidden_states": (77, config["cross_attention_dim"])},
         _MIDDLE,
         _noise_levels,
-        network="unet",
-        layers="unet_lora_layers",
-        patch=1,
-        lora_targets=_ATTENTION,
+        **_UNET,
     ),
     "StableDiffusionXLPipeline": Convention(
         _encode_sdxl,
@@ -392,10 +390,7 @@ CONVENTIONS = {
         _sdxl_shapes,
         _MIDDLE,
         _noise_levels,
-        network="unet",
-        layers="unet_lora_layers",
-        patch=1,
-        lora_targets=_ATTENTION,
+        **_UNET,
         readings=(CLIP, SECOND_CLIP),
     ),
 }

@@ -12,14 +12,13 @@ from pathlib import Path
 import diffusers
 import torch
 from accelerate import PartialState
-from accelerate.utils import gather_object
 from diffusers import DiffusionPipeline
-from safetensors import SafetensorError
 from tqdm.auto import tqdm
 
 from ..conversion.diffusers_teachers import saved_class
+from ..data.shard_making import make_shards
 from ..errors import InputError
-from ..files import LOCK, FolderLock, delete, refuse_links
+from ..files import LOCK, refuse_links
 from ..launching import join_processes
 from ..units import binary_size
 from .config import PrecomputeTextsConfig
@@ -178,25 +177,7 @@ class _Cache:
 
     def make(self) -> None:
         """Makes the shards that are missing, each process its own, then the manifest."""
-        lock = FolderLock(self.folder)
-        try:
-            if self.state.is_main_process:
-                lock.acquire()
-                (self.folder / MANIFEST).unlink(missing_ok=True)
-                for partial in self.folder.glob("*.tmp"):  # what a kill left
-                    delete(partial)
-            self.state.wait_for_everyone()
-            shards = [shard for found in gather_object([self._encode_share()]) for shard in found]
-            if self.state.is_main_process:
-                self._finish(sorted(shards, key=lambda shard: shard.file))
-        except (OSError, SafetensorError) as error:
-            raise InputError(
-                f"Cannot write embeddings to {self.folder}: {error}. What is whole is kept: make room, and run the same "
-                "command again."
-            ) from error
-        finally:
-            lock.release()
-        self.state.wait_for_everyone()
+        make_shards(self.folder, MANIFEST, "embeddings", self.state, self._encode_share, self._finish)
 
     def _encode_share(self) -> list[Shard]:
         state = self.state

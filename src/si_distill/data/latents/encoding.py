@@ -16,17 +16,16 @@ from pathlib import Path
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import gather_object
-from safetensors import SafetensorError
 from tqdm.auto import tqdm
 
 from ...autoencoders import describe_vae, load_vae
 from ...errors import InputError
-from ...files import LOCK, FolderLock, delete, refuse_links
+from ...files import LOCK, delete, refuse_links
 from ...launching import join_processes
 from ...pipelines import LatentScaling
 from ...units import binary_size
 from ..decoding import CROP, UnreadableImage
+from ..shard_making import make_shards
 from .config import LatentsConfig
 from .format import MANIFEST, VAE_FOLDER, Manifest, Recipe, Shard, encoder_hash, shard_recipe, whole_shard, write_shard
 from .parts import Item, StreamParts, TableParts, in_threads, open_parts
@@ -214,25 +213,7 @@ class _Cache:
 
     def make(self) -> None:
         """Makes the shards that are missing, each process its parts, then the manifest."""
-        lock = FolderLock(self.folder)
-        try:
-            if self.state.is_main_process:
-                lock.acquire()
-                (self.folder / MANIFEST).unlink(missing_ok=True)
-                for partial in self.folder.glob("*.tmp"):  # what a kill left
-                    delete(partial)
-            self.state.wait_for_everyone()
-            shards = [shard for found in gather_object([self._encode_share()]) for shard in found]
-            if self.state.is_main_process:
-                self._finish(sorted(shards, key=lambda shard: shard.file))
-        except (OSError, SafetensorError) as error:
-            raise InputError(
-                f"Cannot write latents to {self.folder}: {error}. What is whole is kept: make room, and run the same "
-                "command again."
-            ) from error
-        finally:
-            lock.release()
-        self.state.wait_for_everyone()
+        make_shards(self.folder, MANIFEST, "latents", self.state, self._encode_share, self._finish)
 
     def _encode_share(self) -> list[Shard]:
         state, images = self.state, self.images
