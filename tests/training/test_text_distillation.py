@@ -104,6 +104,12 @@ def alone(places):
     return places / "alone"
 
 
+def test_a_run_leaves_a_card_of_its_student(alone):
+    card = (alone / "README.md").read_text()
+    assert "pipe.load_lora_weights(" in card
+    assert "num_inference_steps=1" in card
+
+
 def test_a_run_that_was_stopped_goes_on_as_if_it_was_not(places, alone):
     shutil.copytree(alone, places / "resumed")
     shutil.rmtree(places / "resumed" / "checkpoints" / "step_00000004")

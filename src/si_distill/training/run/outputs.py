@@ -18,7 +18,7 @@ from ...hub.card import write_card
 from ...hub.publishing import Published, publish_pipeline, upload
 from ...hub.text_staging import stage_text_student
 from ...pipelines.interpolant_pipeline_base import InterpolantPipelineBase
-from ...text_to_image.student import is_text_student
+from ...text_to_image.student import TextToImageStudent, is_text_student
 from ..averaging.ema import Averages
 from ..config import TrainingConfig
 from ..parallel.accelerator import agree
@@ -69,8 +69,8 @@ class Outputs:
 
         def write() -> None:
             self.run.write_pipeline(pipeline)
-            if not isinstance(pipeline, InterpolantPipelineBase):
-                return  # a stock pipeline: a card says what pipelines of this package are
+            if not isinstance(pipeline, (InterpolantPipelineBase, TextToImageStudent)):
+                return  # a teacher that is a stock pipeline or an adapter, of which there is no card
             try:
                 write_card(self.run.path)
             except InputError as error:  # a damaged file of the folder's owner is no reason to stop
