@@ -1,7 +1,8 @@
-"""Short hashes that say whether two results are of the same weights, images or settings."""
+"""What says whether two results are of the same weights, images or settings: short hashes, and commits on the Hub."""
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -31,3 +32,9 @@ def of_values(values: Any) -> str:
     """Hash of plain values: what JSON can hold."""
     text = json.dumps(values, sort_keys=True, ensure_ascii=True)
     return hashlib.sha256(text.encode()).hexdigest()[:LENGTH]
+
+
+def hub_commit(config: Any) -> str | None:
+    """The commit that a model was loaded at from the Hub, as the path in its config says; None of other models."""
+    found = re.search(r"snapshots/([0-9a-f]{40})", str(getattr(config, "_name_or_path", "")))
+    return found[1] if found else None

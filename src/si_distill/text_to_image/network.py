@@ -46,7 +46,12 @@ class TextNetwork(nn.Module):
         else:
             object.__setattr__(self, "base", base)  # not a part of this module: frozen, and the teacher's
             self.weights = adapters.modules(adapter)
-        self.config = SimpleNamespace(in_channels=sample_shape[0], sample_size=sample_shape[1:], num_classes=0)
+        self.config = SimpleNamespace(
+            in_channels=sample_shape[0],
+            sample_size=sample_shape[1:],
+            num_classes=0,
+            _name_or_path=getattr(base.config, "_name_or_path", ""),
+        )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "TextNetwork":
         if self.adapters is None:

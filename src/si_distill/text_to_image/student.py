@@ -7,10 +7,8 @@
 | `pytorch_lora_weights.safetensors` | the adapter, where it is one; otherwise the folder is a whole stock pipeline |
 """
 
-import copy
 import functools
 import json
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +24,7 @@ from safetensors import safe_open
 
 from ..errors import InputError
 from ..files import write_text
+from ..fingerprints import hub_commit
 from ..reading import read_json
 from ..schedulers.scheduling_stochastic_interpolant import StochasticInterpolantScheduler
 from .conventions import CONVENTIONS
@@ -108,19 +107,11 @@ class TextToImageStudent:
             LoraWeights(self.teacher, self.network).save_pretrained(folder)
             self.scheduler.save_pretrained(folder / "scheduler")
         else:
-            pipeline = copy.copy(
-                self.teacher.pipeline
-            )  # with the same components; putting others in leaves the teacher's
-            pipeline.register_modules(
-                **{self.teacher.convention.network: self.network.base, "scheduler": self.scheduler}
-            )
-            pipeline.save_pretrained(folder)
+            self.teacher.pipeline_with(self.network, scheduler=self.scheduler).save_pretrained(folder)
         height, width = self.teacher.size
-        component = getattr(self.teacher.pipeline, self.teacher.convention.network)
-        commit = re.search(r"snapshots/([0-9a-f]{40})", str(component.config.get("_name_or_path")))
         record = {
             "base": self.base,
-            "revision": commit[1] if commit and not Path(self.base).exists() else None,
+            "revision": None if Path(self.base).exists() else hub_commit(self.teacher.transformer.config),
             "pipeline_class": type(self.teacher.pipeline).__name__,
             "lora_rank": self.network.adapters.rank if self.network.shares_base else None,
             "height": height,

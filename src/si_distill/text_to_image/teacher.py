@@ -1,5 +1,6 @@
 """Stock text-to-image pipelines as teachers."""
 
+import copy
 import math
 import re
 from collections.abc import Sequence
@@ -94,22 +95,31 @@ class TextToImageTeacher:
         channels = network.config.in_channels // (4 if self.convention.packed else 1)
         return channels, self.size[0] // factor, self.size[1] // factor
 
+    def pipeline_with(self, network: TextNetwork, **components: Any) -> DiffusionPipeline:
+        """A stock pipeline with another network, and other components; this one's own is not changed."""
+        pipeline = copy.copy(self.pipeline)  # with the same components
+        pipeline.register_modules(**{self.convention.network: network.base}, **components)
+        return pipeline
+
+    @property
+    def _is_video(self) -> bool:
+        """Whether the autoencoder is one of videos, here of one frame."""
+        return type(self.vae).__name__ == "AutoencoderKLQwenImage"
+
     @torch.no_grad()
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """Latents (B, C, H, W) to images (B, 3, 8 H, 8 W) or so, about [-1, 1]."""
         z = LatentScaling.of(self.vae).decode(latents).to(self.vae.dtype)
-        video = type(self.vae).__name__ == "AutoencoderKLQwenImage"  # an autoencoder of videos, here of one frame
-        images = self.vae.decode(z.unsqueeze(2) if video else z, return_dict=False)[0]
-        return images[:, :, 0] if video else images
+        images = self.vae.decode(z.unsqueeze(2) if self._is_video else z, return_dict=False)[0]
+        return images[:, :, 0] if self._is_video else images
 
     @torch.no_grad()
     def encode(self, images: torch.Tensor) -> torch.Tensor:
         """Images (B, 3, H, W) in [-1, 1] to the mean of their latents (B, C, H/8, W/8) or so."""
         images = images.to(self.vae.dtype)
-        video = type(self.vae).__name__ == "AutoencoderKLQwenImage"
-        encoded = self.vae.encode(images.unsqueeze(2) if video else images, return_dict=False)[0]
+        encoded = self.vae.encode(images.unsqueeze(2) if self._is_video else images, return_dict=False)[0]
         z = encoded if isinstance(encoded, torch.Tensor) else encoded.mode()
-        return LatentScaling.of(self.vae).encode(z[:, :, 0] if video else z).float()
+        return LatentScaling.of(self.vae).encode(z[:, :, 0] if self._is_video else z).float()
 
 
 def is_text_to_image(name: str) -> bool:

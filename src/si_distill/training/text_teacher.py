@@ -60,16 +60,13 @@ class TextTeacherTrainer(TextsState, TeacherTrainer):
             self.data.check_vae(self.teacher.vae, self.teacher.config["vae_pixel_min"], name)
 
     def _encode_captions(self) -> Texts:
-        """The captions of the data; afterwards the text encoders leave the device."""
-        pipeline, device = self.teacher.pipeline.to(self.accelerator.device), self.accelerator.device
-        network = getattr(pipeline, self.teacher.convention.network)
+        """The captions of the data; the text encoders are on the device meanwhile, network and autoencoder stay there."""
+        teacher, device = self.teacher, self.accelerator.device
+        teacher.vae.to(device)
+        network = teacher.transformer.to(device).base
         # A network that was distilled from guidance is told to use none.
-        told = 1.0 if self.teacher.convention.told_guidance and network.config.guidance_embeds else None
-        texts = encode_texts(pipeline, self.data.class_names, device=device, told_guidance=told)
-        for name, component in pipeline.components.items():
-            if name.startswith("text_encoder") and component is not None:
-                component.to("cpu")
-        return texts
+        told = 1.0 if teacher.convention.told_guidance and network.config.guidance_embeds else None
+        return encode_texts(teacher.pipeline, self.data.class_names, device=device, told_guidance=told)
 
     def samples(self, batch: Batch) -> torch.Tensor:
         return batch["images"] if isinstance(self.data, LatentDataset) else self.teacher.encode(batch["images"])
@@ -81,9 +78,7 @@ class TextTeacherTrainer(TextsState, TeacherTrainer):
         network = self.averages.network if network is None else network
         if network.shares_base:
             return LoraWeights(self.teacher, network)
-        pipeline = copy.copy(self.teacher.pipeline)
-        pipeline.register_modules(**{self.teacher.convention.network: network.base})
-        return pipeline
+        return self.teacher.pipeline_with(network)
 
     def sample_grid(self) -> Image.Image:
         count = min(SHOWN, len(self.texts))

@@ -6,7 +6,6 @@ changes what is in a shard.
 
 import json
 import os
-import re
 import shutil
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -21,6 +20,7 @@ from tqdm.auto import tqdm
 from ...autoencoders import describe_vae, load_vae
 from ...errors import InputError
 from ...files import LOCK, delete, refuse_links
+from ...fingerprints import hub_commit
 from ...launching import join_processes
 from ...pipelines import LatentScaling
 from ...units import binary_size
@@ -161,11 +161,10 @@ class _Cache:
         self.settings, self.images, self.scaling, self.state = settings, images, scaling, state
         self.folder = Path(settings.output_dir)
         self.skipped: list[str] = []
-        commit = re.search(r"snapshots/([0-9a-f]{40})", str(vae.config.get("_name_or_path")))
         recipe = Recipe(
             vae={
                 "name": settings.vae,
-                "revision": commit[1] if commit else None,
+                "revision": hub_commit(vae.config),
                 "class": type(vae).__name__,
                 "encoder": encoder_hash(vae),
             },

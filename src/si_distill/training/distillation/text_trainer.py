@@ -10,11 +10,10 @@ from ...data import TrainingData, load_training_data
 from ...data.batches import Batch
 from ...errors import InputError
 from ...pipelines import Condition
-from ...text_to_image.prompts import load_texts, negative_prompt, told_guidance
+from ...text_to_image.prompts import load_texts, texts_of
 from ...text_to_image.student import TextToImageStudent
 from ...text_to_image.teacher import TextToImageTeacher, load_stock_pipeline, warn_of_distilled
 from ...text_to_image.text_cache import is_text_cache, without_encoders
-from ...text_to_image.texts import encode_texts
 from ...visualization import tensor_to_pil
 from ..run.facts import describe_data, describe_network, describe_teacher
 from ..texts_state import TextsState
@@ -84,11 +83,8 @@ class TextDistillationTrainer(TextsState, DistillationTrainer):
                 f"`data.image_size` is {data.size}, but images of {' × '.join(map(str, self.teacher_pipeline.size))} "
                 "pixels are generated (`text.height` and `text.width`): set them alike."
             )
-        pipeline, told = self.teacher_pipeline.pipeline, told_guidance(settings.text, self.teacher_pipeline.pipeline)
-        negative = negative_prompt(settings.text, pipeline)
-        self.texts = encode_texts(
-            pipeline, data.class_names, settings.text.max_length, negative, self.accelerator.device, told
-        )
+        pipeline, device = self.teacher_pipeline.pipeline, self.accelerator.device
+        self.texts = texts_of(data.class_names, settings.text, pipeline, device)
         return data
 
     def next_batch(self, data: TrainingData, micro_batch: int, *draw: int) -> Batch:
@@ -133,5 +129,5 @@ class TextDistillationTrainer(TextsState, DistillationTrainer):
     def _names(self, labels: list[int]) -> list[str]:
         return [self.texts.prompts[label] for label in labels]
 
-    def _pictures(self, samples: torch.Tensor) -> list[Image.Image]:
-        return tensor_to_pil(self.teacher_pipeline.decode(samples).clamp(-1, 1))
+    def _pictures(self, rows: list[torch.Tensor]) -> list[list[Image.Image]]:
+        return [tensor_to_pil(self.teacher_pipeline.decode(row).clamp(-1, 1)) for row in rows]

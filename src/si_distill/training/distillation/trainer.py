@@ -436,17 +436,17 @@ class DistillationTrainer(Trainer):
         if start is not None:
             rows, titles = [start, *rows], ["reference", *titles]
         columns = self._names(labels.tolist()) if self.num_classes else None
-        return image_grid([self._pictures(row) for row in rows], titles, columns)
+        return image_grid(self._pictures(rows), titles, columns)
 
     def _names(self, labels: list[int]) -> list[str]:
         """Titles of images with these labels."""
         names = self.teacher_pipeline.config["id2label"] or {}
         return [str(names.get(label, label)).split(",")[0] for label in labels]
 
-    def _pictures(self, samples: torch.Tensor) -> list[Image.Image]:
+    def _pictures(self, rows: list[torch.Tensor]) -> list[list[Image.Image]]:
         """Samples (B, C, H, W) as pictures; of latents that nothing decodes the first channels, as colours."""
         pipeline = self.pipeline()
-        return pipeline.postprocess(samples if pipeline.vae is not None else samples[:, :3], "pil")
+        return [pipeline.postprocess(row if pipeline.vae is not None else row[:, :3], "pil") for row in rows]
 
 
 def _add(metrics: dict[str, torch.Tensor], parts: dict[str, torch.Tensor], count: int) -> None:

@@ -2,7 +2,6 @@
 
 import os
 import platform
-import re
 import sys
 from datetime import datetime, timezone
 from pathlib import Path
@@ -19,6 +18,7 @@ from ... import __version__
 from ...data import TrainingData
 from ...data.config import DataConfig
 from ...data.latents.format import images_of
+from ...fingerprints import hub_commit
 from ..parallel.sharding import plain_class
 
 
@@ -68,12 +68,10 @@ def describe_network(network: nn.Module) -> dict[str, Any]:
 
 def describe_teacher(name: str, pipeline: DiffusionPipeline) -> dict[str, Any]:
     """Where a teacher came from, with its commit on the Hub, and what it is."""
-    origin = str(getattr(pipeline.transformer.config, "_name_or_path", ""))
-    commit = re.search(r"snapshots/([0-9a-f]{40})", origin)
     return {
         "name": name,
         "source": "local" if Path(name).exists() else "hub",
-        "revision": commit[1] if commit else None,
+        "revision": hub_commit(pipeline.transformer.config),
         "network": describe_network(pipeline.transformer),
         "scheduler": {key: value for key, value in pipeline.scheduler.config.items() if not key.startswith("_")},
     }
