@@ -23,10 +23,10 @@ def _benchmarks_on_path(monkeypatch):
         yield
 
 
-def run(script: str, *arguments: object, check: bool = True) -> subprocess.CompletedProcess:
+def run(script: str, *arguments: object, check: bool = True, limit: int = 300) -> subprocess.CompletedProcess:
     command = [sys.executable, f"benchmarks/{script}", *map(str, arguments)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=limit)
     assert not check or done.returncode == 0, done.stderr
     return done
 
@@ -353,3 +353,55 @@ def test_paired_differences(tmp_path):
         assert done.returncode == 2
         assert words in done.stderr
         assert "Traceback" not in done.stderr
+
+
+SHORT_TEACHER = ["--max_steps", 30, "--eval_steps", 30, "--save_steps", 30, "--output_dir"]
+
+
+def test_time_to_quality(tmp_path):
+    """The rate that ends nearest is taken, what is not reached is a bound, and a finished run is not made again."""
+    (tmp_path / "recipes.yaml").write_text("ours: {}\nslower: {critic_steps: 3, critic_draws: fresh}\n")
+    run("../training/train_teacher.py", "--config", "configs/digits/teacher.yaml", *SHORT_TEACHER, tmp_path / "teacher")
+    arguments = [
+        "--teacher",
+        tmp_path / "teacher",
+        "--runs",
+        tmp_path / "recipes.yaml",
+        "--seeds",
+        3,
+        "--num_samples",
+        60,
+    ]
+    arguments += ["--steps", 4, "--points", 2, "--rates", 1e-9, 1e-2, "--output", tmp_path, "--figures", tmp_path]
+    run("time_to_quality.py", *arguments)
+    rows = table_rows(tmp_path / "time_to_quality.md")
+    found = json.loads((tmp_path / "time_to_quality.json").read_text())
+    runs = {(one["name"], one["seed"]): one["curve"] for one in found["runs"]}
+    target = found["teacher"][0]["distance"]
+    for name, images, forwards in (("ours", 1, 4), ("slower", 4, 9)):
+        tried = {rate: runs[f"{name}, {rate:g}", 100][-1] for rate in (1e-9, 1e-2)}
+        rate = min(tried, key=lambda rate: (tried[rate]["distance"] >= target, tried[rate]["distance"]))
+        last = runs[f"{name}, {rate:g}", 3][-1]
+        arrived = last["distance"] < target
+        assert arrived or last["updates"] == 4
+        sign = "" if arrived else "> "
+        assert rows[name][:2] == [f"{rate:g}", f"{arrived:d} of 1"]
+        # Of an update with a batch of 128: the student's images, and who sees them.
+        counts = [last["updates"] * per_update for per_update in (1, images * 128, forwards * 128)]
+        assert rows[name][3:6] == [f"{sign}{count:,}" for count in counts]
+    assert len(runs) == 6
+    assert (tmp_path / "time_to_quality.png").exists()
+    again = run("time_to_quality.py", *arguments)  # nothing is missing
+    assert json.loads((tmp_path / "time_to_quality.json").read_text()) == found
+    assert "| slower |" in again.stdout
+
+
+def test_on_gpu_runs_whole_on_a_cpu(tmp_path):
+    run("on_gpu.py", "--small", "--seconds", 500, "--batch", 4, "--output", tmp_path, limit=1200)
+    page = (tmp_path / "on_gpu.md").read_text(encoding="utf-8")
+    titles = [line for line in page.splitlines() if line.startswith("## ")]
+    assert titles == ["## Agreement", "## Iteration, sit-s/2", "## Memory", "## Pipeline", "## Sharding"]
+    assert "Failed" not in page
+    assert "Stopped" not in page
+    # Two processes on one CPU do the same.
+    assert [line.split("|")[3].strip() for line in page.splitlines() if line.startswith("| student")] == ["0.0e+00"] * 5

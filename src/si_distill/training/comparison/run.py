@@ -5,7 +5,7 @@ import re
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -146,40 +146,56 @@ def judge_teacher(config: CompareConfig, arguments: list[str], imports: list[str
 
 def distil(name: str, seed: int, arguments: list[str], config: CompareConfig) -> dict[str, Any]:
     """One run: trains as train_distill.py does, and evaluates its moving average on the way."""
-    AcceleratorState._reset_state(True)  # the run before it in this process may have had another precision
-    GradientState._reset_state()
-    with tempfile.TemporaryDirectory() as folder:  # named in the settings, but nothing is written outside `train()`
-        settings = run_settings(arguments, config.steps)
-        trainer = DistillationTrainer(replace(settings, output_dir=f"{folder}/run"))
-    base = run_settings(_base_of(arguments, config), config.steps)
-    device = trainer.accelerator.device
-    judge, clock = judge_of(config, base, device), _clock(device)
-    iterations, per_iteration = settings.max_steps, settings.generator_steps
-    marks = {round(iterations * i / config.points) for i in range(config.points + 1)}
-    curve, seconds, thrown_away = [], 0.0, 0
-    while True:
-        if trainer.step in marks:
-            pipeline = trainer.pipeline()
-            counts = {str(n): judge(pipeline, num_inference_steps=n) for n in pipeline.trained_steps}
-            found = {**counts[str(pipeline.trained_steps[-1])], **({"counts": counts} if len(counts) > 1 else {})}
-            curve.append({"updates": trainer.step * per_iteration, "seconds": seconds, **found})
-        if trainer.step == iterations:
-            break
-        torch.manual_seed(sample_seed(seed, "dropout", trainer.step, 0))  # as `Trainer.train` does
-        started = clock()
-        _, finite = trainer.iteration()
-        seconds += clock() - started
-        thrown_away += not finite
-        trainer.step += 1
-        advance(per_iteration)
+    run = Run(arguments, config)
+    curve = list(run.curve())
     return {
         "name": name,
         "seed": seed,
         "arguments": arguments,
-        "settings": settings_to_dict(settings),
-        "thrown away": thrown_away,
+        "settings": settings_to_dict(run.settings),
+        "thrown away": run.thrown_away,
         "curve": curve,
     }
+
+
+class Run:
+    """A training of a comparison, which gives its figures as it goes.
+
+    Args:
+        arguments: of `run_arguments`.
+        config: of the comparison.
+    """
+
+    def __init__(self, arguments: list[str], config: CompareConfig):
+        AcceleratorState._reset_state(True)  # the run before it in this process may have had another precision
+        GradientState._reset_state()
+        self.config, self.settings, self.thrown_away = config, run_settings(arguments, config.steps), 0
+        with tempfile.TemporaryDirectory() as folder:  # named in the settings, but nothing is written outside `train()`
+            self.trainer = DistillationTrainer(replace(self.settings, output_dir=f"{folder}/run"))
+        base = run_settings(_base_of(arguments, config), config.steps)
+        self.judge = judge_of(config, base, self.trainer.accelerator.device)
+
+    def curve(self) -> Iterator[dict[str, Any]]:
+        """The figures before training and `points` times along it, each with its updates and seconds of training."""
+        trainer, clock = self.trainer, _clock(self.trainer.accelerator.device)
+        iterations, per_iteration = self.settings.max_steps, self.settings.generator_steps
+        marks = {round(iterations * i / self.config.points) for i in range(self.config.points + 1)}
+        seconds = 0.0
+        while True:
+            if trainer.step in marks:
+                pipeline = trainer.pipeline()
+                counts = {str(n): self.judge(pipeline, num_inference_steps=n) for n in pipeline.trained_steps}
+                found = {**counts[str(pipeline.trained_steps[-1])], **({"counts": counts} if len(counts) > 1 else {})}
+                yield {"updates": trainer.step * per_iteration, "seconds": seconds, **found}
+            if trainer.step == iterations:
+                break
+            torch.manual_seed(sample_seed(self.settings.seed, "dropout", trainer.step, 0))  # as `Trainer.train` does
+            started = clock()
+            _, finite = trainer.iteration()
+            seconds += clock() - started
+            self.thrown_away += not finite
+            trainer.step += 1
+            advance(per_iteration)
 
 
 def _base_of(arguments: list[str], config: CompareConfig) -> list[str]:
