@@ -1,6 +1,7 @@
 """Small random text-to-image pipelines of stock classes, built without any download."""
 
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from diffusers import (
@@ -29,6 +30,10 @@ from diffusers import (
 from tokenizers import pre_tokenizers
 from torch import nn
 from transformers import (
+    CLIPConfig,
+    CLIPImageProcessor,
+    CLIPModel,
+    CLIPProcessor,
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTextModelWithProjection,
@@ -397,3 +402,16 @@ def build(name: str) -> DiffusionPipeline:
         if isinstance(component, nn.Module):
             component.eval().requires_grad_(False)
     return pipeline
+
+
+def save_clip(folder: Path) -> None:
+    """A CLIP of random weights, for scores."""
+    torch.manual_seed(0)
+    tokens = tokenizer(CLIPTokenizer, 77)
+    sizes = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+    ends = {f"{name}_token_id": getattr(tokens, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+    text = dict(vocab_size=600, max_position_embeddings=77, **ends, **sizes)
+    CLIPModel(
+        CLIPConfig(text_config=text, vision_config=dict(image_size=16, patch_size=8, **sizes), projection_dim=8)
+    ).save_pretrained(folder)
+    CLIPProcessor(CLIPImageProcessor(size={"shortest_edge": 16}, crop_size=16), tokens).save_pretrained(folder)

@@ -9,8 +9,8 @@ import torch
 from datasets import Dataset, Features, Image, Value
 from PIL import Image as Picture
 from script_runs import command, run
-from tiny_pipelines import build, tokenizer
-from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTokenizer
+from tiny_pipelines import build, save_clip
+from transformers import CLIPModel, CLIPProcessor
 
 from si_distill.data import DataConfig
 from si_distill.errors import InputError
@@ -53,18 +53,6 @@ def build_adapter(teacher):
         for parameter in network.parameters():
             parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
     return network
-
-
-def save_clip(folder):
-    torch.manual_seed(0)
-    tokens = tokenizer(CLIPTokenizer, 77)
-    sizes = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
-    ends = {f"{name}_token_id": getattr(tokens, f"{name}_token_id") for name in ("bos", "eos", "pad")}
-    text = dict(vocab_size=600, max_position_embeddings=77, **ends, **sizes)
-    CLIPModel(
-        CLIPConfig(text_config=text, vision_config=dict(image_size=16, patch_size=8, **sizes), projection_dim=8)
-    ).save_pretrained(folder)
-    CLIPProcessor(CLIPImageProcessor(size={"shortest_edge": 16}, crop_size=16), tokens).save_pretrained(folder)
 
 
 def settings_of(folders, tmp_path, **settings) -> dict:
@@ -126,7 +114,7 @@ def test_a_student_and_its_teacher_are_measured_by_prompts_alone(folders, tmp_pa
 
 def test_batches_processes_and_further_images_change_no_image(folders, tmp_path):
     def images(**settings):
-        given = dict(pipeline=str(folders / "student"), prompts_file=str(folders / "prompts.txt"), metrics=["fid"])
+        given = dict(pipeline=str(folders / "student"), prompts_file=str(folders / "prompts.txt"), metrics=["isc"])
         evaluate(EvaluationConfig(**{**given, **settings}, output=str(tmp_path / "e.json"), save_npz=True))
         with np.load(tmp_path / "e_student_2_steps.npz") as file:
             return file["arr_0"].astype(int)
@@ -230,7 +218,7 @@ def test_a_processor_is_lent_to_a_model_without_one(folders, tmp_path):
     images = torch.full((1, 3, 16, 16), 200, dtype=torch.uint8)
     lent = ClipScorer("pick_model", name, device, processor=str(folders / "clip"))
     assert lent(images, ["fox"]) == pytest.approx(pick_score(str(folders / "clip"), device)(images, ["fox"]))
-    with pytest.raises(InputError, match=r"`clip_model` .* cannot be loaded.*take it out of `metrics`"):
+    with pytest.raises(InputError, match=r"`clip_model` .* cannot be loaded.*choose another metric"):
         clip_score(name, device)
 
 
@@ -252,6 +240,10 @@ def test_diversity_is_the_mean_distance_of_pairs():
         (dict(pick_model="{folders}/teacher/text_encoder"), "it is of the type clip_text_model, not clip"),
         (dict(num_samples=5), "a multiple of 2 up to 6"),
         (dict(num_samples=8), "a multiple of 2 up to 6"),
+        (
+            dict(metrics=["clip_score", "fid"]),
+            "`metrics` holds fid, which compares with real images, and there are none",
+        ),
         (dict(solver=["heun"]), "`solver` is set"),
         (dict(height=24, width=24, teacher="{folders}/student"), "a student's adapter and no pipeline"),
         (dict(height=17, width=17), "multiples of"),

@@ -3,8 +3,10 @@
 import json
 import math
 import shutil
+import signal
 import subprocess
 import sys
+import time
 
 import datasets
 import pytest
@@ -14,7 +16,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from script_runs import ROOT, environment, metrics
 from test_distributed import training
-from tiny_pipelines import ALL, build
+from tiny_pipelines import ALL, build, save_clip
 
 from si_distill.commands.precompute_texts import main as precompute
 from si_distill.commands.train_distill import main
@@ -99,8 +101,17 @@ def test_the_game_is_played(places, name, objective):
 
 
 @pytest.fixture(scope="module")
-def alone(places):
-    main(arguments(places, "sd3", "alone", *ONE, *GUIDED))
+def measured(places):
+    """Settings of measurements, of five images: two processes draw three each, and one of them is left out."""
+    save_clip(places / "clip")
+    (places / "five.txt").write_text("\n".join([*PROMPTS, "nine"]) + "\n")
+    scored = f"--metric_for_best_model clip_score --evaluation.clip_model {places / 'clip'}".split()
+    return [*scored, "--eval_metric_steps", "2", "--evaluation.prompts_file", places / "five.txt"]
+
+
+@pytest.fixture(scope="module")
+def alone(places, measured):
+    main(arguments(places, "sd3", "alone", *ONE, *GUIDED, *measured))
     return places / "alone"
 
 
@@ -115,6 +126,37 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_was_not(places, alone):
     shutil.rmtree(places / "resumed" / "checkpoints" / "step_00000004")
     main(arguments(places, "sd3", "resumed", *ONE, *GUIDED, "--resume_from_checkpoint", "latest"))
     assert_same(places / "resumed", alone, exactly=True)
+
+
+def test_a_run_that_got_a_signal_goes_on_as_if_it_did_not(places, alone):
+    folder = places / "stopped"
+    # Longer than it can last before the signal; the steps that are compared are those of the shorter run.
+    given = arguments(places, "sd3", "stopped", *ONE, *GUIDED, "--max_steps", 100000, "--save_steps", 100000)
+    script = [sys.executable, ROOT / "training/train_distill.py", *given]
+    process = subprocess.Popen(
+        script, env=environment(), cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+    while not (folder / "metrics.jsonl").exists():
+        assert process.poll() is None, process.stdout.read()
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    printed = process.communicate(timeout=120)[0]
+    assert process.returncode == 143, printed
+    assert "--resume_from_checkpoint latest" in printed
+    assert "Traceback" not in printed
+    (saved,) = (folder / "checkpoints").iterdir()
+    reached = int(saved.name.removeprefix("step_"))
+    assert metrics(folder)[-1] == (reached,)
+
+    expected = alone
+    if reached >= 4:
+        expected = places / "longer"
+        main(arguments(places, "sd3", "longer", *ONE, *GUIDED, "--max_steps", reached + 2))
+    resume = ["--resume_from_checkpoint", "latest", "--max_steps", metrics(expected)[-1][0]]
+    main(arguments(places, "sd3", "stopped", *ONE, *GUIDED, *resume))
+    assert_same(folder, expected, exactly=True)
+    student, other = (load_file(place / "pytorch_lora_weights.safetensors") for place in (folder, expected))
+    assert all(value.equal(other[name]) for name, value in student.items())
 
 
 def test_a_cache_of_texts_changes_nothing(places, alone):
@@ -159,10 +201,15 @@ def test_whole_networks(places):
     assert any(not torch.equal(one, other) for one, other in pairs)
 
 
-def test_two_processes_are_one(places, alone):
+def scores(folder):
+    return [json.loads(line)["clip_score"] for line in (folder / "evaluations.jsonl").read_text().splitlines()]
+
+
+def test_two_processes_are_one(places, alone, measured):
+    given = [*TWO, *GUIDED, *measured]
     entries = [
-        training("train_distill", arguments(places, "sd3", "ddp", *TWO, *GUIDED), False, None),
-        training("train_distill", arguments(places, "sd3", "fsdp", *TWO, *GUIDED), True, None),
+        training("train_distill", arguments(places, "sd3", "ddp", *given), False, None),
+        training("train_distill", arguments(places, "sd3", "fsdp", *given), True, None),
     ]
     plan = places / "plan.json"
     plan.write_text(json.dumps([{"ranks": 2, "copies": [], "trainings": entries}]))
@@ -172,6 +219,9 @@ def test_two_processes_are_one(places, alone):
     assert_same(places / "ddp", alone, exactly=False)
     for found, wanted in zip(metrics(places / "fsdp", *LOSSES), metrics(alone, *LOSSES), strict=True):
         assert found == pytest.approx(wanted, rel=5e-4, abs=1e-6)
+    for name in ("ddp", "fsdp"):
+        assert scores(places / name) == pytest.approx(scores(alone), rel=1e-2)
+        assert (places / name / "best" / "student.json").exists()
 
 
 @pytest.mark.parametrize(

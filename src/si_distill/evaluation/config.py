@@ -15,11 +15,21 @@ EVALUATION = "evaluation.json"
 MOST_SIDE = 2**14
 #: Where features of real images are kept.
 CACHE = os.environ.get("SI_DISTILL_CACHE", "~/.cache/si_distill")
+#: Metrics that the best pipeline of a run can be chosen by: names of the setting, and those of `METRICS`.
+MEASURED = {
+    "frechet_distance": "Fréchet distance",
+    "kid": "KID",
+    "clip_score": "CLIP score",
+    "pick_score": "PickScore",
+}
+#: Images of a measurement while training, at most, unless it is told how many.
+MEASURED_IMAGES = 2000
+CLIP_MODEL, PICK_MODEL = "openai/clip-vit-large-patch14", "yuvalkirstain/PickScore_v1"
 
 
 @dataclass
 class MeasurementConfig:
-    """How a run's pipeline is measured while it trains; the real images are those of `data`."""
+    """How a run's pipeline is measured while it trains; the real images, and the prompts, are those of `data`."""
 
     features: str = setting(
         "pixels",
@@ -28,17 +38,25 @@ class MeasurementConfig:
     )
     feature_weights: str | None = setting(None, "File of its weights, if not at torch-fidelity's usual place.")
     reference: str | None = setting(None, "Statistics (.npz) instead of those of `data`.")
-    num_samples: int = setting(2000, "Images per measurement.")
+    prompts_file: str | None = setting(None, "Prompts of text-to-image pipelines instead of those of `data`, as there.")
+    images_per_prompt: int = setting(1, "Images of each prompt.")
+    clip_model: str = setting(CLIP_MODEL, "CLIPModel of clip_score: a folder or a Hub id.")
+    pick_model: str = setting(PICK_MODEL, "CLIPModel of pick_score: a folder or a Hub id.")
+    num_samples: int | None = setting(
+        None, f"Images per measurement; by default {MEASURED_IMAGES:,}, or of fewer prompts all."
+    )
     num_inference_steps: int = setting(20, "Steps of a teacher; a student has its own.")
     kid_subsets: int = setting(10, "Subsets of up to 1,000 images that KID is a mean over.")
     batch_size: int = setting(256, "Images generated at once on each device.")
     cache_dir: str = setting(CACHE, "Where features of real images are kept.")
 
     def __post_init__(self) -> None:
-        at_least("evaluation.num_samples", self.num_samples, 4)
+        if self.num_samples is not None:
+            at_least("evaluation.num_samples", self.num_samples, 4)
         for name in ("num_inference_steps", "kid_subsets"):
             at_least(f"evaluation.{name}", getattr(self, name), 1)
-        at_least("evaluation.batch_size", self.batch_size, 1, MOST_SAMPLES)
+        for name in ("batch_size", "images_per_prompt"):
+            at_least(f"evaluation.{name}", getattr(self, name), 1, MOST_SAMPLES)
 
 
 @dataclass
@@ -63,8 +81,8 @@ class EvaluationConfig:
     height: int | None = setting(None, "Height of images of prompts; by default the student's, or the teacher's own.")
     width: int | None = setting(None, "Width of images of prompts.")
     dtype: str = setting("float32", "Precision of text-to-image pipelines.", ("float32", "bfloat16"))
-    clip_model: str = setting("openai/clip-vit-large-patch14", "CLIPModel of clip_score: a folder or a Hub id.")
-    pick_model: str = setting("yuvalkirstain/PickScore_v1", "CLIPModel of pick_score: a folder or a Hub id.")
+    clip_model: str = setting(CLIP_MODEL, "CLIPModel of clip_score: a folder or a Hub id.")
+    pick_model: str = setting(PICK_MODEL, "CLIPModel of pick_score: a folder or a Hub id.")
     data: DataConfig = field(default_factory=DataConfig)
     reference: str | None = setting(
         None, "Statistics (.npz with mu and sigma), published or cached, instead of `data`."

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
 
-    from .config import EvaluationConfig
+    from .config import EvaluationConfig, MeasurementConfig
     from .formulas import Interval
     from .neighbours import Neighbours
     from .scores import Scorer
@@ -102,6 +102,7 @@ class Metric:
         hub: the Hub's identifier of the metric; None: it is no result in a card's metadata.
         note: said below a table that has the metric.
         of_prompts: whether it is of images of prompts alone; rows of other images do not have it.
+        of_real: whether it compares with real images, without which there is no value.
         scorer: loads what gives each image of a prompt a figure, from the settings and for a device. `compute` finds the
             figures in `comparison.compared` under the metric's name.
     """
@@ -117,7 +118,8 @@ class Metric:
     hub: str | None = None
     note: str | None = None
     of_prompts: bool = False
-    scorer: "Callable[[EvaluationConfig, torch.device], Scorer] | None" = None
+    of_real: bool = False
+    scorer: "Callable[[EvaluationConfig | MeasurementConfig, torch.device], Scorer] | None" = None
 
     def figure(self, comparison: Comparison) -> tuple[float | None, float | None]:
         """Its value and its standard deviation; None where there is none, or it is not finite, which JSON cannot say."""
@@ -147,7 +149,12 @@ def _frechet_interval(c: Comparison, distance: float) -> "Interval | None":
 
 
 @register_metric(
-    "Fréchet distance", asked_by="fid", lower_is_better=True, interval=_frechet_interval, hub="frechet-distance"
+    "Fréchet distance",
+    asked_by="fid",
+    lower_is_better=True,
+    interval=_frechet_interval,
+    hub="frechet-distance",
+    of_real=True,
 )
 def _frechet(c):
     from .formulas import Moments, frechet_from_moments
@@ -155,14 +162,18 @@ def _frechet(c):
     return frechet_from_moments(*Moments.of(c.features).pair, *c.reference) if c.reference else None
 
 
-@register_metric("KID", asked_by="kid", form=".5f", lower_is_better=True, deviates=True, by_class=True, hub="kid")
+@register_metric(
+    "KID", asked_by="kid", form=".5f", lower_is_better=True, deviates=True, by_class=True, hub="kid", of_real=True
+)
 def _kid(c):
     from .formulas import kernel_distance
 
     return None if c.real is None else kernel_distance(*c.in_single, c.kid_subsets)
 
 
-@register_metric("precision", asked_by="prc", by_class=True, interval=Comparison.share_interval, hub="precision")
+@register_metric(
+    "precision", asked_by="prc", by_class=True, interval=Comparison.share_interval, hub="precision", of_real=True
+)
 def _precision(c):
     return c.precision_recall[0]
 
@@ -171,7 +182,7 @@ def _recall_interval(c: Comparison, recall: float) -> "Interval":
     return c.share_interval(recall, len(c.real))  # a share of the real images
 
 
-@register_metric("recall", asked_by="prc", by_class=True, interval=_recall_interval, hub="recall")
+@register_metric("recall", asked_by="prc", by_class=True, interval=_recall_interval, hub="recall", of_real=True)
 def _recall(c):
     return c.precision_recall[1]
 
@@ -222,19 +233,19 @@ def _score_interval(name: str) -> "Callable[[Comparison, float], Interval | None
     return interval
 
 
-def _clip_scorer(settings: "EvaluationConfig", device: "torch.device") -> "Scorer":
+def _clip_scorer(settings: "EvaluationConfig | MeasurementConfig", device: "torch.device") -> "Scorer":
     from .scores import clip_score
 
     return clip_score(settings.clip_model, device)
 
 
-def _pick_scorer(settings: "EvaluationConfig", device: "torch.device") -> "Scorer":
+def _pick_scorer(settings: "EvaluationConfig | MeasurementConfig", device: "torch.device") -> "Scorer":
     from .scores import pick_score
 
     return pick_score(settings.pick_model, device)
 
 
-def _saturation_scorer(settings: "EvaluationConfig", device: "torch.device") -> "Scorer":
+def _saturation_scorer(settings: "EvaluationConfig | MeasurementConfig", device: "torch.device") -> "Scorer":
     from .scores import Saturation
 
     return Saturation()

@@ -10,6 +10,7 @@ from ..data import DataConfig, ImageDataset, load_images
 from ..data.columns import open_dataset
 from ..errors import InputError
 from ..text_to_image.prompts import read_prompts
+from ..text_to_image.text_cache import is_text_cache
 
 
 @dataclass
@@ -45,7 +46,9 @@ class Prompts:
         }
 
 
-def load_prompts(file: str | None, data: DataConfig, per_prompt: int, num_samples: int | None) -> Prompts:
+def load_prompts(
+    file: str | None, data: DataConfig, per_prompt: int, num_samples: int | None, most: int | None = None
+) -> Prompts:
     """The first prompts of a file, one in each line, or of a data set.
 
     Args:
@@ -53,6 +56,7 @@ def load_prompts(file: str | None, data: DataConfig, per_prompt: int, num_sample
         data: whose `caption_column` holds the captions.
         per_prompt: images of each prompt.
         num_samples: images in all; None for all prompts.
+        most: images in all, at most, where `num_samples` is not given.
 
     Raises:
         InputError: when they cannot be read, some are empty, or they are not as many as `num_samples` needs.
@@ -61,26 +65,60 @@ def load_prompts(file: str | None, data: DataConfig, per_prompt: int, num_sample
         raise InputError(f"`prompts_file` {file} is not a file: give a text file with a prompt in each line.")
     name = data.name if file is None else Path(file).name
     texts = read_prompts(data if file is None else DataConfig(name="text", data_files=file))
-    if num_samples is not None:
-        if num_samples % per_prompt or num_samples > len(texts) * per_prompt:
-            raise InputError(
-                f"`num_samples` is {num_samples}, but it counts images: of {len(texts):,} prompts with {per_prompt} each "
-                f"(`images_per_prompt`) it is a multiple of {per_prompt} up to {len(texts) * per_prompt:,}."
-            )
-        texts = texts[: num_samples // per_prompt]
+    if num_samples is not None and (num_samples % per_prompt or num_samples > len(texts) * per_prompt):
+        raise InputError(
+            f"`num_samples` is {num_samples}, but it counts images: of {len(texts):,} prompts with {per_prompt} each "
+            f"(`images_per_prompt`) it is a multiple of {per_prompt} up to {len(texts) * per_prompt:,}."
+        )
+    images = num_samples or most
+    texts = texts[: max(1, images // per_prompt)] if images else texts
     return Prompts(name, texts, per_prompt)
 
 
 def captioned_images(data: DataConfig) -> ImageDataset | None:
-    """The images of a data set that has a column of type `Image`, or an `image_column`; None of one of prompts alone.
+    """The images of a data set with captions and a column of type `Image`, or an `image_column`; None of prompts alone.
 
     Raises:
         InputError: when they cannot be read.
     """
     import datasets
 
+    if has_no_images(data):
+        return None
     if data.image_column is None:
         kinds = open_dataset(data).features.values()
         if not any(isinstance(kind, datasets.Image) for kind in kinds):
             return None
     return load_images(data)
+
+
+def has_no_images(data: DataConfig) -> bool:
+    """Whether settings say that a data set has no images with captions, without a look at it."""
+    return data.caption_column is None or data.name == "text" or is_text_cache(data.name)
+
+
+def check_size(data: ImageDataset, height: int, width: int) -> None:
+    """Refuses real images of another size than the generated ones.
+
+    Raises:
+        InputError: says both.
+    """
+    if (height, width) != (data.size, data.size):
+        raise InputError(
+            f"The images are {width}×{height} pixels and those of {data.name} {data.size}×{data.size}: set "
+            "`data.image_size`, or give its captions as `prompts_file` to do without real images."
+        )
+
+
+def no_real_images(what: str, section: str = "") -> InputError:
+    """The error of a metric that cannot be had of prompts alone.
+
+    Args:
+        what: the setting that asks for it.
+        section: of the settings of the evaluation, with the dot.
+    """
+    return InputError(
+        f"{what}, which compares with real images, and there are none: set `{section}reference` (a file of their "
+        f"statistics), give images with captions as `data` (`data.caption_column`) and no `{section}prompts_file`, or take "
+        "a metric of prompts alone, clip_score or pick_score."
+    )

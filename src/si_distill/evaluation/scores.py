@@ -1,6 +1,8 @@
 """Figures of single images next to their prompts: CLIP score and PickScore of plain `transformers` models, saturation."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -64,22 +66,14 @@ class ClipScorer:
         least: float = -1.0,
         processor: str | None = None,
     ):
-        advice = (
-            f"Give `{setting}` a folder or Hub id of a CLIPModel with its processor, or take it out of `metrics`; without "
-            "network access it must be on this machine."
-        )
-        try:
-            kind = AutoConfig.from_pretrained(name).model_type
-            if kind != "clip":  # would be loaded as a CLIP of random weights
-                raise ValueError(f"it is of the type {kind}, not clip")
+        check_model(setting, name)
+        with _explained(setting, name):
             model, loaded = CLIPModel.from_pretrained(name, output_loading_info=True, dtype=torch.float32)
             self.processor = _processor(name, processor)
-        except (OSError, ValueError, RuntimeError, KeyError, AttributeError, TypeError) as error:
-            first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise InputError(f"`{setting}` {name!r} cannot be loaded: {first.rstrip('.')}. {advice}") from error
         if missing := sorted({*loaded["missing_keys"], *(key for key, *_ in loaded["mismatched_keys"])}):
             raise InputError(
-                f"`{setting}` {name!r} is no CLIPModel: it lacks {len(missing)} of its weights, {missing[0]} first. {advice}"
+                f"`{setting}` {name!r} is no CLIPModel: it lacks {len(missing)} of its weights, {missing[0]} first. "
+                f"{_advice(setting)}"
             )
         self.model, self.device, self.least = model.to(device).eval().requires_grad_(False), device, least
         self.scale = float(model.logit_scale.exp()) if scale is None else scale
@@ -103,6 +97,40 @@ class ClipScorer:
         found = self.model(**inputs)  # both embeddings are of length 1
         cosines = (found.image_embeds.double() * found.text_embeds.double()).sum(-1)
         return (self.scale * cosines.clamp(min=self.least)).cpu().numpy()
+
+
+def check_model(setting: str, name: str) -> None:
+    """Refuses what is no CLIP model; of a repository, its config is read and no more.
+
+    Args:
+        setting: that named the model.
+        name: a folder or Hub id.
+
+    Raises:
+        InputError: when there is none, or one of another type, or a folder without weights.
+    """
+    with _explained(setting, name):
+        kind = AutoConfig.from_pretrained(name).model_type
+        if kind != "clip":  # would be loaded as a CLIP of random weights
+            raise ValueError(f"it is of the type {kind}, not clip")
+        if Path(name).is_dir() and not any(path.suffix in (".safetensors", ".bin") for path in Path(name).iterdir()):
+            raise ValueError("the folder holds no weights")
+
+
+@contextmanager
+def _explained(setting: str, name: str) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError, KeyError, AttributeError, TypeError) as error:
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise InputError(f"`{setting}` {name!r} cannot be loaded: {first.rstrip('.')}. {_advice(setting)}") from error
+
+
+def _advice(setting: str) -> str:
+    return (
+        f"Give `{setting}` a folder or Hub id of a CLIPModel with its processor, or choose another metric; without network "
+        "access it must be on this machine."
+    )
 
 
 def _processor(name: str, other: str | None) -> CLIPProcessor:

@@ -21,10 +21,10 @@ from ..text_to_image.teacher import TextToImageTeacher, load_stock_pipeline
 from .config import EvaluationConfig
 from .features import load_extractor
 from .generators import Generator, run_facts
-from .metrics import METRICS
+from .metrics import METRICS, choices
 from .pictures import COLUMNS_OF_PICTURES
 from .prepared import Evaluation
-from .prompts import Prompts, captioned_images, load_prompts
+from .prompts import Prompts, captioned_images, check_size, load_prompts, no_real_images
 from .samples import Batch, DatasetSource, FileSource, counted_rows, identity_of
 
 #: `draw(prompts, generators=…)` gives an image for each prompt.
@@ -137,6 +137,7 @@ class TextEvaluation(Evaluation):
             self.prompts = load_prompts(s.prompts_file, s.data, s.images_per_prompt, s.num_samples)
             self.count = len(self.prompts)
             self.data = None if s.prompts_file else captioned_images(s.data)
+            self._check_metrics()
             self.scorers = {
                 metric.name: metric.scorer(s, state.device)
                 for metric in METRICS.values()
@@ -165,13 +166,19 @@ class TextEvaluation(Evaluation):
             )
         ((height, width),) = sizes
         self.shape = (3, height, width)
-        if self.data and (height, width) != (self.data.size, self.data.size) and s.reference is None:
-            raise InputError(
-                f"The images are {width}×{height} pixels and those of {self.data.name} {self.data.size}×{self.data.size}: "
-                "set `data.image_size`, or give its captions as `prompts_file` to do without real images."
-            )
+        if self.data and s.reference is None:
+            check_size(self.data, height, width)
         self.real = DatasetSource(self.data, settings_to_dict(s.data)) if self.data and not s.reference else None
         self.reference = self._load_reference() if self.real or s.reference else None
+
+    def _check_metrics(self) -> None:
+        """Refuses metrics of real images without any, unless nobody asked for them."""
+        s = self.settings
+        if self.data or s.reference or s.metrics == list(choices()):
+            return
+        asked = [metric.asked_by for metric in METRICS.values() if metric.of_real and metric.asked_by in s.metrics]
+        if asked:
+            raise no_real_images(f"`metrics` holds {asked[0]}")
 
     def _generators(self) -> list[Generator]:
         s, dtype, pipelines = self.settings, getattr(torch, self.settings.dtype), []

@@ -1,7 +1,7 @@
 """A stock text-to-image network behind the contract that pipelines and trainers know (see `NetworkView`)."""
 
 import copy
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -68,6 +68,10 @@ class TextNetwork(nn.Module):
         """Whether this is an adapter on a network that others use too."""
         return self.adapter is not None
 
+    def worn(self) -> AbstractContextManager[None]:
+        """`base` is this network meanwhile: it has this one's adapter inside."""
+        return nullcontext() if self.adapters is None else self.adapters.use(self.adapter)
+
     def forward(
         self,
         network_input: torch.Tensor,
@@ -84,9 +88,8 @@ class TextNetwork(nn.Module):
         dtype = next(self.base.parameters()).dtype
         text = {name: value.to(dtype) if value.is_floating_point() else value for name, value in text.items()}
         features, found = self.convention.features, []
-        wearing = nullcontext() if self.adapters is None else self.adapters.use(self.adapter)
         looking = listening(features.module(self.base), found) if return_features else nullcontext()
-        with wearing, looking:
+        with self.worn(), looking:
             prediction = self.convention.call(self.base, network_input.to(dtype), timesteps, text, guidance)
         return (prediction, features.tokens(found[0])) if return_features else (prediction,)
 

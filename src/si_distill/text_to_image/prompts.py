@@ -91,11 +91,13 @@ def cached_texts(data: DataConfig, settings: TextConfig, pipeline: Any, device: 
 
 
 def read_prompts(data: DataConfig) -> list[str]:
-    """The texts of a data set's column, in order.
+    """The texts of a data set's column, or of a cache of embeddings, in order.
 
     Raises:
         InputError: when they cannot be read, there is no such column, or some are empty.
     """
+    if is_text_cache(data.name):
+        return TextCache(data.name).prompts[: data.max_train_samples]
     if data.name == "digits":
         raise InputError(
             "`data.name` is digits, images without captions: give prompts, such as a file with one on each line "
@@ -115,9 +117,14 @@ def read_prompts(data: DataConfig) -> list[str]:
         else:
             column = caption_column(data, table.features)
             prompts = list(table.select_columns([column])[: data.max_train_samples or len(table)][column])
-    prompts = [(prompt or "").removeprefix("\ufeff") for prompt in prompts]  # a mark that some editors put first
+    prompts = [without_mark(prompt or "") for prompt in prompts]
     check_prompts(prompts)
     return prompts
+
+
+def without_mark(prompt: str) -> str:
+    """A text without the byte order mark that some editors put first."""
+    return prompt.removeprefix("\ufeff")
 
 
 def caption_column(data: DataConfig, features: dict[str, Any]) -> str:

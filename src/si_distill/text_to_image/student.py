@@ -7,9 +7,10 @@
 | `pytorch_lora_weights.safetensors` | the adapter, where it is one; otherwise the folder is a whole stock pipeline |
 """
 
+import contextlib
 import functools
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -108,8 +109,22 @@ class TextToImageStudent:
             self.scheduler.save_pretrained(folder / "scheduler")
         else:
             self.teacher.pipeline_with(self.network, scheduler=self.scheduler).save_pretrained(folder)
+        write_text(folder / STUDENT, json.dumps(self.record, indent=1) + "\n")
+
+    @contextlib.contextmanager
+    def loaded(self) -> Iterator["LoadedStudent"]:
+        """What `load_student` would make of the folder, around the weights in memory; the teacher's network has the adapter
+        inside meanwhile.
+        """
+        pipeline = self.teacher.pipeline_with(self.network, scheduler=self.scheduler)
+        with self.network.worn():
+            yield LoadedStudent(pipeline, self.record)
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """The contents of `student.json`."""
         height, width = self.teacher.size
-        record = {
+        return {
             "base": self.base,
             "revision": None if Path(self.base).exists() else hub_commit(self.teacher.transformer.config),
             "pipeline_class": type(self.teacher.pipeline).__name__,
@@ -120,7 +135,6 @@ class TextToImageStudent:
             "arguments": {str(count): arguments for count, arguments in self.arguments.items()},
             "max_sequence_length": self.max_length,
         }
-        write_text(folder / STUDENT, json.dumps(record, indent=1) + "\n")
 
 
 @dataclass

@@ -4,6 +4,7 @@ Each text is encoded by itself. In a batch its embedding can be rounded differen
 is told of a text would depend on the batch, the number of processes and the restart of a run.
 """
 
+import copy
 import functools
 import logging
 import os
@@ -161,6 +162,13 @@ class Texts:
         if self.told_guidance is not None:
             told["guidance"] = torch.full((len(keys),), self.told_guidance, device=self.device)
         return Condition(text=text, **told)
+
+    def renumbered(self, prompts: Sequence[str]) -> "Texts":
+        """Some of these texts, or all, in another order; nothing is encoded again."""
+        new = copy.copy(self)
+        new.prompts = list(prompts)
+        vars(new).pop("hash", None)
+        return new
 
     def to(self, device: torch.device) -> "Texts":
         self.device = device

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from ..choices import LOSS_WEIGHTS, TIME_SAMPLERS
 from ..data.config import DataConfig
 from ..errors import InputError
-from ..evaluation.config import MeasurementConfig
+from ..evaluation.config import MEASURED, MeasurementConfig
 from ..schedulers.interpolant_names import PREDICTIONS, TIMESTEP_TYPES
 from ..settings import LARGEST_SEED, MOST_PROCESSES, MOST_SAMPLES, at_least, positive, setting
 
@@ -81,7 +81,9 @@ class TrainingConfig:
         None, "Iterations between measurements of the pipeline; off when not given."
     )
     metric_for_best_model: str = setting(
-        "frechet_distance", "The pipeline with the smallest value is kept in best/.", ("frechet_distance", "kid")
+        "frechet_distance",
+        "The pipeline with the best value, the largest of a score, is kept in best/; scores are of images of prompts.",
+        tuple(MEASURED),
     )
     evaluation: MeasurementConfig = field(default_factory=MeasurementConfig)
     save_steps: int = setting(500, "Iterations between checkpoints.")
@@ -138,11 +140,6 @@ class TrainingConfig:
         self.check_optimizer({name: getattr(self, name) for name in names.split()})
         if not 0 <= self.ema_decay < 1:
             raise InputError(f"`ema_decay` must lie in [0, 1), got {self.ema_decay}.")
-        if self.eval_metric_steps is not None and self.data.streaming and not self.evaluation.reference:
-            raise InputError(
-                "`eval_metric_steps` measures against real images, and a stream of them (`data.streaming`) has no index to "
-                "compute statistics with: give `evaluation.reference`, a file of them, or leave `eval_metric_steps` out."
-            )
         if not 0 <= self.augment_prob <= 1:
             raise InputError(f"`augment_prob` must lie in [0, 1], got {self.augment_prob}.")
         if self.augment_prob > 0 and self.data.has_references:
@@ -270,7 +267,7 @@ class TeacherConfig(TrainingConfig):
     #: Settings that `model.pipeline` says itself, and what there is only for the networks that are built here.
     OF_OWN_NETWORKS: ClassVar[tuple[str, ...]] = (
         *("interpolant", "interpolant_kwargs", "prediction_type", "loss_weight", "timestep_type", "model_class"),
-        *("augment_prob", "eval_metric_steps", "push_to_hub", "dry_run"),
+        *("augment_prob", "push_to_hub", "dry_run"),
     )
 
     ALGORITHM = 2

@@ -1,7 +1,10 @@
 """Training of a text-to-image pipeline of diffusers on captioned images, from scratch or further."""
 
 import copy
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 from diffusers import DiffusionPipeline
@@ -15,6 +18,7 @@ from ..errors import InputError
 from ..pipelines import Condition, Field, view_network
 from ..pipelines.interpolant_field import Guidance
 from ..text_to_image.lora import LoraWeights
+from ..text_to_image.stock_calls import teacher_images
 from ..text_to_image.teacher import TextToImageTeacher, load_stock_pipeline
 from ..text_to_image.texts import Texts, encode_texts
 from ..visualization import image_grid, tensor_to_pil
@@ -22,6 +26,10 @@ from .parallel.blocks import prepare_blocks
 from .run.facts import describe_data, describe_network
 from .teacher import SAMPLE_STEPS, TeacherTrainer
 from .texts_state import TextsState
+
+if TYPE_CHECKING:
+    from ..evaluation.text import Draw
+    from .run.measured import PromptImages
 
 #: Captions and guidance scales of a sample grid.
 SHOWN, SCALES = 8, (1.0, 3.0)
@@ -79,6 +87,20 @@ class TextTeacherTrainer(TextsState, TeacherTrainer):
         if network.shares_base:
             return LoraWeights(self.teacher, network)
         return self.teacher.pipeline_with(network)
+
+    def measured(self) -> "PromptImages":
+        from .run.measured import PromptImages
+
+        steps = self.settings.evaluation.num_inference_steps
+        return PromptImages(self.settings, self.accelerator.device, self.teacher.size, self._drawn, steps=steps)
+
+    @contextmanager
+    def _drawn(self) -> "Iterator[tuple[DiffusionPipeline, Draw]]":
+        """The stock pipeline with the average inside, and its call."""
+        network, steps = self.averages.network, self.settings.evaluation.num_inference_steps
+        pipeline = self.teacher.pipeline_with(network)
+        with network.worn():
+            yield pipeline, partial(teacher_images, pipeline, steps=steps)
 
     def sample_grid(self) -> Image.Image:
         count = min(SHOWN, len(self.texts))

@@ -10,6 +10,7 @@ class TextsState:
     """Of a trainer with texts: its checkpoints say which they are. A text file or a cache can change under its name."""
 
     texts: Texts
+    of_prompts = True
 
     def state_dict(self) -> dict[str, Any]:
         return {**super().state_dict(), "texts": self.texts.hash}

@@ -4,7 +4,7 @@ import math
 import os
 import signal
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.utils import set_seed
@@ -27,12 +27,16 @@ from .parallel.accelerator import agree, build_accelerator
 from .run.checkpoints import Checkpoints
 from .run.facts import describe_session
 from .run.folder import CHECKPOINTS, RunFolder
+from .run.measurement import check_measurement
 from .run.outputs import Outputs
 from .run.profiling import IterationProfiler
 from .run.throughput import Throughput
 from .run.trackers import start_trackers
 from .run.vitals import Vitals
 from .trained_network import TrainedNetwork
+
+if TYPE_CHECKING:
+    from .run.measured import Measured
 
 #: Iterations in a row with an update that was thrown away (not finite) before training stops.
 MAX_FAILURES = 10
@@ -55,6 +59,7 @@ class Trainer:
         self.settings = settings
         self.run = RunFolder(settings, writes=int(os.environ.get("RANK", "0")) == 0)
         self.run.check()
+        check_measurement(settings, self.of_prompts)
         if settings.push_to_hub and self.run.writes:
             check_ready(settings.hub_model_id)
         self.accelerator = build_accelerator(settings)
@@ -82,13 +87,17 @@ class Trainer:
         self._references = reference_source(settings.data)
         set_seed(settings.seed)
         self.setup()
-        self.outputs = Outputs(settings, self.accelerator, self.run, self.averages, self.pipeline, self.sample_grid)
+        self.outputs = Outputs(
+            settings, self.accelerator, self.run, self.averages, self.pipeline, self.sample_grid, self.measured
+        )
 
     # What a subclass says.
 
     averages: Averages
     #: Names of the losses, which every line of the log has.
     losses: tuple[str, ...]
+    #: Whether the pipeline makes images of prompts.
+    of_prompts = False
 
     def setup(self) -> None:
         """Loads data and networks; raises `InputError` for what does not fit."""
@@ -114,6 +123,12 @@ class Trainer:
     def sample_grid(self) -> Image.Image:
         """A picture from fixed noise and labels; collective."""
         raise NotImplementedError
+
+    def measured(self) -> "Measured":
+        """The images of the pipeline that `eval_metric_steps` measures."""
+        from .run.measured import ClassImages  # brings the libraries of feature extractors with it
+
+        return ClassImages(self.settings, self.pipeline)
 
     def facts(self) -> dict[str, Any]:
         """What the model card tells beyond the settings (see `run.facts`)."""

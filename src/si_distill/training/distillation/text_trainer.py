@@ -1,8 +1,11 @@
 """Distillation of stock text-to-image pipelines: prompts instead of classes, and adapters instead of copies."""
 
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 import torch
+from diffusers import DiffusionPipeline
 from PIL import Image
 from torch import nn
 
@@ -10,7 +13,7 @@ from ...data import TrainingData, load_training_data
 from ...data.batches import Batch
 from ...errors import InputError
 from ...pipelines import Condition
-from ...text_to_image.prompts import load_texts, texts_of
+from ...text_to_image.prompts import load_texts, without_mark
 from ...text_to_image.student import TextToImageStudent
 from ...text_to_image.teacher import TextToImageTeacher, load_stock_pipeline, warn_of_distilled
 from ...text_to_image.text_cache import is_text_cache, without_encoders
@@ -20,6 +23,10 @@ from ..texts_state import TextsState
 from .draws import MicroBatch
 from .text_health import image_means
 from .trainer import DistillationTrainer
+
+if TYPE_CHECKING:
+    from ...evaluation.text import Draw
+    from ..run.measured import PromptImages
 
 
 class TextDistillationTrainer(TextsState, DistillationTrainer):
@@ -46,19 +53,18 @@ class TextDistillationTrainer(TextsState, DistillationTrainer):
         settings, text = self.settings, self.settings.text
         refused = {
             "student": settings.student is not None,
-            "eval_metric_steps": settings.eval_metric_steps is not None,
             "critic_start": settings.critic_start == "random",
             "student_guidance_scale": settings.student_guidance_scale != 1,  # no stock call would guide it
         }
         for name in (name for name, given in refused.items() if given):
             raise InputError(
-                f"`{name}` is {getattr(settings, name)!r}, which is for teachers of classes alone: leave it out. "
-                "(training/evaluate.py measures text-to-image students.)"
+                f"`{name}` is {getattr(settings, name)!r}, which is for teachers of classes alone: leave it out."
             )
         # Adapters are trained in float32 on a network that nobody updates.
         half = settings.mixed_precision == "bf16" and settings.lora_rank is not None
-        # A student of its own weights is saved as a whole pipeline, encoders and all.
-        idle = is_text_cache(settings.data.name) and settings.lora_rank is not None
+        # A student of its own weights is saved as a whole pipeline, encoders and all; one that is measured needs them too.
+        alone = settings.lora_rank is not None and settings.eval_metric_steps is None
+        idle = alone and is_text_cache(settings.data.name)
         left_out = without_encoders(settings.teacher) if idle else {}
         pipeline = load_stock_pipeline(settings.teacher, torch.bfloat16 if half else None, **left_out)
         scales = (settings.guidance_scale, settings.critic_guidance_scale, settings.critic_training_guidance_scale)
@@ -83,8 +89,7 @@ class TextDistillationTrainer(TextsState, DistillationTrainer):
                 f"`data.image_size` is {data.size}, but images of {' × '.join(map(str, self.teacher_pipeline.size))} "
                 "pixels are generated (`text.height` and `text.width`): set them alike."
             )
-        pipeline, device = self.teacher_pipeline.pipeline, self.accelerator.device
-        self.texts = texts_of(data.class_names, settings.text, pipeline, device)
+        self.texts = self.texts.renumbered([without_mark(caption) for caption in data.class_names])
         return data
 
     def next_batch(self, data: TrainingData, micro_batch: int, *draw: int) -> Batch:
@@ -106,6 +111,17 @@ class TextDistillationTrainer(TextsState, DistillationTrainer):
         settings, network = self.settings, self.averages.network if network is None else network
         scheduler = type(self.start.scheduler).from_config(self.start.scheduler.config)
         return TextToImageStudent(self.teacher_pipeline, network, scheduler, settings.teacher, settings.text)
+
+    def measured(self) -> "PromptImages":
+        from ..run.measured import PromptImages
+
+        return PromptImages(self.settings, self.accelerator.device, self.teacher_pipeline.size, self._drawn)
+
+    @contextmanager
+    def _drawn(self) -> "Iterator[tuple[DiffusionPipeline, Draw]]":
+        """The student as a stock pipeline, and its call with the largest number of steps."""
+        with self.pipeline().loaded() as student:
+            yield student.pipeline, student.images
 
     def facts(self) -> dict[str, Any]:
         return {

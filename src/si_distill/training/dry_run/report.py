@@ -30,6 +30,7 @@ from ..distillation.plan import plan_distillation
 from ..distillation.start import StartingStudent
 from ..parallel.accelerator import check_installed
 from ..run.folder import RunFolder
+from ..run.measurement import check_measurement
 from ..teacher import TeacherPlan, plan_teacher
 from .communication import Transfer, transfers
 from .memory import (
@@ -61,11 +62,9 @@ def dry_run(settings: TrainingConfig) -> str:
 
 def _check_files(settings: TrainingConfig) -> None:
     """Refuses files and folders that are not there, as the run would after it has loaded others."""
-    resumed, measured = settings.resume_from_checkpoint, settings.evaluation
+    resumed = settings.resume_from_checkpoint
     if resumed not in (None, "latest") and not Path(resumed).is_dir():
         raise InputError(f"{resumed} is not a whole checkpoint: no such folder.")
-    if settings.eval_metric_steps and measured.reference and not Path(measured.reference).is_file():
-        raise InputError(f"`evaluation.reference` {measured.reference} is no file.")
     if isinstance(settings, DistillConfig) and settings.student and Path(settings.student).is_dir():
         check_folder(OneStepInterpolantPipeline, "student", settings.student)
 
@@ -78,6 +77,7 @@ def print_dry_run(settings: TrainingConfig) -> None:
 
 
 def _teacher_training(settings: TeacherConfig) -> Lines:
+    check_measurement(settings, of_prompts=False)
     plan = _planned(settings)
     network = plan.network
     devices = Devices.of_launcher()
@@ -118,6 +118,7 @@ def _planned(settings: TeacherConfig) -> TeacherPlan:
 
 def _distillation(settings: DistillConfig) -> Lines:
     text_teacher = described_text_teacher(settings)
+    check_measurement(settings, of_prompts=text_teacher is not None)
     teacher, source = text_teacher or _described_teacher(settings)
     plan = plan_distillation(settings, teacher, load=False)
     objective, critic, student = plan.objective, plan.critic, plan.student.network

@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 from ...log_variance import LogVariance
 from ...models.unet_edm2 import MPConv, normalize
 from ...pipelines.interpolant_pipeline_network import VIEWS
-from ...text_to_image.network import adapter_parameters
+from ...text_to_image.network import TextNetwork, adapter_parameters
 from .blocks import block_classes
 
 
@@ -84,6 +84,9 @@ def plain_class(network: nn.Module) -> type[nn.Module]:
 def whole_network(accelerator: Accelerator, network: nn.Module) -> nn.Module | None:
     """On rank 0 a network of the original class with all weights, on the CPU if it was sharded; else None. Collective."""
     if not isinstance(network, FSDPModule):
+        if isinstance(network, TextNetwork) and network.shares_base:
+            # To save an adapter cuts its base again, on rank 0 alone: then the ranks' next forwards would not match.
+            reshard(network.base)
         return network if accelerator.is_main_process else None
     weights = accelerator.get_state_dict(network)
     if not accelerator.is_main_process:

@@ -119,7 +119,7 @@ class RunFolder:
                 "would jump to another curve. Use the same max_steps, or start another --output_dir; a longer run needs "
                 "lr_scheduler_type=constant from the start."
             )
-        measured = {**STEP, f"{self.settings.metric_for_best_model}?": float}
+        measured = {**STEP, f"{self.settings.metric_for_best_model}?": (float, None)}
         for name, shape in ((METRICS, STEP), (EVALUATIONS, measured)):
             for _ in read_json_lines(self.path / name, shape) if (self.path / name).exists() else ():
                 pass

@@ -5,6 +5,7 @@ writes.
 """
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 from accelerate import Accelerator
@@ -26,6 +27,9 @@ from .checkpoints import WRITE_ERRORS
 from .folder import RunFolder
 from .trackers import show_picture
 
+if TYPE_CHECKING:
+    from .measured import Measured
+
 
 class Outputs:
     """Writes the samples, pipelines and uploads of a run.
@@ -37,6 +41,7 @@ class Outputs:
         averages: the networks that the pipeline gets.
         pipeline: the run's pipeline around a network, or around the average in training when none is given.
         sample_grid: a picture from fixed noise and labels.
+        measured: gives the images of the pipeline that `eval_metric_steps` measures.
     """
 
     def __init__(
@@ -47,6 +52,7 @@ class Outputs:
         averages: Averages,
         pipeline: Callable[[nn.Module | None], DiffusionPipeline],
         sample_grid: Callable[[], Image.Image],
+        measured: "Callable[[], Measured]",
     ):
         self.settings, self.accelerator, self.run = settings, accelerator, run
         self.averages = averages
@@ -55,7 +61,7 @@ class Outputs:
         if settings.eval_metric_steps is not None:
             from .best_model import BestModel  # brings the libraries of feature extractors with it
 
-            self.best = BestModel(settings, accelerator, pipeline)
+            self.best = BestModel(settings, accelerator, measured)
 
     def samples(self, step: int) -> None:
         """samples/step_N.png, which the trackers get too; collective."""
@@ -82,7 +88,7 @@ class Outputs:
         """Figures of the pipeline as it is now, on the main process; keeps it if it is the best so far. Collective."""
         figures = self.best.measure()
         (better,) = broadcast_object_list([self.best.improves(figures)])  # what the main process says
-        pipeline, picture = (self._whole_pipeline(), self._picture()) if better else (None, None)
+        picture, pipeline = (self._picture(), self._whole_pipeline()) if better else (None, None)
 
         def write() -> None:
             if better:
@@ -90,7 +96,7 @@ class Outputs:
             self.best.note(step, figures, better)
 
         self.write("the best model", step, write)
-        return figures
+        return {name: value for name, value in figures.items() if value is not None}
 
     def publish(self) -> None:
         """Puts the finished pipeline on the Hub; rank 0 alone.
