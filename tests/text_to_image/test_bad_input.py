@@ -2,8 +2,10 @@
 
 import json
 import shutil
+import warnings
 
 import pytest
+import torch
 from tiny_pipelines import build
 
 from si_distill.commands import generate, train_distill
@@ -67,6 +69,24 @@ def distill(teacher, tmp_path, *more, **prompts):
 def test_teachers_that_cannot_be_used_are_refused(saved, tmp_path, file, kind, values, message):
     with pytest.raises(InputError, match=message):
         load_stock_pipeline(str(changed(saved, tmp_path, file, kind, **values)))
+
+
+def test_a_pipeline_that_was_saved_without_an_encoder_is_told_from_one_that_needs_none(saved, tmp_path):
+    nothing = [None, None]
+    folder = str(changed(saved, tmp_path, "model_index.json", text_encoder=nothing, text_encoder_3=nothing))
+    with pytest.raises(
+        InputError, match=r"'.*teacher' was saved without its text_encoder and text_encoder_3: give one"
+    ):
+        load_stock_pipeline(folder)
+    # Of a run on a cache of texts, encoders are left out.
+    without = load_stock_pipeline(folder, text_encoder=None, text_encoder_2=None, text_encoder_3=None)
+    assert without.text_encoder is without.text_encoder_3 is None
+
+
+def test_a_precision_is_asked_for_without_a_warning(saved):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)
+        assert load_stock_pipeline(str(saved / "sd3"), torch.bfloat16).transformer.dtype == torch.bfloat16
 
 
 def test_a_folder_that_is_not_there_and_an_adapter_are_no_teachers(tmp_path):

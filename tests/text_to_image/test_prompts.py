@@ -172,3 +172,12 @@ def test_a_pipeline_without_encoders_needs_a_cache(file):
     pipeline.register_modules(text_encoder=None)
     with pytest.raises(InputError, match="was loaded without text encoders, which these prompts need"):
         load_texts(file, TextConfig(), pipeline, CPU)
+
+
+def test_texts_in_another_order_are_not_encoded_again(file):
+    pipeline = build("lumina2")
+    texts = load_texts(file, TextConfig(), pipeline, CPU)
+    pipeline.text_encoder = None
+    renumbered = texts.renumbered([PROMPTS[4], PROMPTS[0]])
+    assert same(renumbered.condition(torch.arange(3)), texts.condition(torch.tensor([4, 0, len(texts)])))
+    assert renumbered.hash != texts.hash

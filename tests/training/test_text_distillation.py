@@ -177,9 +177,10 @@ def squares(places):
     return f"{data} --data.image_size 32 --text.width 32".split()
 
 
-def test_real_images_with_captions(places, squares):
-    main(arguments(places, "sana", "real", *ONE, *squares, "--objective", "realuid"))
+def test_real_images_with_captions(places, squares, capsys):
+    main(arguments(places, "sana", "real", *ONE, *squares, "--objective", "realuid", "--text.max_length", 8))
     assert len(metrics(places / "real", *LOSSES)) == 4
+    assert capsys.readouterr().err.count("prompts are cut") == 1  # they are read and encoded once
 
 
 @pytest.mark.parametrize("name", ALL)

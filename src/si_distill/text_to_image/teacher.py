@@ -3,7 +3,7 @@
 import copy
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -198,8 +198,9 @@ def load_stock_pipeline(
     kind = saved_class(name)
     if kind not in CONVENTIONS:
         raise InputError(not_text_to_image(name))
+    _check_whole(name, kind, revision, components)
     try:
-        pipeline = getattr(diffusers, kind).from_pretrained(name, torch_dtype=dtype, revision=revision, **components)
+        pipeline = getattr(diffusers, kind).from_pretrained(name, dtype=dtype, revision=revision, **components)
     except torch.OutOfMemoryError:
         raise
     except (OSError, ValueError, ImportError, RuntimeError, LookupError, TypeError, AttributeError) as error:
@@ -217,3 +218,21 @@ def load_stock_pipeline(
     check_scheduler(pipeline)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+def _check_whole(name: str, kind: str, revision: str | None, given: Container[str]) -> None:
+    """Refuses a pipeline that was saved without a component that it needs; `given` ones are not looked for."""
+    cls = getattr(diffusers, kind)
+    try:
+        index = cls.load_config(name, revision=revision)
+    except OSError:
+        return  # the loading says why
+    optional = set(cls._optional_components)
+    lost = [
+        part for part, entry in index.items() if entry == [None, None] and part not in optional and part not in given
+    ]
+    if lost:
+        raise InputError(
+            f"The {kind} {name!r} was saved without its {' and '.join(lost)}: give one that is whole, or load the missing "
+            "part from the pipeline that this one is of, put it in, and save it again."
+        )
