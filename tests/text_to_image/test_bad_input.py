@@ -16,7 +16,7 @@ from si_distill.text_to_image.teacher import TextToImageTeacher, load_stock_pipe
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     folder = tmp_path_factory.mktemp("pipelines")
-    for kind in ("sd3", "sd15"):
+    for kind in ("sd3", "sd15", "sdxl"):
         build(kind).save_pretrained(folder / kind)
     return folder
 
@@ -78,6 +78,8 @@ def test_a_pipeline_that_was_saved_without_an_encoder_is_told_from_one_that_need
         InputError, match=r"'.*teacher' was saved without its text_encoder and text_encoder_3: give one"
     ):
         load_stock_pipeline(folder)
+    with pytest.raises(InputError, match="was saved without its text_encoder: give one"):
+        load_stock_pipeline(str(changed(saved, tmp_path / "xl", "model_index.json", "sdxl", text_encoder=nothing)))
     # Of a run on a cache of texts, encoders are left out.
     without = load_stock_pipeline(folder, text_encoder=None, text_encoder_2=None, text_encoder_3=None)
     assert without.text_encoder is without.text_encoder_3 is None

@@ -227,7 +227,8 @@ def _check_whole(name: str, kind: str, revision: str | None, given: Container[st
         index = cls.load_config(name, revision=revision)
     except OSError:
         return  # the loading says why
-    optional = set(cls._optional_components)
+    # Of SDXL's encoders either is optional to diffusers, but its network is told by both.
+    optional = {part for part in cls._optional_components if not part.startswith(("text_encoder", "tokenizer"))}
     lost = [
         part for part, entry in index.items() if entry == [None, None] and part not in optional and part not in given
     ]
