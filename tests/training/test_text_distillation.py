@@ -45,6 +45,9 @@ PUBLISHED = {
     "sdxl_dmd2": 2567,
     "sd15_lsg": 860,
 }
+#: Networks instead of adapters, which learn more slowly.
+WHOLE = ["--lora_rank", "null", "--learning_rate", "1e-4"]
+TRANSFORMER = "transformer/diffusion_pytorch_model.safetensors"
 #: Two processes with one prompt each make the update of one process with two.
 ONE, TWO = (["--per_device_train_batch_size", size] for size in ("2", "1"))
 
@@ -192,11 +195,14 @@ def test_an_adversarial_term_looks_at_the_middle(places, squares, name):
     assert all(math.isfinite(value) and value > 0 for line in lines for value in line[1:]), lines
 
 
-def test_whole_networks(places):
-    settings = arguments(places, "sana", "whole", *ONE)
-    rank = settings.index("--lora_rank")
-    main([*settings[:rank], *settings[rank + 2 :]])
-    saved = SanaPipeline.from_pretrained(places / "whole")
+@pytest.fixture(scope="module")
+def whole(places, measured):
+    main(arguments(places, "sana", "whole", *ONE, *measured, *WHOLE))
+    return places / "whole"
+
+
+def test_whole_networks(places, whole):
+    saved = SanaPipeline.from_pretrained(whole)
     teacher = SanaPipeline.from_pretrained(places / "sana")
     pairs = list(zip(saved.transformer.parameters(), teacher.transformer.parameters(), strict=True))
     assert any(not torch.equal(one, other) for one, other in pairs)
@@ -206,11 +212,12 @@ def scores(folder):
     return [json.loads(line)["clip_score"] for line in (folder / "evaluations.jsonl").read_text().splitlines()]
 
 
-def test_two_processes_are_one(places, alone, measured):
+def test_two_processes_are_one(places, alone, whole, measured):
     given = [*TWO, *GUIDED, *measured]
     entries = [
         training("train_distill", arguments(places, "sd3", "ddp", *given), False, None),
         training("train_distill", arguments(places, "sd3", "fsdp", *given), True, None),
+        training("train_distill", arguments(places, "sana", "fsdp-whole", *TWO, *measured, *WHOLE), True, None),
     ]
     plan = places / "plan.json"
     plan.write_text(json.dumps([{"ranks": 2, "copies": [], "trainings": entries}]))
@@ -220,9 +227,13 @@ def test_two_processes_are_one(places, alone, measured):
     assert_same(places / "ddp", alone, exactly=False)
     for found, wanted in zip(metrics(places / "fsdp", *LOSSES), metrics(alone, *LOSSES), strict=True):
         assert found == pytest.approx(wanted, rel=5e-4, abs=1e-6)
-    for name in ("ddp", "fsdp"):
-        assert scores(places / name) == pytest.approx(scores(alone), rel=1e-2)
+    for name, one in (("ddp", alone), ("fsdp", alone), ("fsdp-whole", whole)):
+        assert scores(places / name) == pytest.approx(scores(one), rel=1e-2)
         assert (places / name / "best" / "student.json").exists()
+    saved, wanted = (load_file(folder / TRANSFORMER) for folder in (places / "fsdp-whole", whole))
+    assert saved.keys() == wanted.keys()
+    for name, tensor in wanted.items():
+        torch.testing.assert_close(saved[name], tensor, rtol=0, atol=2e-5)
 
 
 @pytest.mark.parametrize(

@@ -55,9 +55,11 @@ class TextNetwork(nn.Module):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "TextNetwork":
         if self.adapters is None:
-            base, adapter = copy.deepcopy(self.base, memo), None
-        else:
-            base, adapter = self.base, self.adapters.add(self.adapter)
+            return self.around(copy.deepcopy(self.base, memo))
+        return self.around(self.base, self.adapters.add(self.adapter))
+
+    def around(self, base: ModelMixin, adapter: str | None = None) -> "TextNetwork":
+        """The same around another stock network, or this one with another adapter."""
         shape = (self.config.in_channels, *self.config.sample_size)
         new = TextNetwork(base, self.convention, shape, self.adapters, adapter)
         new.null = self.null

@@ -9,7 +9,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from ...errors import TrainingStopped
-from ...text_to_image.network import shares_base
+from ...text_to_image.network import has_text, shares_base
 from ..config import TrainingConfig
 from ..parallel.sharding import own_parts, reshard, shard, whole_network
 from ..run.checkpoints import WRITE_ERRORS
@@ -118,7 +118,8 @@ class Averages:
             if accelerator.is_fsdp2 and shares_base(ema.network):
                 accelerator._models.append(ema.network.to(accelerator.device))
             elif accelerator.is_fsdp2:
-                ema.network = shard(accelerator, ema.network)
+                # Stock pipelines call the stock network itself.
+                shard(accelerator, ema.network.base if has_text(ema.network) else ema.network)
                 accelerator._models.append(ema.network)
             else:
                 ema.network = accelerator.prepare_model(ema.network, evaluation_mode=True)

@@ -18,6 +18,7 @@ from ...text_to_image.student import TextToImageStudent
 from ...text_to_image.teacher import TextToImageTeacher, load_stock_pipeline, warn_of_distilled
 from ...text_to_image.text_cache import is_text_cache, without_encoders
 from ...visualization import tensor_to_pil
+from ..parallel.sharding import plain_class
 from ..run.facts import describe_data, describe_network, describe_teacher
 from ..texts_state import TextsState
 from .draws import MicroBatch
@@ -124,8 +125,9 @@ class TextDistillationTrainer(TextsState, DistillationTrainer):
             yield student.pipeline, student.images
 
     def facts(self) -> dict[str, Any]:
+        network = self.averages.network
         return {
-            "network": {**describe_network(self.averages.network), "class": type(self.averages.network.base).__name__},
+            "network": {**describe_network(network), "class": plain_class(network.base).__name__},
             "teacher": describe_teacher(self.settings.teacher, self.teacher_pipeline),
             "data": describe_data(self.settings.data, self.data),
             "objective_space": self.objective.space,

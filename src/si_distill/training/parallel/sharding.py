@@ -83,10 +83,14 @@ def plain_class(network: nn.Module) -> type[nn.Module]:
 
 def whole_network(accelerator: Accelerator, network: nn.Module) -> nn.Module | None:
     """On rank 0 a network of the original class with all weights, on the CPU if it was sharded; else None. Collective."""
+    if isinstance(network, TextNetwork) and network.shares_base:
+        # To save an adapter cuts its base again, on rank 0 alone: then the ranks' next forwards would not match.
+        reshard(network.base)
+        return network if accelerator.is_main_process else None
+    if isinstance(network, TextNetwork):
+        whole = whole_network(accelerator, network.base)
+        return None if whole is None else network.around(whole)
     if not isinstance(network, FSDPModule):
-        if isinstance(network, TextNetwork) and network.shares_base:
-            # To save an adapter cuts its base again, on rank 0 alone: then the ranks' next forwards would not match.
-            reshard(network.base)
         return network if accelerator.is_main_process else None
     weights = accelerator.get_state_dict(network)
     if not accelerator.is_main_process:
