@@ -41,6 +41,11 @@ class TrainingConfig:
     adam_beta2: float = setting(0.999, "Second-moment decay of Adam.")
     adam_epsilon: float = setting(1e-8, "Adam's epsilon.")
     weight_decay: float = setting(0.0, "Decoupled weight decay (AdamW); 0 is Adam.")
+    use_8bit_adam: bool = setting(
+        False,
+        "Keep Adam's moments in 8 bits: 2 bytes for each trained parameter instead of 8. Needs bitsandbytes; not with "
+        "FSDP2.",
+    )
     max_grad_norm: float = setting(1.0, "Gradients are clipped to this global norm.")
     augment_prob: float = setting(
         0.0, "Probability of each labelled augmentation; 0 is none. EDM: 0.12 (CIFAR-10), 0.15 (FFHQ, AFHQv2)."

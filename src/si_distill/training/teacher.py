@@ -21,9 +21,10 @@ from .averaging.ema import Averages
 from .build_network import DEFAULT_CLASS, build_network, own_class, with_inputs
 from .config import TeacherConfig
 from .loss_weights import regression_weight
+from .optimizers import OptimizerSettings
 from .run.facts import describe_data, describe_network
 from .times import TimeSampler
-from .trained_network import OptimizerSettings, TrainedNetwork
+from .trained_network import TrainedNetwork
 from .trainer import Trainer
 
 SAMPLE_STEPS = 20

@@ -3,8 +3,6 @@
 import contextlib
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -13,39 +11,11 @@ from torch import nn
 
 from ..text_to_image.network import has_text, shares_base
 from .config import TrainingConfig
+from .optimizers import OptimizerSettings, build_adam, start_moments
 from .parallel.blocks import prepare_blocks
 from .parallel.sharding import average_replicated, clip_grad_norm, optimizer_groups, reshard, shard
 
 _SCHEDULES = {"constant": "constant_with_warmup", "cosine": "cosine", "linear": "linear"}
-
-
-@dataclass(frozen=True)
-class OptimizerSettings:
-    """How one network is updated.
-
-    Args:
-        learning_rate: the peak.
-        lr_warmup_steps: updates of linear warm-up.
-        adam_beta1, adam_beta2, adam_epsilon, weight_decay: of AdamW; without decay it is Adam.
-        max_grad_norm: limit of the gradient's norm.
-        total_updates: length of a falling schedule.
-        max_grad_value: each value of the gradient is cut to ± this, before the norm is; None is no cut.
-    """
-
-    learning_rate: float
-    lr_warmup_steps: int
-    adam_beta1: float
-    adam_beta2: float
-    adam_epsilon: float
-    weight_decay: float
-    max_grad_norm: float
-    total_updates: int
-    max_grad_value: float | None = None
-
-    @classmethod
-    def of(cls, values: dict[str, Any], **own: float | None) -> "OptimizerSettings":
-        """From settings by their names in `TrainingConfig`, among others, and those that are no settings."""
-        return cls(**{name: values[name] for name in cls.__dataclass_fields__ if name in values}, **own)
 
 
 class TrainedNetwork:
@@ -71,16 +41,10 @@ class TrainedNetwork:
         # Parts of text-to-image networks have no gradient, which DistributedDataParallel takes for an error.
         self.averaged = self.sharded or has_text(network)
         network = shard(accelerator, network) if self.sharded else network.to(accelerator.device)
-        adam = (torch.optim.AdamW if optimizer.weight_decay else torch.optim.Adam)(
-            optimizer_groups(network.parameters()),
-            lr=optimizer.learning_rate,
-            betas=(optimizer.adam_beta1, optimizer.adam_beta2),
-            eps=optimizer.adam_epsilon,
-            weight_decay=optimizer.weight_decay,
-            fused=True,
-        )
+        adam = build_adam(network.parameters(), optimizer, settings.use_8bit_adam)
         if self.averaged:
-            _start_moments(adam)
+            if accelerator.is_fsdp2:
+                start_moments(adam)
             # Not by `prepare`, which finds an optimizer's parameters by the addresses of their shards: empty ones share one.
             accelerator._models.append(network)
             self.module, self.optimizer = network, accelerator.prepare_optimizer(adam)
@@ -163,17 +127,3 @@ class TrainedNetwork:
     @property
     def learning_rate(self) -> float:
         return self.schedule.get_last_lr()[0]
-
-
-def _start_moments(optimizer: torch.optim.Adam) -> None:
-    """Adam's state before its first step.
-
-    Saving sharded moments that are not there yet would make an idle step to have them, and count it.
-    """
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            optimizer.state[parameter] = {
-                "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
-                "exp_avg": torch.zeros_like(parameter),
-                "exp_avg_sq": torch.zeros_like(parameter),
-            }

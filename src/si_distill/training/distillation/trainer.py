@@ -20,10 +20,11 @@ from ...text_to_image.network import shares_base
 from ...text_to_image.teacher import not_text_to_image
 from ...visualization import image_grid
 from ..averaging.ema import Averages
+from ..optimizers import OptimizerSettings
 from ..parallel.blocks import has_dropout, keep_in_bfloat16, prepare_blocks
 from ..parallel.sharding import shard
 from ..run.facts import describe_data, describe_network, describe_teacher
-from ..trained_network import OptimizerSettings, TrainedNetwork
+from ..trained_network import TrainedNetwork
 from ..trainer import Trainer
 from .config import DistillConfig
 from .draws import MicroBatch, draw_for_loss

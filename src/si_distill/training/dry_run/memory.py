@@ -6,7 +6,7 @@
                       adapters alone, which FSDP2 does not cut.
     gradients         4 bytes for each parameter of the largest trained network, which are cleared after each update; with
                       DDP of all trained networks, whose gradients live in its buckets
-    Adam's moments    8 bytes for each trained parameter
+    Adam's moments    8 bytes for each trained parameter; about 2 in 8 bits
     activations       what autograd keeps for the backward passes that are open at one time
     gathered blocks   with FSDP2, which cuts all of the above but the activations over the devices: the weights and gradients
                       that are whole for a while
@@ -30,6 +30,7 @@ from ...pipelines import Condition, view_network
 from ...text_to_image.network import TextNetwork, shares_base
 from ..config import TrainingConfig
 from ..distillation.config import DistillConfig
+from ..optimizers import moment_bytes
 from ..parallel.blocks import blocks, checkpoint_blocks, half_precision_weights, has_dropout
 from .graphs import graph_sizes
 from .text import text_graph_sizes
@@ -89,7 +90,7 @@ def training_memory(
     parts = {
         "trained parameters": sum(counts) * FLOAT32,
         "gradients": (sum(counts) if whole_gradients else max(counts)) * FLOAT32,
-        "Adam's moments": 2 * sum(counts) * FLOAT32,
+        "Adam's moments": sum(moment_bytes(network, settings.use_8bit_adam) for network in trained),
         f"moving averages ({averages})": averages * parameter_count([averaged]) * FLOAT32,
         "teacher": 0 if teacher is None else teacher_bytes(teacher, settings, devices),
     }

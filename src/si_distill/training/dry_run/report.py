@@ -28,6 +28,7 @@ from ..config import TeacherConfig, TrainingConfig
 from ..distillation.config import DistillConfig
 from ..distillation.plan import plan_distillation
 from ..distillation.start import StartingStudent
+from ..optimizers import check_8bit_adam
 from ..parallel.accelerator import check_installed
 from ..run.folder import RunFolder
 from ..run.measurement import check_measurement
@@ -54,6 +55,7 @@ def dry_run(settings: TrainingConfig) -> str:
     """
     RunFolder(settings, writes=False).check()
     check_installed(settings.report_to)
+    check_8bit_adam(settings, Devices.of_launcher().sharded)
     _check_files(settings)
     lines = _distillation(settings) if isinstance(settings, DistillConfig) else _teacher_training(settings)
     width = max(map(len, lines)) + 1
@@ -89,7 +91,7 @@ def _teacher_training(settings: TeacherConfig) -> Lines:
         "network": _network(network),
         "path": _path(plan.scheduler),
         **_batch(settings),
-        "optimizer": _optimizer(vars(settings), network),
+        "optimizer": _optimizer(vars(settings), network, settings.use_8bit_adam),
         "averages": _averages(settings),
         "data": _data(settings),
         **_memory(parts),
@@ -150,8 +152,10 @@ def _distillation(settings: DistillConfig) -> Lines:
         **(describe_texts(teacher, student, settings) if text_teacher else {}),
         **_batch(settings),
         "updates": _updates(settings),
-        "student's": _optimizer({name: getattr(settings, name) for name in settings.of_critic()}, student),
-        "critic's": _optimizer(settings.of_critic(), critic),
+        "student's": _optimizer(
+            {name: getattr(settings, name) for name in settings.of_critic()}, student, settings.use_8bit_adam
+        ),
+        "critic's": _optimizer(settings.of_critic(), critic, settings.use_8bit_adam),
         "averages": _averages(settings),
         "data": (_data(settings) + latent)
         if plan.needs_images
@@ -205,12 +209,13 @@ def _updates(settings: DistillConfig) -> str:
     return f"{', then '.join(order)} in an iteration, {settings.critic_draws} draws{waits}"
 
 
-def _optimizer(values: dict[str, Any], network: nn.Module) -> str:
+def _optimizer(values: dict[str, Any], network: nn.Module, in_8_bits: bool) -> str:
     """One network's optimizer, as a paper gives it, and its dropout."""
     decay = values["weight_decay"]
+    name = (f"AdamW, weight decay {decay:g}" if decay else "Adam") + (", moments in 8 bits" if in_8_bits else "")
     dropout = max((module.p for module in network.modules() if isinstance(module, nn.Dropout)), default=0.0)
     return (
-        f"{f'AdamW, weight decay {decay:g}' if decay else 'Adam'}, rate {values['learning_rate']:g} after "
+        f"{name}, rate {values['learning_rate']:g} after "
         f"{values['lr_warmup_steps']:,} updates, betas ({values['adam_beta1']:g}, {values['adam_beta2']:g}), epsilon "
         f"{values['adam_epsilon']:g}, gradient norm up to {values['max_grad_norm']:g}, dropout {dropout:g}"
     )

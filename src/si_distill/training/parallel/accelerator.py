@@ -12,6 +12,7 @@ from torch.distributed.fsdp import OffloadPolicy, StateDictType
 from ...errors import InputError
 from ...launching import check_processes
 from ..config import TrainingConfig
+from ..optimizers import check_8bit_adam
 from .blocks import check_compiler
 
 
@@ -36,6 +37,7 @@ def build_accelerator(settings: TrainingConfig) -> Accelerator:
     check_processes(accelerator.num_processes)
     _check_launcher(accelerator, settings)
     _check_tracker(accelerator, settings.report_to)
+    check_8bit_adam(settings, accelerator.is_fsdp2)
     check_compiler(settings, accelerator.device)
     return accelerator
 
