@@ -28,6 +28,17 @@ def test_an_image_of_the_size_is_not_touched():
     assert np.array_equal(np.asarray(centre_crop(wide, 8)), np.asarray(wide)[:, 2:10])
 
 
+def test_a_height_and_a_width_are_the_middle_of_the_smallest_image_that_covers_them():
+    image = picture(8, 13)
+    assert np.array_equal(np.asarray(centre_crop(image, (8, 8))), np.asarray(centre_crop(image, 8)))
+    assert np.array_equal(np.asarray(centre_crop(image, (6, 13))), np.asarray(image)[1:7])
+    assert np.array_equal(np.asarray(centre_crop(image, (8, 11))), np.asarray(image)[:, 1:12])
+    halved = np.asarray(image.resize((6, 4), Image.Resampling.BOX))
+    assert np.array_equal(np.asarray(centre_crop(picture(8, 13), (4, 6))), halved)
+    assert to_pixels(picture(70, 40), 3, (24, 32)).shape == (3, 24, 32)
+    assert to_pixels(picture(5, 300), 1, (64, 8)).shape == (1, 64, 8)
+
+
 def test_halving_averages_two_by_two_pixels_before_anything_else():
     image = picture(16, 24)
     means = np.asarray(image, dtype=np.float64).reshape(8, 2, 12, 2, 3).mean((1, 3))

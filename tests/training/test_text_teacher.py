@@ -2,6 +2,8 @@
 
 import io
 import json
+import shutil
+import sys
 
 import datasets
 import diffusers
@@ -10,13 +12,16 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from script_runs import command, metrics, run
+from script_runs import ROOT, metrics, run
+from test_distributed import training as of_ranks
 from tiny_pipelines import build
 
 from si_distill.errors import InputError
 from si_distill.settings import parse_settings
 from si_distill.training.config import TeacherConfig
+from si_distill.training.dry_run.report import dry_run
 from si_distill.training.text_teacher import TextTeacherTrainer
+from si_distill.units import binary_size
 
 SMALL = "--per_device_train_batch_size 4 --logging_steps 1 --eval_steps 1000 --save_steps 1000".split()
 CAPTIONS = ["a red square", "a green square", "a blue square"]
@@ -53,6 +58,10 @@ def training(folder, *arguments) -> TextTeacherTrainer:
 
 def weights(folder) -> dict[str, torch.Tensor]:
     return load_file(folder / "transformer" / "diffusion_pytorch_model.safetensors")
+
+
+def adapter(folder) -> dict[str, torch.Tensor]:
+    return load_file(folder / "pytorch_lora_weights.safetensors")
 
 
 def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
@@ -123,12 +132,56 @@ def test_a_resumed_run_repeats_the_uninterrupted_one(sana, tmp_path):
 
 
 def test_two_processes_train_as_one(sana, tmp_path):
-    given = [*sana, "--max_steps", 3, "--adam_epsilon", 1e-3]
-    training(tmp_path / "one", *given).train()
-    shared = ["--output_dir", tmp_path / "two", *SMALL, "--per_device_train_batch_size", 2]
-    run(*command("train_teacher.py", *shared, *given, processes=2))
-    one, two = (np.array(metrics(tmp_path / name, "loss", "grad_norm")) for name in ("one", "two"))
-    assert two == pytest.approx(one, rel=1e-4)
+    wide = [*sana, "--max_steps", 3, "--adam_epsilon", 1e-3, "--text.height", 32, "--text.width", 64]
+    wide = [*wide, "--data.image_size", 8]
+    ways = {"whole": wide, "adapter": [*wide, "--lora_rank", 2, "--learning_rate", 1e-2]}
+    entries = []
+    for way, given in ways.items():
+        training(tmp_path / way, *given).train()
+        for kind, sharded in (("ddp", False), ("fsdp", True)):
+            cut = ["--output_dir", tmp_path / f"{way}-{kind}", *SMALL, "--per_device_train_batch_size", 2]
+            entries.append(of_ranks("train_teacher", [*cut, *given], sharded, None))
+    plan = tmp_path / "plan.json"
+    plan.write_text(json.dumps([{"ranks": 2, "copies": [], "trainings": entries}]))
+    run(sys.executable, ROOT / "tests/training/ranks.py", plan)
+    assert json.loads((tmp_path / "0.codes").read_text()) == [0, 0], (tmp_path / "0.0.log").read_text()
+    assert json.loads((tmp_path / "0.0.errors").read_text()) == [None] * 3
+    for way, found in (("whole", weights), ("adapter", adapter)):
+        for kind in ("ddp", "fsdp"):
+            one, two = (np.array(metrics(tmp_path / name, "loss", "grad_norm")) for name in (way, f"{way}-{kind}"))
+            assert two == pytest.approx(one, rel=1e-4)
+            expected, given = found(tmp_path / way), found(tmp_path / f"{way}-{kind}")
+            assert given.keys() == expected.keys()
+            for name, tensor in expected.items():
+                torch.testing.assert_close(given[name], tensor, rtol=0, atol=2e-5)
+
+
+def test_images_of_any_height_and_width(sana, tmp_path):
+    size = ["--data.image_size", 8, "--text.height", 64, "--text.width", 32]
+    trainer = training(tmp_path / "run", *sana, *size)
+    batch = trainer.next_batch(trainer.data, 0)
+    assert batch["images"].shape == (4, 3, 64, 32)
+    assert trainer.samples(batch).shape == (4, *trainer.teacher.latent_shape) == (4, 4, 32, 16)
+    assert trainer.iteration()[1]
+    assert trainer.facts()["data"]["size"] == [64, 32]
+
+
+@pytest.mark.parametrize("rank", [None, 2])
+def test_a_dry_run_reads_configs_alone(sana, tmp_path, rank):
+    lora = [] if rank is None else ["--lora_rank", rank]
+    trainer = training(tmp_path / "run", *sana, *lora)
+    name = trainer.settings.model["pipeline"]
+    shutil.copytree(name, tmp_path / "configs", ignore=shutil.ignore_patterns("*.safetensors"))
+    argv = ["--output_dir", tmp_path / "dry", *SMALL, *sana, *lora, "--model.pipeline", tmp_path / "configs"]
+    report = dry_run(parse_settings(TeacherConfig, list(map(str, argv))))
+    assert not (tmp_path / "dry").exists()
+    trained = sum(p.numel() for p in trainer.trained.parameters)
+    base = sum(p.numel() for n, p in trainer.teacher.transformer.base.named_parameters() if ".lora_" not in n)
+    assert f"SanaTransformer2DModel, {base:,} parameters, 4 × 16 × 16, text" in report
+    assert f"trained parameters {binary_size(4 * trained)}, gradients {binary_size(4 * trained)}" in report
+    assert f"Adam's moments {binary_size(8 * trained)}, moving averages (1) {binary_size(4 * trained)}" in report
+    assert (f"teacher {binary_size(4 * base)}" in report) == (rank is not None)
+    assert "32 × 32 pixels" in report
 
 
 def test_the_empty_text_takes_the_place_of_some_captions(sana, tmp_path):
@@ -198,6 +251,12 @@ def test_latents_of_the_pipelines_autoencoder_give_the_same_update(tmp_path):
         (["--data.caption_column", "null"], "set `data.caption_column`"),
         (["--data.degradation", "downsample", "--data.degradation_kwargs", "{factor: 2}"], "no references"),
         (["--data.image_size", "33"], "multiples of"),
+        (
+            ["--data.image_size", "8"],
+            "`height` and `width` are 16 and 16",
+        ),  # the pipeline's own, of which it makes none
+        (["--text.height", "32", "--text.width", "64"], "`data.image_size` is 32, but images of 32 × 64 pixels"),
+        (["--text.negative_prompt", "blurry"], "which is for distillation"),
         (["--caption_dropout_prob", "1"], r"\[0, 1\)"),
         (["--lora_rank", "0"], "lora_rank"),
         (["--lora_targets", "[to_q]"], "without a `lora_rank`"),
@@ -210,7 +269,10 @@ def test_what_cannot_work_is_refused(sana, tmp_path, arguments, message):
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("argument", [["--lora_rank", "4"], ["--data.caption_column", "text"]])
+@pytest.mark.parametrize(
+    "argument",
+    [["--lora_rank", "4"], ["--text.max_length", "8"], ["--data.caption_column", "text"]],
+)
 def test_settings_of_pipelines_are_refused_without_one(tmp_path, argument):
     with pytest.raises(InputError, match=r"give `model\.pipeline`"):
         parse_settings(TeacherConfig, ["--output_dir", str(tmp_path), *argument])

@@ -115,7 +115,7 @@ class RowReader:
 
     Args:
         columns: where they are.
-        size: height and width of what is made of them.
+        size: side, or height and width, of what is made of them.
         probe: encoded rows from the head of the data set, which tell whether it is grey: single grey images are usual
             among coloured ones.
 
@@ -126,7 +126,7 @@ class RowReader:
         InputError: when none of these rows can be read, or references have other channels than images.
     """
 
-    def __init__(self, columns: Columns, size: int, probe: list[dict[str, Any]]):
+    def __init__(self, columns: Columns, size: int | tuple[int, int], probe: list[dict[str, Any]]):
         self.columns = columns
         self.size = size
         found = _channels(columns.image, probe)
@@ -138,7 +138,7 @@ class RowReader:
             )
 
     def image(self, row: dict[str, Any]) -> torch.Tensor:
-        """(C, size, size), uint8.
+        """(C, height, width), uint8.
 
         Raises:
             UnreadableImage: when it cannot be decoded.
@@ -146,7 +146,7 @@ class RowReader:
         return to_pixels(decode(row[self.columns.image]), self.channels, self.size)
 
     def reference(self, row: dict[str, Any]) -> torch.Tensor:
-        """(C, size, size), uint8: the same part of the picture as `image`.
+        """(C, height, width), uint8: the same part of the picture as `image`.
 
         Raises:
             UnreadableImage: when it cannot be decoded, or has another shape than the image.

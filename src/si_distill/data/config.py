@@ -139,3 +139,20 @@ class DataConfig:
         except (ValueError, TypeError) as error:
             raise InputError(f"`data.degradation` {self.degradation}: {error}") from None
         return degradation
+
+    @property
+    def square(self) -> tuple[int, int] | None:
+        """Height and width as `image_size` says, or None where it is not set."""
+        return None if self.image_size == type(self).image_size else (self.image_size, self.image_size)
+
+    def check_size(self, size: tuple[int, int]) -> None:
+        """Refuses an `image_size` that is not the height and width of generated images.
+
+        Raises:
+            InputError: says both.
+        """
+        if self.square not in (None, size):
+            raise InputError(
+                f"`data.image_size` is {self.image_size}, but images of {size[0]} × {size[1]} pixels (height and width) are "
+                "generated: leave it out, and images are cropped to that size."
+            )

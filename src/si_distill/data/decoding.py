@@ -1,4 +1,4 @@
-"""Encoded images to square uint8 tensors: the only place where files are decoded and cropped."""
+"""Encoded images to uint8 tensors of one size: the only place where files are decoded and cropped."""
 
 import io
 from pathlib import Path
@@ -78,8 +78,8 @@ def _content(value: Any) -> bytes:
     return content
 
 
-def to_pixels(image: Image.Image, channels: int, size: int) -> torch.Tensor:
-    """(channels, size, size), uint8: grey (1 channel) or RGB (3), cut square around the centre.
+def to_pixels(image: Image.Image, channels: int, size: int | tuple[int, int]) -> torch.Tensor:
+    """(channels, height, width), uint8: grey (1 channel) or RGB (3), cut to `size` around the centre.
 
     Raises:
         UnreadableImage: for colour spaces without a conversion.
@@ -88,24 +88,27 @@ def to_pixels(image: Image.Image, channels: int, size: int) -> torch.Tensor:
         image = to_eight_bits(image, channels)
     except ValueError as error:
         raise UnreadableImage(str(error)) from error
-    pixels = torch.from_numpy(np.array(centre_crop(image, size)))
-    return pixels.view(size, size, channels).permute(2, 0, 1).contiguous()
+    image = centre_crop(image, size)
+    pixels = torch.from_numpy(np.array(image))
+    return pixels.view(image.height, image.width, channels).permute(2, 0, 1).contiguous()
 
 
-def centre_crop(image: Image.Image, size: int) -> Image.Image:
+def centre_crop(image: Image.Image, size: int | tuple[int, int]) -> Image.Image:
     """ADM's preprocessing (Dhariwal & Nichol 2021, "Diffusion Models Beat GANs on Image Synthesis"), on which teachers of
     ImageNet and its published reference statistics rest.
 
     Halved by averaging while the shorter side is at least twice `size`, then bicubic to a shorter side of `size`, then the
-    square in the middle. An image that has the size already is not touched.
+    square in the middle. An image that has the size already is not touched. Of a height and a width the same: the smallest
+    image that covers them, then its middle.
     """
+    height, width = (size, size) if isinstance(size, int) else size
     image = _without_far_ends(image)
-    while min(image.size) >= 2 * size:
+    while image.width >= 2 * width and image.height >= 2 * height:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
-    scale = size / min(image.size)
+    scale = max(width / image.width, height / image.height)
     image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
-    left, top = (image.width - size) // 2, (image.height - size) // 2
-    return image.crop((left, top, left + size, top + size))
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    return image.crop((left, top, left + width, top + height))
 
 
 def _without_far_ends(image: Image.Image) -> Image.Image:

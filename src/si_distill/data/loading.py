@@ -20,7 +20,11 @@ from .stream_reading import CHUNK, rows_of
 
 
 def load_training_data(
-    config: DataConfig, readers: int = 1, num_classes: int | None = None, further_references: bool = False
+    config: DataConfig,
+    readers: int = 1,
+    num_classes: int | None = None,
+    further_references: bool = False,
+    size: tuple[int, int] | None = None,
 ) -> TrainingData:
     """What a trainer reads: images, next to those of a second data set if references are unpaired, or a cache of latents.
 
@@ -29,6 +33,7 @@ def load_training_data(
         readers: processes that read, over all ranks.
         num_classes: of the network, for streams whose labels are plain numbers.
         further_references: whether a batch has a second set of unpaired references, `other_reference`.
+        size: height and width of images with captions; squares of `image_size` when not given.
 
     Raises:
         InputError: when the data cannot be found or read, lack labels, or have fewer shards than there are readers; when two
@@ -51,7 +56,7 @@ def load_training_data(
             further_references,
         )
     if not config.streaming or config.name == "digits":
-        return load_images(replace(config, streaming=False))
+        return load_images(replace(config, streaming=False), size)
     data = _open_stream(config, readers, num_classes)
     config.build_degradation(data.channels)  # refuses what these images cannot undergo
     return data

@@ -24,20 +24,20 @@ PROBE = 16
 
 @dataclass(eq=False)
 class ImageDataset(IndexedData):
-    """Square images in [-1, 1] with class labels (a `TrainingData`).
+    """Images in [-1, 1] with class labels (a `TrainingData`), square where they are not of a text-to-image pipeline.
 
-    `dataset[i]` is a dict: `images`, a float32 tensor (C, size, size), `labels`, an int, and of pairs `reference`, an image
-    of the same shape.
+    `dataset[i]` is a dict: `images`, a float32 tensor (C, height, width), `labels`, an int, and of pairs `reference`, an
+    image of the same shape.
 
     Args:
-        read: gives the uint8 tensor (C, size, size) of image i.
+        read: gives the uint8 tensor (C, height, width) of image i.
         labels: of all images.
         name: how results refer to the data.
         channels: 1 or 3.
-        size: height and width.
+        size: side, or height and width.
         class_names: names of the classes 0 … K − 1, or the captions that there are; empty for images without either, whose
             label is always 0.
-        read_reference: gives the uint8 tensor (C, size, size) of the reference of image i, of pairs.
+        read_reference: gives the uint8 tensor (C, height, width) of the reference of image i, of pairs.
         max_corrupt: unreadable images that training may meet.
     """
 
@@ -45,7 +45,7 @@ class ImageDataset(IndexedData):
     labels: list[int]
     name: str
     channels: int
-    size: int
+    size: int | tuple[int, int]
     class_names: list[str]
     read_reference: Callable[[int], torch.Tensor] | None = None
     max_corrupt: int = 0
@@ -57,12 +57,16 @@ class ImageDataset(IndexedData):
         return item
 
     def read_all(self) -> tuple[torch.Tensor, list[int]]:
-        """All images (N, C, size, size), uint8, and their labels."""
+        """All images (N, C, height, width), uint8, and their labels."""
         return torch.stack([self.read(index) for index in range(len(self))]), list(self.labels)
 
 
-def load_images(config: DataConfig) -> ImageDataset:
+def load_images(config: DataConfig, size: tuple[int, int] | None = None) -> ImageDataset:
     """The images that the settings describe, to be read by index, with the references that are their own.
+
+    Args:
+        config: of the data.
+        size: height and width; squares of `image_size` when not given.
 
     Raises:
         InputError: when they cannot be found or read, have no labels and `label_column` does not say `none`, are a stream,
@@ -79,7 +83,9 @@ def load_images(config: DataConfig) -> ImageDataset:
             "give what was computed from them (`reference` with class_balance=uniform in an evaluation, `class_frequencies` "
             "in a distillation)."
         )
-    data = digits(config) if config.name == "digits" else _from_table(config)
+    if size and size[0] == size[1]:
+        config, size = replace(config, image_size=size[0]), None
+    data = digits(config) if config.name == "digits" else _from_table(config, size)
     config.build_degradation(data.channels)  # refuses what these images cannot undergo
     return data
 
@@ -126,7 +132,7 @@ def _part(split: str, count: int) -> slice:
     return slice(part.from_, part.to)
 
 
-def _from_table(config: DataConfig) -> ImageDataset:
+def _from_table(config: DataConfig, size: tuple[int, int] | None) -> ImageDataset:
     import datasets
 
     table = open_dataset(config)
@@ -140,7 +146,7 @@ def _from_table(config: DataConfig) -> ImageDataset:
     # Decoded here and not inside datasets: an error there names no file and can end an iteration silently.
     for column in filter(None, (columns.image, columns.reference)):
         table = table.cast_column(column, datasets.Image(decode=False))
-    return indexed(config, columns, table.__getitem__, labels)
+    return indexed(config, columns, table.__getitem__, labels, size)
 
 
 def distinct_captions(config: DataConfig, captions: list[str | None]) -> list[str]:
@@ -179,7 +185,11 @@ def _numbered_classes(config: DataConfig, labels: list[int]) -> list[str]:
 
 
 def indexed(
-    config: DataConfig, columns: Columns, row: Callable[[int], dict[str, Any]], labels: list[int]
+    config: DataConfig,
+    columns: Columns,
+    row: Callable[[int], dict[str, Any]],
+    labels: list[int],
+    size: tuple[int, int] | None = None,
 ) -> ImageDataset:
     """Images that are decoded when they are asked for.
 
@@ -188,6 +198,7 @@ def indexed(
         columns: where images are.
         row: gives the encoded row i.
         labels: of the rows.
+        size: height and width; squares of `image_size` when not given.
 
     Raises:
         InputError: without images, for a label that is no class, or when none of the first images can be read.
@@ -200,7 +211,7 @@ def indexed(
     if columns.label is not None:
         for label in dict.fromkeys(labels):
             check_label(label, config.name, len(names))
-    reader = RowReader(columns, config.image_size, [row(index) for index in range(min(PROBE, len(labels)))])
+    reader = RowReader(columns, size or config.image_size, [row(index) for index in range(min(PROBE, len(labels)))])
 
     def reading(what: Callable[[dict[str, Any]], torch.Tensor]) -> Callable[[int], torch.Tensor]:
         def read(index: int) -> torch.Tensor:
@@ -216,7 +227,7 @@ def indexed(
         labels,
         config.name,
         reader.channels,
-        config.image_size,
+        reader.size,
         names,
         reading(reader.reference) if columns.reference else None,
         config.max_corrupt_images,

@@ -6,11 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from .. import fingerprints
-from ..data import DataConfig, ImageDataset, load_images
+from ..data import DataConfig, load_images
 from ..data.columns import open_dataset
 from ..errors import InputError
+from ..settings import settings_to_dict
 from ..text_to_image.prompts import read_prompts
 from ..text_to_image.text_cache import is_text_cache
+from .samples import DatasetSource
 
 
 @dataclass
@@ -75,21 +77,19 @@ def load_prompts(
     return Prompts(name, texts, per_prompt)
 
 
-def captioned_images(data: DataConfig) -> ImageDataset | None:
-    """The images of a data set with captions and a column of type `Image`, or an `image_column`; None of prompts alone.
+def has_images(data: DataConfig) -> bool:
+    """Whether a data set with captions has a column of type `Image`, or an `image_column`.
 
     Raises:
-        InputError: when they cannot be read.
+        InputError: when it cannot be opened.
     """
     import datasets
 
     if has_no_images(data):
-        return None
-    if data.image_column is None:
-        kinds = open_dataset(data).features.values()
-        if not any(isinstance(kind, datasets.Image) for kind in kinds):
-            return None
-    return load_images(data)
+        return False
+    return data.image_column is not None or any(
+        isinstance(kind, datasets.Image) for kind in open_dataset(data).features.values()
+    )
 
 
 def has_no_images(data: DataConfig) -> bool:
@@ -97,17 +97,14 @@ def has_no_images(data: DataConfig) -> bool:
     return data.caption_column is None or data.name == "text" or is_text_cache(data.name)
 
 
-def check_size(data: ImageDataset, height: int, width: int) -> None:
-    """Refuses real images of another size than the generated ones.
+def captioned_images(data: DataConfig, size: tuple[int, int]) -> DatasetSource:
+    """The images of a data set with captions, cropped to a height and a width.
 
     Raises:
-        InputError: says both.
+        InputError: when they cannot be read, or `data.image_size` says another size.
     """
-    if (height, width) != (data.size, data.size):
-        raise InputError(
-            f"The images are {width}×{height} pixels and those of {data.name} {data.size}×{data.size}: set "
-            "`data.image_size`, or give its captions as `prompts_file` to do without real images."
-        )
+    data.check_size(size)
+    return DatasetSource(load_images(data, size), {**settings_to_dict(data), "image_size": list(size)})
 
 
 def no_real_images(what: str, section: str = "") -> InputError:

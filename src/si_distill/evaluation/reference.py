@@ -100,7 +100,7 @@ def data_reference(
             manifest = {
                 **shards.identity,
                 "name": source.data.name,
-                "resolution": source.data.size,
+                "resolution": source.data.size if isinstance(source.data.size, int) else None,
                 "count": len(source),
             }
             _write(path, shards, manifest)

@@ -13,7 +13,6 @@ from PIL import Image
 
 from ..errors import InputError
 from ..sample_noise import sample_seed
-from ..settings import settings_to_dict
 from ..text_to_image.conventions import CONVENTIONS
 from ..text_to_image.stock_calls import teacher_images
 from ..text_to_image.student import LoadedStudent, load_student
@@ -24,8 +23,8 @@ from .generators import Generator, run_facts
 from .metrics import METRICS, choices
 from .pictures import COLUMNS_OF_PICTURES
 from .prepared import Evaluation
-from .prompts import Prompts, captioned_images, check_size, load_prompts, no_real_images
-from .samples import Batch, DatasetSource, FileSource, counted_rows, identity_of
+from .prompts import Prompts, captioned_images, has_images, load_prompts, no_real_images
+from .samples import Batch, FileSource, counted_rows, identity_of
 
 #: `draw(prompts, generators=…)` gives an image for each prompt.
 Draw = Callable[..., list[Image.Image]]
@@ -136,8 +135,8 @@ class TextEvaluation(Evaluation):
             self.extractor = load_extractor(s.features, s.feature_weights, state.device)
             self.prompts = load_prompts(s.prompts_file, s.data, s.images_per_prompt, s.num_samples)
             self.count = len(self.prompts)
-            self.data = None if s.prompts_file else captioned_images(s.data)
-            self._check_metrics()
+            compared = not s.prompts_file and has_images(s.data)
+            self._check_metrics(compared)
             self.scorers = {
                 metric.name: metric.scorer(s, state.device)
                 for metric in METRICS.values()
@@ -166,15 +165,14 @@ class TextEvaluation(Evaluation):
             )
         ((height, width),) = sizes
         self.shape = (3, height, width)
-        if self.data and s.reference is None:
-            check_size(self.data, height, width)
-        self.real = DatasetSource(self.data, settings_to_dict(s.data)) if self.data and not s.reference else None
+        self.real = captioned_images(s.data, (height, width)) if compared and not s.reference else None
+        self.data = self.real and self.real.data
         self.reference = self._load_reference() if self.real or s.reference else None
 
-    def _check_metrics(self) -> None:
+    def _check_metrics(self, compared: bool) -> None:
         """Refuses metrics of real images without any, unless nobody asked for them."""
         s = self.settings
-        if self.data or s.reference or s.metrics == list(choices()):
+        if compared or s.reference or s.metrics == list(choices()):
             return
         asked = [metric.asked_by for metric in METRICS.values() if metric.of_real and metric.asked_by in s.metrics]
         if asked:

@@ -13,6 +13,7 @@ from ..errors import InputError
 from ..evaluation.config import MEASURED, MeasurementConfig
 from ..schedulers.interpolant_names import PREDICTIONS, TIMESTEP_TYPES
 from ..settings import LARGEST_SEED, MOST_PROCESSES, MOST_SAMPLES, at_least, positive, setting
+from ..text_to_image.config import TextConfig
 
 if TYPE_CHECKING:
     from ..interpolants import Interpolant
@@ -258,6 +259,7 @@ class TeacherConfig(TrainingConfig):
         None, "A network class of your own instead of `model.class`: package.module:Class.", names_code=True
     )
 
+    text: TextConfig = field(default_factory=TextConfig)
     caption_dropout_prob: float = setting(
         0.1, "Share of the captions that are left out in training, which guidance needs; for `model.pipeline`."
     )
@@ -272,8 +274,10 @@ class TeacherConfig(TrainingConfig):
     #: Settings that `model.pipeline` says itself, and what there is only for the networks that are built here.
     OF_OWN_NETWORKS: ClassVar[tuple[str, ...]] = (
         *("interpolant", "interpolant_kwargs", "prediction_type", "loss_weight", "timestep_type", "model_class"),
-        *("augment_prob", "push_to_hub", "dry_run"),
+        *("augment_prob", "push_to_hub"),
     )
+    #: Settings of `text` that say nothing of captions and images.
+    OF_DISTILLATION: ClassVar[tuple[str, ...]] = ("negative_prompt", "told_guidance", "max_texts_in_memory")
 
     ALGORITHM = 2
     ALGORITHM_CHANGES = {2: "augmented images are mirrored about the centres of the outermost pixels"}
@@ -307,8 +311,9 @@ class TeacherConfig(TrainingConfig):
         if self.lora_rank is not None:
             at_least("lora_rank", self.lora_rank, 1)
         if not self.is_text_to_image:
-            for name in ("lora_rank", "lora_targets"):
-                if getattr(self, name):
+            given = {"lora_rank": self.lora_rank, "lora_targets": self.lora_targets, "text": self.text != TextConfig()}
+            for name, value in given.items():
+                if value:
                     raise InputError(
                         f"`{name}` is for the network of a text-to-image pipeline: give `model.pipeline`, or leave it out."
                     )
@@ -329,6 +334,11 @@ class TeacherConfig(TrainingConfig):
             raise InputError("Text-to-image pipelines see no references: leave those of `data` out.")
         if self.lora_targets and self.lora_rank is None:
             raise InputError("`lora_targets` are set without a `lora_rank`: give one, or leave them out.")
+        for name in self.OF_DISTILLATION:
+            if (value := getattr(self.text, name)) != getattr(TextConfig, name):
+                raise InputError(
+                    f"`text.{name}` is {value!r}, which is for distillation (training/train_distill.py): leave it out."
+                )
         for setting_field in fields(self):
             name, factory = setting_field.name, setting_field.default_factory
             default = factory() if callable(factory) else setting_field.default

@@ -11,21 +11,24 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 from torch import nn
 
-from ..data import load_training_data
 from ..data.batches import Batch
 from ..data.latents.dataset import LatentDataset
-from ..errors import InputError
 from ..pipelines import Condition, Field, view_network
 from ..pipelines.interpolant_field import Guidance
 from ..text_to_image.lora import LoraWeights
+from ..text_to_image.prompts import check_length
 from ..text_to_image.stock_calls import teacher_images
 from ..text_to_image.teacher import TextToImageTeacher, load_stock_pipeline
 from ..text_to_image.texts import Texts, encode_texts
 from ..visualization import image_grid, tensor_to_pil
+from .captioned import base_dtype, describe_captioned, load_captioned_images
+from .config import TeacherConfig
 from .parallel.blocks import prepare_blocks
-from .run.facts import describe_data, describe_network
+from .parallel.sharding import place_frozen
+from .run.facts import describe_network
 from .teacher import SAMPLE_STEPS, TeacherTrainer
 from .texts_state import TextsState
+from .times import TimeSampler
 
 if TYPE_CHECKING:
     from ..evaluation.text import Draw
@@ -35,6 +38,28 @@ if TYPE_CHECKING:
 SHOWN, SCALES = 8, (1.0, 3.0)
 
 
+def text_teacher(pipeline: DiffusionPipeline, settings: TeacherConfig) -> TextToImageTeacher:
+    """A stock pipeline at the size that `text`, or else `data.image_size`, says; its weights may be on the meta device.
+
+    Raises:
+        InputError: for a size or layers that it does not have.
+    """
+    size = settings.text.size or settings.data.square
+    return TextToImageTeacher(pipeline, size, settings.lora_rank, tuple(settings.lora_targets))
+
+
+def text_teacher_times(teacher: TextToImageTeacher, settings: TeacherConfig) -> TimeSampler:
+    """The distribution of the training times, on the pipeline's own path.
+
+    Raises:
+        InputError: for times at which the velocity of that path is infinite.
+    """
+    interpolant, path = teacher.scheduler.interpolant, teacher.scheduler.config
+    if path.prediction_type == "velocity":
+        settings.check_times(interpolant)
+    return settings.build_time_sampler(interpolant, path.timestep_type)
+
+
 class TextTeacherTrainer(TextsState, TeacherTrainer):
     """The regression of `TeacherTrainer` for a stock pipeline: on its own path, of latents of its autoencoder, with caption
     dropout. The run folder becomes such a pipeline, or with `lora_rank` the adapter that it loads.
@@ -42,24 +67,21 @@ class TextTeacherTrainer(TextsState, TeacherTrainer):
 
     def setup(self) -> None:
         settings = self.settings
-        if self.accelerator.is_fsdp2:
-            raise InputError("A text-to-image pipeline is trained whole on each process: launch without FSDP.")
-        self.data = load_training_data(settings.data, self.readers)
-        pipeline = load_stock_pipeline(settings.model["pipeline"])
-        size, rank = settings.data.image_size, settings.lora_rank
-        self.teacher = TextToImageTeacher(pipeline, (size, size), rank, tuple(settings.lora_targets))
+        pipeline = load_stock_pipeline(settings.model["pipeline"], base_dtype(settings, settings.lora_rank))
+        self.teacher = text_teacher(pipeline, settings)
+        self.scheduler, self.interpolant = self.teacher.scheduler, self.teacher.scheduler.interpolant
+        self.time_sampler = text_teacher_times(self.teacher, settings)
+        self.data = load_captioned_images(settings.data, self.teacher.size, self.readers)
         self._check_latents()
-        self.scheduler = self.teacher.scheduler
-        self.interpolant, path = self.scheduler.interpolant, self.scheduler.config
-        if path.prediction_type == "velocity":
-            settings.check_times(self.interpolant)
-        self.time_sampler = settings.build_time_sampler(self.interpolant, path.timestep_type)
+        self.teacher.vae.to(self.accelerator.device)
         self.texts = self._encode_captions()
-        network = copy.deepcopy(self.teacher.transformer) if rank else self.teacher.transformer
-        if rank:
+        self.teacher.transformer.null, self.dropout_prob = self.texts.null, settings.caption_dropout_prob
+        if settings.lora_rank is None:
+            self.train_network(self.teacher.transformer)
+        else:
+            self.train_network(copy.deepcopy(self.teacher.transformer))
             prepare_blocks(self.teacher.transformer, settings)
-        network.null, self.dropout_prob = self.texts.null, settings.caption_dropout_prob
-        self.train_network(network)
+            place_frozen(self.accelerator, self.teacher.transformer, shared=True)
 
     def _check_latents(self) -> None:
         """Refuses a cache of latents of another autoencoder."""
@@ -68,13 +90,18 @@ class TextTeacherTrainer(TextsState, TeacherTrainer):
             self.data.check_vae(self.teacher.vae, self.teacher.config["vae_pixel_min"], name)
 
     def _encode_captions(self) -> Texts:
-        """The captions of the data; the text encoders are on the device meanwhile, network and autoencoder stay there."""
-        teacher, device = self.teacher, self.accelerator.device
-        teacher.vae.to(device)
-        network = teacher.transformer.to(device).base
+        """The captions of the data; the text encoders are on the device meanwhile."""
+        teacher, text, network = self.teacher, self.settings.text, self.teacher.transformer.base
+        check_length(text.max_length, teacher.pipeline)
         # A network that was distilled from guidance is told to use none.
         told = 1.0 if teacher.convention.told_guidance and network.config.guidance_embeds else None
-        return encode_texts(teacher.pipeline, self.data.class_names, device=device, told_guidance=told)
+        return encode_texts(
+            teacher.pipeline,
+            self.data.class_names,
+            text.max_length,
+            device=self.accelerator.device,
+            told_guidance=told,
+        )
 
     def samples(self, batch: Batch) -> torch.Tensor:
         return batch["images"] if isinstance(self.data, LatentDataset) else self.teacher.encode(batch["images"])
@@ -127,5 +154,5 @@ class TextTeacherTrainer(TextsState, TeacherTrainer):
     def facts(self) -> dict[str, Any]:
         return {
             "network": describe_network(self.averages.network.base),
-            "data": describe_data(self.settings.data, self.data),
+            "data": describe_captioned(self.settings.data, self.data, self.teacher.size),
         }

@@ -9,7 +9,7 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 from torch import nn
 
-from ...data import TrainingData, load_training_data
+from ...data import TrainingData
 from ...data.batches import Batch
 from ...errors import InputError
 from ...pipelines import Condition
@@ -18,8 +18,9 @@ from ...text_to_image.student import TextToImageStudent
 from ...text_to_image.teacher import TextToImageTeacher, load_stock_pipeline, warn_of_distilled
 from ...text_to_image.text_cache import is_text_cache, without_encoders
 from ...visualization import tensor_to_pil
+from ..captioned import base_dtype, describe_captioned, load_captioned_images
 from ..parallel.sharding import plain_class
-from ..run.facts import describe_data, describe_network, describe_teacher
+from ..run.facts import describe_network, describe_teacher
 from ..texts_state import TextsState
 from .draws import MicroBatch
 from .text_health import image_means
@@ -61,13 +62,11 @@ class TextDistillationTrainer(TextsState, DistillationTrainer):
             raise InputError(
                 f"`{name}` is {getattr(settings, name)!r}, which is for teachers of classes alone: leave it out."
             )
-        # Adapters are trained in float32 on a network that nobody updates.
-        half = settings.mixed_precision == "bf16" and settings.lora_rank is not None
         # A student of its own weights is saved as a whole pipeline, encoders and all; one that is measured needs them too.
         alone = settings.lora_rank is not None and settings.eval_metric_steps is None
         idle = alone and is_text_cache(settings.data.name)
         left_out = without_encoders(settings.teacher) if idle else {}
-        pipeline = load_stock_pipeline(settings.teacher, torch.bfloat16 if half else None, **left_out)
+        pipeline = load_stock_pipeline(settings.teacher, base_dtype(settings, settings.lora_rank), **left_out)
         scales = (settings.guidance_scale, settings.critic_guidance_scale, settings.critic_training_guidance_scale)
         warn_of_distilled(settings.teacher, pipeline, scales)
         teacher = TextToImageTeacher(pipeline, text.size, settings.lora_rank, tuple(settings.lora_targets))
@@ -84,12 +83,7 @@ class TextDistillationTrainer(TextsState, DistillationTrainer):
                 f"The objective {settings.objective!r} uses real images, which need captions: give a data set of both with "
                 "`data.caption_column`, or choose an objective of prompts alone, e.g. sid."
             )
-        data = load_training_data(settings.data, self.readers)
-        if (data.size, data.size) != self.teacher_pipeline.size:
-            raise InputError(
-                f"`data.image_size` is {data.size}, but images of {' × '.join(map(str, self.teacher_pipeline.size))} "
-                "pixels are generated (`text.height` and `text.width`): set them alike."
-            )
+        data = load_captioned_images(settings.data, self.teacher_pipeline.size, self.readers)
         self.texts = self.texts.renumbered([without_mark(caption) for caption in data.class_names])
         return data
 
@@ -129,7 +123,7 @@ class TextDistillationTrainer(TextsState, DistillationTrainer):
         return {
             "network": {**describe_network(network), "class": plain_class(network.base).__name__},
             "teacher": describe_teacher(self.settings.teacher, self.teacher_pipeline),
-            "data": describe_data(self.settings.data, self.data),
+            "data": describe_captioned(self.settings.data, self.data, self.teacher_pipeline.size),
             "objective_space": self.objective.space,
         }
 

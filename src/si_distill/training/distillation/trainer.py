@@ -22,7 +22,7 @@ from ...visualization import image_grid
 from ..averaging.ema import Averages
 from ..optimizers import OptimizerSettings
 from ..parallel.blocks import has_dropout, keep_in_bfloat16, prepare_blocks
-from ..parallel.sharding import shard
+from ..parallel.sharding import place_frozen
 from ..run.facts import describe_data, describe_network, describe_teacher
 from ..trained_network import TrainedNetwork
 from ..trainer import Trainer
@@ -126,12 +126,9 @@ class DistillationTrainer(Trainer):
         shared = shares_base(self.start.network)
         teacher_features = settings.adversarial.features == "teacher"
         prepare_blocks(network, settings, shared or self.objective.needs_field_gradient or teacher_features)
-        if self.accelerator.is_fsdp2:
-            shard(self.accelerator, network.base if shared else network)
-        else:
-            if settings.mixed_precision == "bf16" and not shared:
-                keep_in_bfloat16(network)
-            network.to(self.accelerator.device)
+        if settings.mixed_precision == "bf16" and not shared and not self.accelerator.is_fsdp2:
+            keep_in_bfloat16(network)
+        place_frozen(self.accelerator, network, shared)
         if teacher.vae is not None:
             teacher.vae.to(self.accelerator.device)
         seen = FeatureNetwork(network) if teacher_features else view_network(network)

@@ -4,6 +4,7 @@ Networks are built on torch's meta device, which knows shapes and no numbers; no
 written.
 """
 
+import copy
 import importlib
 import os
 from pathlib import Path
@@ -33,6 +34,7 @@ from ..parallel.accelerator import check_installed
 from ..run.folder import RunFolder
 from ..run.measurement import check_measurement
 from ..teacher import TeacherPlan, plan_teacher
+from ..text_teacher import text_teacher_times
 from .communication import Transfer, transfers
 from .memory import (
     Devices,
@@ -42,7 +44,7 @@ from .memory import (
     teacher_activations,
     training_memory,
 )
-from .text import describe_texts, described_text_teacher
+from .text import describe_texts, described_captioned, described_text_teacher
 
 Lines = dict[str, str]
 
@@ -79,7 +81,9 @@ def print_dry_run(settings: TrainingConfig) -> None:
 
 
 def _teacher_training(settings: TeacherConfig) -> Lines:
-    check_measurement(settings, of_prompts=False)
+    check_measurement(settings, of_prompts=settings.is_text_to_image)
+    if settings.is_text_to_image:
+        return _captioned_training(settings)
     plan = _planned(settings)
     network = plan.network
     devices = Devices.of_launcher()
@@ -96,6 +100,26 @@ def _teacher_training(settings: TeacherConfig) -> Lines:
         "data": _data(settings),
         **_memory(parts),
         **_files(settings, parts, network),
+    }
+
+
+def _captioned_training(settings: TeacherConfig) -> Lines:
+    teacher = described_captioned(settings)
+    text_teacher_times(teacher, settings)
+    base, devices = teacher.transformer, Devices.of_launcher()
+    trained, frozen = (base, None) if settings.lora_rank is None else (copy.deepcopy(base), base)
+    activations = teacher_activations(base, settings, devices.sharded)
+    parts = training_memory([trained], frozen, trained, settings, activations, devices, teacher.vae)
+    return {
+        "network": _network(base),
+        "path": _path(teacher.scheduler),
+        **describe_texts(teacher, trained, settings),
+        **_batch(settings),
+        "optimizer": _optimizer(vars(settings), base, settings.use_8bit_adam),
+        "averages": _averages(settings),
+        "data": _data(settings, teacher.size),
+        **_memory(parts),
+        **_files(settings, parts, trained),
     }
 
 
@@ -157,7 +181,7 @@ def _distillation(settings: DistillConfig) -> Lines:
         ),
         "critic's": _optimizer(settings.of_critic(), critic, settings.use_8bit_adam),
         "averages": _averages(settings),
-        "data": (_data(settings) + latent)
+        "data": (_data(settings, teacher.size if text_teacher else None) + latent)
         if plan.needs_images
         else "no images: neither the objective nor an adversarial term uses any",
         **_memory(parts),
@@ -332,22 +356,22 @@ def _batch(settings: TrainingConfig) -> Lines:
     }
 
 
-def _data(settings: TrainingConfig) -> str:
+def _data(settings: TrainingConfig, size: tuple[int, int] | None = None) -> str:
+    """The data; `size` is the height and width of images with captions."""
     data = settings.data
+    height, width = size or (data.image_size, data.image_size)
     if is_latent_cache(data.name):
         manifest = read_manifest(data.name)
         images = manifest.recipe.data
         return (
-            f"{data.name}: {manifest.images:,} latents of {images['name']}, split {images['split']}, {data.image_size} × "
-            f"{data.image_size} pixels, by {manifest.recipe.vae['name']}"
+            f"{data.name}: {manifest.images:,} latents of {images['name']}, split {images['split']}, {height} × {width} "
+            f"pixels, by {manifest.recipe.vae['name']}"
         )
     files = f" ({data.data_files})" if data.data_files else ""
     how = ", streamed" if data.streaming else ""
     limit = f", the first {data.max_train_samples:,}" if data.max_train_samples else ""
     references = f"; references: {data.describe_references()}" if data.has_references else ""
-    return (
-        f"{data.name}{files}, split {data.split}, {data.image_size} × {data.image_size} pixels{how}{limit}{references}"
-    )
+    return f"{data.name}{files}, split {data.split}, {height} × {width} pixels{how}{limit}{references}"
 
 
 def _memory(parts: dict[str, int]) -> Lines:

@@ -1,4 +1,4 @@
-"""The dry run of a text-to-image distillation: the stock pipeline as shapes alone, and what adapters on it need."""
+"""The dry run of a text-to-image pipeline: its networks as shapes alone, and what adapters on them need."""
 
 import functools
 import inspect
@@ -13,9 +13,11 @@ from ...errors import InputError
 from ...pipelines import Condition
 from ...text_to_image.conventions import CONVENTIONS
 from ...text_to_image.network import TextNetwork
-from ...text_to_image.teacher import TextToImageTeacher, is_text_to_image
+from ...text_to_image.teacher import TextToImageTeacher, is_text_to_image, not_text_to_image
 from ...units import binary_size
+from ..config import TeacherConfig
 from ..distillation.config import DistillConfig
+from ..text_teacher import text_teacher
 from .graphs import graph_sizes
 
 #: Components of a stock pipeline that a dry run builds; the others are texts' and left out.
@@ -35,11 +37,26 @@ def described_text_teacher(settings: DistillConfig) -> tuple[TextToImageTeacher,
         pipeline, source = _from_folder(settings.teacher), "its configs were read"
     else:
         return None
-    text = settings.text
-    teacher = TextToImageTeacher(pipeline, text.size, settings.lora_rank, tuple(settings.lora_targets))
-    network = teacher.transformer
-    shapes = teacher.convention.text_shapes(network.base.config, text.max_length)
+    teacher = TextToImageTeacher(pipeline, settings.text.size, settings.lora_rank, tuple(settings.lora_targets))
+    return _told_shapes(teacher, settings.text.max_length), source
+
+
+def described_captioned(settings: TeacherConfig) -> TextToImageTeacher:
+    """The stock pipeline that captioned images train, on the meta device; its configs are read from its folder or the Hub.
+
+    Raises:
+        InputError: when they cannot be read, or sizes or layers do not fit.
+    """
+    name = settings.model["pipeline"]
+    if not is_text_to_image(name):
+        raise InputError(not_text_to_image(name))
+    return _told_shapes(text_teacher(_from_folder(name), settings), settings.text.max_length)
+
+
+def _told_shapes(teacher: TextToImageTeacher, max_length: int | None) -> TextToImageTeacher:
+    """The same, with a text of the longest kind that it can be told, as shapes."""
     convention = teacher.convention
+    shapes = convention.text_shapes(teacher.transformer.base.config, max_length)
     real = convention.mask if convention.reads_mask else None
     text = {
         name: torch.ones(
@@ -47,8 +64,8 @@ def described_text_teacher(settings: DistillConfig) -> tuple[TextToImageTeacher,
         )
         for name, shape in shapes.items()
     }
-    network.null = Condition(text=text)
-    return teacher, source
+    teacher.transformer.null = Condition(text=text)
+    return teacher
 
 
 def _from_folder(folder: str) -> DiffusionPipeline:
@@ -134,7 +151,9 @@ def text_graph_sizes(network: TextNetwork, checkpointed: bool, frozen: bool) -> 
             parameter.requires_grad_(flag)
 
 
-def describe_texts(teacher: TextToImageTeacher, student: TextNetwork, settings: DistillConfig) -> dict[str, str]:
+def describe_texts(
+    teacher: TextToImageTeacher, trained: TextNetwork, settings: DistillConfig | TeacherConfig
+) -> dict[str, str]:
     """The lines on images, adapters and texts."""
     null, data, adapters = teacher.transformer.null, settings.data, teacher.transformer.adapters
     embeddings = [value for name, value in null.text.items() if name != teacher.convention.mask]
@@ -145,8 +164,9 @@ def describe_texts(teacher: TextToImageTeacher, student: TextNetwork, settings: 
     lines = {"images": f"{teacher.size[0]} × {teacher.size[1]} pixels"}
     if adapters is not None:
         lines["adapters"] = (
-            f"rank {adapters.rank} on {len(adapters.layers)} layers, {sum(p.numel() for p in student.parameters()):,} "
-            "parameters each: student, critic and averages; the network is in memory once"
+            f"rank {adapters.rank} on {len(adapters.layers)} layers, {sum(p.numel() for p in trained.parameters()):,} "
+            f"parameters each: {'student, critic' if isinstance(settings, DistillConfig) else 'the trained one'} and "
+            "averages; the network is in memory once"
         )
     return lines | {
         "texts": f"{data.name}{files}{limit}; embeddings of at most {shapes} values, {binary_size(kept)} each"

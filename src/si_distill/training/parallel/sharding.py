@@ -54,6 +54,20 @@ def shard(accelerator: Accelerator, network: nn.Module) -> nn.Module:
     return network
 
 
+def place_frozen(accelerator: Accelerator, network: nn.Module, shared: bool) -> None:
+    """Puts a frozen network on the device, or with FSDP2 cuts it over all ranks.
+
+    Args:
+        accelerator: of the run.
+        network: a teacher, on the CPU.
+        shared: whether what is trained are adapters on it, which stay whole.
+    """
+    if accelerator.is_fsdp2:
+        shard(accelerator, network.base if shared else network)
+    else:
+        network.to(accelerator.device)
+
+
 @torch.no_grad()
 def _normalize_shards(network: nn.Module, args: tuple) -> None:
     """EDM2's forced weight normalisation of the weights themselves: in a forward it reaches only the gathered copies.
@@ -87,19 +101,18 @@ def whole_network(accelerator: Accelerator, network: nn.Module) -> nn.Module | N
         # To save an adapter cuts its base again, on rank 0 alone: then the ranks' next forwards would not match.
         reshard(network.base)
         return network if accelerator.is_main_process else None
-    if isinstance(network, TextNetwork):
-        whole = whole_network(accelerator, network.base)
-        return None if whole is None else network.around(whole)
     if not isinstance(network, FSDPModule):
         return network if accelerator.is_main_process else None
     weights = accelerator.get_state_dict(network)
     if not accelerator.is_main_process:
         return None
-    cls = plain_class(network)
+    told_text = isinstance(network, TextNetwork)
+    stock = network.base if told_text else network
     # Without the key by which diffusers would put back what a folder had left to its defaults, and the network has not.
-    config = {name: value for name, value in network.config.items() if name != "_use_default_values"}
+    config = {name: value for name, value in stock.config.items() if name != "_use_default_values"}
     with init_empty_weights(include_buffers=False):
-        whole = cls.from_config(config)
+        whole = plain_class(stock).from_config(config)
+    whole = network.around(whole) if told_text else whole
     whole.load_state_dict(weights, assign=True)
     return whole.requires_grad_(False).eval()
 

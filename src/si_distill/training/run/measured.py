@@ -13,7 +13,7 @@ from ...data.latents.format import images_of
 from ...evaluation.config import MEASURED, MEASURED_IMAGES
 from ...evaluation.generators import Pipeline, balanced_labels, check_images, image_shape, inputs_of
 from ...evaluation.metrics import METRICS
-from ...evaluation.prompts import Prompts, captioned_images, check_size, load_prompts
+from ...evaluation.prompts import Prompts, captioned_images, has_images, load_prompts
 from ...evaluation.samples import DatasetSource, PipelineSource, Source
 from ...evaluation.text import Draw, TextPipeline, TextSource
 from ...pipelines import OneStepInterpolantPipeline
@@ -113,10 +113,8 @@ class PromptImages:
         self.count = len(self.prompts)
         self.identity = {"prompts": self.prompts.identity, **sampler}
         compared = METRICS[MEASURED[settings.metric_for_best_model]].of_real and not how.reference
-        images = captioned_images(data) if compared and not how.prompts_file else None
-        if images is not None:
-            check_size(images, *size)
-        self.real = images and DatasetSource(images, settings_to_dict(data))
+        pictured = compared and not how.prompts_file and has_images(data)
+        self.real = captioned_images(data, size) if pictured else None
 
     @contextmanager
     def drawing(self) -> Iterator[Source]:
