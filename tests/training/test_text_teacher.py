@@ -166,6 +166,16 @@ def test_images_of_any_height_and_width(sana, tmp_path):
     assert trainer.facts()["data"]["size"] == [64, 32]
 
 
+def test_a_sample_grid_compiles_nothing(sana, tmp_path):
+    """The averages are adapters on the compiled base: each batch of the grid would be compiled for its own sake."""
+    trainer = training(tmp_path / "run", *sana, "--lora_rank", 2, "--compile", "true")
+    before = dict(torch._dynamo.utils.counters["frames"])
+    (tmp_path / "run" / "samples").mkdir(parents=True)
+    trainer.outputs.samples(0)
+    assert (tmp_path / "run" / "samples" / "step_00000000.png").exists()
+    assert dict(torch._dynamo.utils.counters["frames"]) == before
+
+
 @pytest.mark.parametrize("rank", [None, 2])
 def test_a_dry_run_reads_configs_alone(sana, tmp_path, rank):
     lora = [] if rank is None else ["--lora_rank", rank]

@@ -139,7 +139,9 @@ class Outputs:
     @torch.no_grad()
     def _picture(self) -> Image.Image:
         try:
-            return self._sample_grid()
+            # `compile` would compile every block once more for the grid's batch, and for each adapter.
+            with torch.compiler.set_stance("force_eager"):
+                return self._sample_grid()
         except ValueError as error:
             raise TrainingStopped(
                 f"The network's samples cannot be drawn: {error} Earlier checkpoints stay: resume from one, with a lower "
