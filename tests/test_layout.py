@@ -17,7 +17,7 @@ SCRIPTS = [path for folder in ("training", "pipelines") for path in sorted((ROOT
 #: Rooms from the ground up; a room imports those before its own line, and its own. Functions' imports count.
 FLOORS = (
     ("errors", "units", "choices", "fingerprints", "lazy", "sample_noise", "tables", "visualization", "workers"),
-    ("reading", "files", "imports", "named_configs"),
+    ("reading", "files", "imports", "named_configs", "places"),
     ("schedulers", "models", "settings", "launching", "adversarial"),
     ("plot",),
     ("interpolants", "pipelines"),

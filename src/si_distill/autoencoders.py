@@ -9,6 +9,7 @@ from diffusers.models.modeling_utils import ModelMixin
 
 from .errors import InputError
 from .pipelines.interpolant_pipeline_folder import check_weights
+from .places import check_place, failure
 from .reading import check_shape
 
 
@@ -26,7 +27,7 @@ def load_vae(name: str) -> tuple[ModelMixin, float]:
         vae = AutoModel.from_pretrained(name, subfolder=subfolder)
         check_weights(vae, name, {})
     except (OSError, ValueError, LookupError, AttributeError, TypeError, RuntimeError) as error:
-        raise InputError(f"Cannot load the autoencoder {name!r}: {error}") from error
+        raise InputError(f"Cannot load the autoencoder {name!r}: {failure(name, error)}") from error
     return vae, pixel_min
 
 
@@ -42,11 +43,12 @@ def describe_vae(name: str) -> tuple[ModelMixin, float]:
         with torch.device("meta"):
             return getattr(diffusers, config["_class_name"]).from_config(config), pixel_min
     except (OSError, ValueError, LookupError, AttributeError, TypeError, RuntimeError) as error:
-        raise InputError(f"Cannot read the config of the autoencoder {name!r}: {error}") from error
+        raise InputError(f"Cannot read the config of the autoencoder {name!r}: {failure(name, error)}") from error
 
 
 def _vae_place(name: str) -> tuple[str | None, float]:
     """The sub-folder of the autoencoder, and the darkest pixel that the pipeline around it says."""
+    check_place("autoencoder", name)
     try:
         index = DiffusionPipeline.load_config(name)
     except (OSError, ValueError):  # no pipeline: the autoencoder itself, or nothing, which its own loading says

@@ -6,7 +6,13 @@ from typing import Any, TypeVar
 from .conversion.diffusers_teachers import convert_diffusers, saved_class
 from .errors import InputError
 from .pipelines import InterpolantPipeline, OneStepInterpolantPipeline
+from .places import check_place, failure
 
+#: Why a folder is not loaded unless its code is trusted.
+OWN_CODE = (
+    "it brings a network class of its own, code that would be run. Read the Python files next to its weights, and if you "
+    "trust them add --trust_remote_code to the command (in Python: trust_remote_code=True)."
+)
 Pipeline = TypeVar("Pipeline", InterpolantPipeline, OneStepInterpolantPipeline)
 
 
@@ -35,33 +41,10 @@ def load_pipeline(
     try:
         return cls.from_pretrained(name, **kwargs)
     except (OSError, ValueError) as error:
-        reason = str(error) if Path(name).is_dir() else _reason_of_hub(error)
+        reason = failure(name, error)
         if "trust_remote_code=True" in reason and not trust_remote_code:
-            reason = (
-                "it brings a network class of its own, code that would be run. Read the Python files next to its weights, "
-                "and if you trust them add --trust_remote_code to the command (in Python: trust_remote_code=True)."
-            )
+            reason = OWN_CODE
         raise InputError(f"Cannot load the {role} {name!r}: {reason}") from error
-
-
-def check_place(role: str, name: str) -> None:
-    """Refuses `runs/typo` where there is a folder `runs` at once: the Hub would be asked for it five times and more."""
-    path = Path(name)
-    if not path.exists() and path.parent != Path() and path.parent.is_dir():
-        raise InputError(
-            f"Cannot load the {role} {name!r}: there is no such folder. (As {path.parent}/ is a folder here, the Hub is not "
-            "asked for it.)"
-        )
-
-
-def _reason_of_hub(error: BaseException) -> str:
-    """In one sentence why something that is no folder could not be had from the Hub."""
-    root = error
-    while found := root.__cause__ or root.__context__:
-        root = found
-    if root is error:
-        return str(error)
-    return f"there is no such folder, and it cannot be had from the Hub: {str(root).strip().splitlines()[0]}"
 
 
 def check_folder(cls: type[Pipeline], role: str, name: str) -> None:

@@ -92,7 +92,7 @@ def test_a_precision_is_asked_for_without_a_warning(saved):
 
 
 def test_a_folder_that_is_not_there_and_an_adapter_are_no_teachers(tmp_path):
-    with pytest.raises(InputError, match="is no folder here"):
+    with pytest.raises(InputError, match="there is no such folder"):
         distill(tmp_path / "nowhere", tmp_path)
     (tmp_path / "adapter").mkdir()
     (tmp_path / "adapter/student.json").write_text("{}")

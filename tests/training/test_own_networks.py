@@ -1,6 +1,7 @@
 """Network classes from outside the package, in teachers and students: on the command line's word only."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from si_distill.loading import load_pipeline
 from si_distill.settings import parse_settings
 from si_distill.training.config import TeacherConfig
 from si_distill.training.distillation.config import DistillConfig
+from si_distill.training.dry_run.report import dry_run
 from si_distill.training.teacher import plan_teacher
 
 HERE = Path(__file__).parent
@@ -61,6 +63,19 @@ def test_an_own_network_is_trained_and_distilled_and_its_code_runs_only_where_it
     assert (elsewhere / "student/transformer/own_network.py").is_file()
     student = load_pipeline(OneStepInterpolantPipeline, "student", str(elsewhere / "student"), trust_remote_code=True)
     assert student([3], output_type="pt").images.shape == (1, 1, 8, 8)
+
+    described = {"teacher": str(elsewhere / "teacher"), "output_dir": str(tmp_path / "run")}
+    with pytest.raises(InputError, match=r"brings a network class of its own.* add --trust_remote_code to the command"):
+        dry_run(DistillConfig(**described))
+    parameters = sum(p.numel() for p in student.transformer.parameters())
+    text = dry_run(DistillConfig(**described, trust_remote_code=True))
+    assert f"OwnNetwork, {parameters:,} parameters, 1 × 8 × 8, 10 classes" in text
+    assert re.search(r"of this: .*, activations [1-9]", text)
+    code = elsewhere / "teacher/transformer/own_network.py"
+    code.write_text(code.read_text().replace("told = ", "float(timestep.sum())\n        told = "))  # needs numbers
+    text = dry_run(DistillConfig(**described, trust_remote_code=True))
+    assert f"OwnNetwork, {parameters:,} parameters" in text
+    assert "activations, for OwnNetwork does not run on torch's meta device" in text
 
 
 @pytest.mark.parametrize(

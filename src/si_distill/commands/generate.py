@@ -63,7 +63,7 @@ def main(argv: list[str]) -> None:
 
     import torch
 
-    from ..loading import check_place
+    from ..places import check_place
     from ..settings import LARGEST_SEED, MOST_SAMPLES, at_least
     from ..text_to_image.student import is_text_student
     from ..text_to_image.teacher import is_text_to_image
@@ -88,7 +88,9 @@ def main(argv: list[str]) -> None:
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"`device` {device!r} cannot be used: {str(error).splitlines()[0]}") from None
 
-    check_place("pipeline", settings.pipeline)
+    for role in ("pipeline", "teacher"):
+        if name := getattr(settings, role):
+            check_place(role, name)
     student = is_text_student(settings.pipeline, settings.revision)
     if student or is_text_to_image(settings.pipeline):
         _refuse(settings, _CLASSES, "is told texts: give --prompts or --prompts_file instead")

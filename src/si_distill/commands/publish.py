@@ -47,6 +47,7 @@ def main(argv: list[str]) -> None:
     from ..hub.text_staging import PROMPTS, stage_text_student
     from ..loading import load_pipeline
     from ..pipelines import InterpolantPipeline, OneStepInterpolantPipeline
+    from ..places import similar_paths
 
     run = Path(settings.pipeline)
     if not settings.pipeline or not settings.repo_id:
@@ -58,7 +59,9 @@ def main(argv: list[str]) -> None:
             f"`license` {settings.license!r} is no identifier of the Hub's list, such as `mit` or `apache-2.0`."
         )
     if not run.is_dir():
-        raise InputError(f"There is no folder {run}: `pipeline` is the folder of a run or a pipeline.")
+        raise InputError(
+            f"There is no folder {run}: `pipeline` is the folder of a run or a pipeline.{similar_paths(run)}"
+        )
     facts = read_facts(run)
     if settings.space and not facts.is_student:
         raise InputError(f"{run} holds a {facts.pipeline_class}: a Space shows a student.")

@@ -22,7 +22,7 @@ def main(argv: list[str]) -> None:
 
     from ..text_to_image.teacher import is_text_to_image
 
-    if is_text_to_image(settings.teacher):
+    if is_text_to_image(settings.teacher, "teacher"):
         from ..training.distillation.text_trainer import TextDistillationTrainer
 
         return TextDistillationTrainer(settings).train()

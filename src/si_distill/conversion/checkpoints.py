@@ -10,6 +10,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from ..errors import InputError
+from ..places import similar_paths
 from .pickles import read_torch_file, reason_of
 from .shown import printable, some
 
@@ -34,7 +35,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         InputError: when it is missing, cut short, no checkpoint, or holds objects whose loading would run code.
     """
     if not path.is_file():
-        raise InputError(f"There is no checkpoint file {path}.")
+        raise InputError(f"There is no checkpoint file {path}.{similar_paths(path)}")
     try:
         content = load_file(path) if path.suffix == ".safetensors" else read_torch_file(path)
     except MemoryError as error:

@@ -17,6 +17,7 @@ from ..interpolants import Interpolant, get_interpolant
 from ..pipelines import InterpolantPipeline
 from ..pipelines.interpolant_pipeline_folder import check_weights
 from ..pipelines.interpolant_pipeline_network import VIEWS
+from ..places import check_place
 from ..schedulers.scheduling_stochastic_interpolant import StochasticInterpolantScheduler
 
 #: Diffusers' pipelines that can be teachers, and the component that is the network.
@@ -28,8 +29,17 @@ NETWORKS = (*(cls.__name__ for cls in VIEWS), "Transformer2DModel")
 PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
 
 
-def saved_class(source: str) -> str | None:
-    """The name of the class that a folder or repository was saved from, or None when it does not say."""
+def saved_class(source: str, role: str = "pipeline") -> str | None:
+    """The name of the class that a folder or repository was saved from, or None when it does not say.
+
+    Args:
+        source: the folder or Hub id.
+        role: what the user calls it, for the error.
+
+    Raises:
+        InputError: for a path that does not exist.
+    """
+    check_place(role, source)
     for reader in (DiffusionPipeline, diffusers.UNet2DModel):  # model_index.json, config.json
         try:
             name = reader.load_config(source)["_class_name"]

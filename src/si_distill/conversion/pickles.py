@@ -22,6 +22,7 @@ import numpy as np
 import torch
 
 from ..errors import InputError
+from ..places import similar_paths
 from .pickle_values import (
     ARGUMENTS,
     CALLS,
@@ -414,7 +415,7 @@ def load_plain_pickle(path: str | Path) -> Any:
     """
     path = Path(path)
     if not path.is_file():
-        raise InputError(f"There is no pickle file {path}.")
+        raise InputError(f"There is no pickle file {path}.{similar_paths(path)}")
     try:
         file = _Bytes(_mapped(path))
         return read_pickle(file, _ALL_CALLS, Budget(len(file.data)))

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from ..errors import InputError
+from ..places import check_place, similar_paths
 from .config import DataConfig
 from .decoding import UnreadableImage, decode, is_grey, stored_size, to_pixels
 
@@ -52,6 +53,7 @@ def open_dataset(config: DataConfig) -> Any:
             f"`data.name` is {config.name!r}, a format of pickles or queries, which run what is in them: convert the data "
             "to Parquet."
         )
+    check_place("data set", config.name)
     with explained(config):
         return datasets.load_dataset(
             config.name,
@@ -89,6 +91,8 @@ def _advice(config: DataConfig, error: Exception) -> str:
     )
     if isinstance(error, datasets.exceptions.DatasetNotFoundError):
         return f"\nIf the data set is gated: {terms}"
+    if isinstance(error, FileNotFoundError) and config.data_files:
+        return similar_paths(config.data_files)
     if isinstance(error, ConnectionError):
         return (
             "\nThe Hub cannot be reached from here: check the network, HF_HUB_OFFLINE and HF_ENDPOINT, or give files with "

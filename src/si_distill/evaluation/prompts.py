@@ -9,6 +9,7 @@ from .. import fingerprints
 from ..data import DataConfig, load_images
 from ..data.columns import open_dataset
 from ..errors import InputError
+from ..places import similar_paths
 from ..settings import settings_to_dict
 from ..text_to_image.prompts import read_prompts
 from ..text_to_image.text_cache import is_text_cache
@@ -64,7 +65,9 @@ def load_prompts(
         InputError: when they cannot be read, some are empty, or they are not as many as `num_samples` needs.
     """
     if file is not None and not Path(file).is_file():
-        raise InputError(f"`prompts_file` {file} is not a file: give a text file with a prompt in each line.")
+        raise InputError(
+            f"`prompts_file` {file} is not a file: give a text file with a prompt in each line.{similar_paths(file)}"
+        )
     name = data.name if file is None else Path(file).name
     texts = read_prompts(data if file is None else DataConfig(name="text", data_files=file))
     if num_samples is not None and (num_samples % per_prompt or num_samples > len(texts) * per_prompt):

@@ -7,7 +7,7 @@ from typing import Any
 from ..errors import InputError
 from ..files import delete, write_text
 from ..launching import join_processes
-from ..loading import check_place
+from ..places import check_place
 from ..text_to_image.student import is_text_student
 from ..text_to_image.teacher import is_text_to_image
 from .config import EvaluationConfig

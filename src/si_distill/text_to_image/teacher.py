@@ -122,9 +122,9 @@ class TextToImageTeacher:
         return LatentScaling.of(self.vae).encode(z[:, :, 0] if self._is_video else z).float()
 
 
-def is_text_to_image(name: str) -> bool:
-    """Whether a folder or repository was saved from a class of `CONVENTIONS`."""
-    return saved_class(name) in CONVENTIONS
+def is_text_to_image(name: str, role: str = "pipeline") -> bool:
+    """Whether a folder or repository was saved from a class of `CONVENTIONS`; arguments and errors as of `saved_class`."""
+    return saved_class(name, role) in CONVENTIONS
 
 
 def check_scheduler(pipeline: DiffusionPipeline) -> None:
@@ -153,7 +153,7 @@ def not_text_to_image(name: str) -> str:
     known = f"the text-to-image pipelines known here: {', '.join(CONVENTIONS)}."
     if kind := saved_class(name):
         return f"{name!r} was saved as {kind}, which is none of {known}"
-    what = "holds no pipeline" if Path(name).exists() else "is no folder here, and was not found on the Hub"
+    what = "holds no pipeline" if Path(name).exists() else "is no folder, and was not found on the Hub"
     return f"{name!r} {what}: give one of {known}"
 
 

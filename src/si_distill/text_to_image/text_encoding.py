@@ -75,7 +75,7 @@ def load_encoders(name: str, dtype: torch.dtype) -> DiffusionPipeline:
     Raises:
         InputError: when it cannot be loaded.
     """
-    convention = CONVENTIONS.get(saved_class(name) or "")
+    convention = CONVENTIONS.get(saved_class(name, "teacher") or "")
     if convention is None:
         return load_stock_pipeline(name)  # says what is wrong with it
     try:

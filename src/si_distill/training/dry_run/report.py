@@ -5,8 +5,8 @@ written.
 """
 
 import copy
-import importlib
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +17,12 @@ from ...autoencoders import describe_vae
 from ...data.latents.format import VAE_FOLDER, is_latent_cache, read_manifest
 from ...errors import InputError
 from ...loading import check_folder
-from ...pipelines import InterpolantPipeline, OneStepInterpolantPipeline, view_network
-from ...pipelines.interpolant_pipeline_folder import STOCK_LIBRARIES
+from ...pipelines import OneStepInterpolantPipeline, view_network
 from ...schedulers.scheduling_stochastic_interpolant import StochasticInterpolantScheduler
-from ...settings import parse_settings
 from ...text_to_image.network import TextNetwork
 from ...text_to_image.student import TextToImageStudent
 from ...units import binary_size
-from ..build_network import CLASSES, FOREIGN_CLASSES, build_network
+from ..build_network import CLASSES, FOREIGN_CLASSES
 from ..config import TeacherConfig, TrainingConfig
 from ..distillation.config import DistillConfig
 from ..distillation.plan import plan_distillation
@@ -33,7 +31,6 @@ from ..optimizers import check_8bit_adam
 from ..parallel.accelerator import check_installed
 from ..run.folder import RunFolder
 from ..run.measurement import check_measurement
-from ..teacher import TeacherPlan, plan_teacher
 from ..text_teacher import text_teacher_times
 from .communication import Transfer, transfers
 from .memory import (
@@ -44,6 +41,7 @@ from .memory import (
     teacher_activations,
     training_memory,
 )
+from .teacher import described_teacher, plan_on_meta
 from .text import describe_texts, described_captioned, described_text_teacher
 
 Lines = dict[str, str]
@@ -84,10 +82,10 @@ def _teacher_training(settings: TeacherConfig) -> Lines:
     check_measurement(settings, of_prompts=settings.is_text_to_image)
     if settings.is_text_to_image:
         return _captioned_training(settings)
-    plan = _planned(settings)
+    plan = plan_on_meta(settings)
     network = plan.network
     devices = Devices.of_launcher()
-    activations = teacher_activations(network, settings, devices.sharded)
+    activations, left_out = _activations(network, lambda: teacher_activations(network, settings, devices.sharded))
     cache = settings.data.name
     vae = describe_vae(f"{cache}/{VAE_FOLDER}")[0] if is_latent_cache(cache) else None
     parts = training_memory([network], None, network, settings, activations, devices, vae)
@@ -99,6 +97,7 @@ def _teacher_training(settings: TeacherConfig) -> Lines:
         "averages": _averages(settings),
         "data": _data(settings),
         **_memory(parts),
+        **left_out,
         **_files(settings, parts, network),
     }
 
@@ -123,29 +122,10 @@ def _captioned_training(settings: TeacherConfig) -> Lines:
     }
 
 
-def _planned(settings: TeacherConfig) -> TeacherPlan:
-    """The plan of a teacher's training, on the meta device; the data set is not opened."""
-    # Images that have yet to be encoded are not what the network sees.
-    shape = {"sample_size": settings.model.get("sample_size", settings.data.image_size)}
-    if is_latent_cache(settings.data.name):
-        manifest = read_manifest(settings.data.name)
-        channels, size, _ = manifest.recipe.latent_shape
-        shape = {"sample_size": size, "in_channels": channels, "num_classes": len(manifest.class_names)}
-    elif settings.data.name == "digits":
-        shape = {"sample_size": settings.data.image_size, "in_channels": 1, "num_classes": 10}
-    missing = [name for name in ("in_channels", "num_classes") if name not in {**shape, **settings.model}]
-    if missing:
-        raise InputError(
-            "A dry run does not open the data set, which says how many channels and classes there are: set "
-            f"{' and '.join(f'`model.{name}`' for name in missing)}."
-        )
-    return plan_teacher(settings, "meta", **shape)
-
-
 def _distillation(settings: DistillConfig) -> Lines:
     text_teacher = described_text_teacher(settings)
     check_measurement(settings, of_prompts=text_teacher is not None)
-    teacher, source = text_teacher or _described_teacher(settings)
+    teacher, source = text_teacher or described_teacher(settings)
     plan = plan_distillation(settings, teacher, load=False)
     objective, critic, student = plan.objective, plan.critic, plan.student.network
     network = teacher.transformer.requires_grad_(False)
@@ -153,7 +133,9 @@ def _distillation(settings: DistillConfig) -> Lines:
         TextToImageStudent(teacher, student, plan.student.scheduler, settings.teacher, settings.text)
     devices = Devices.of_launcher()
     judged = plan.adversarial is not None
-    activations = distillation_activations(network, objective, judged, settings, devices.sharded)
+    activations, left_out = _activations(
+        network, lambda: distillation_activations(network, objective, judged, settings, devices.sharded)
+    )
     parts = training_memory([critic, student], network, student, settings, activations, devices, teacher.vae)
     view = teacher.network
     images = view.sample_shape[0] > 3 and not is_latent_cache(settings.data.name)
@@ -185,6 +167,7 @@ def _distillation(settings: DistillConfig) -> Lines:
         if plan.needs_images
         else "no images: neither the objective nor an adversarial term uses any",
         **_memory(parts),
+        **left_out,
         **_communication(transfers(parameter_count([student]), objective, settings, devices), devices),
         **_files(settings, parts, student),
     }
@@ -277,58 +260,16 @@ def _start(settings: DistillConfig, student: StartingStudent) -> str:
     return f"at t = {student.init_time:.4g} (β/α = {float(c.beta / c.alpha):.4g})"
 
 
-def _described_teacher(settings: DistillConfig) -> tuple[InterpolantPipeline, str]:
-    """The teacher on the meta device, and where its shape is from: the configs of its folder, or `teacher_model`."""
-    if settings.teacher_model and not (Path(settings.teacher) / InterpolantPipeline.config_name).is_file():
-        return _from_description(settings.teacher_model), "not here; as `teacher_model` describes it"
+def _activations(network: nn.Module, measure: Callable[[], int]) -> tuple[int, Lines]:
+    """Bytes of activations; of a class from outside that does not run on the meta device none, and a line that says so."""
     try:
-        index = InterpolantPipeline.load_config(settings.teacher)
-        parts = {name: _on_meta(settings.teacher, name, index.get(name)) for name in ("transformer", "vae")}
-        scheduler = StochasticInterpolantScheduler.from_pretrained(settings.teacher, subfolder="scheduler")
-    except (OSError, ValueError) as error:
-        raise InputError(
-            f"Cannot read the configs of the teacher {settings.teacher!r}: {error} A dry run without the teacher's folder "
-            "needs `teacher_model`, its class and arguments."
-        ) from error
-    return InterpolantPipeline(parts["transformer"], scheduler, vae=parts["vae"]), "its configs were read"
-
-
-def _from_description(described: dict[str, Any]) -> InterpolantPipeline:
-    """The pipeline that `teacher_model` describes: a network and its scheduler, or the settings that train the teacher."""
-    if "training" in described:
-        if len(described) > 1:
-            raise InputError("`teacher_model.training` cannot be combined with other settings of `teacher_model`.")
-        training = parse_settings(TeacherConfig, ["--config", str(described["training"])])
-        plan = _planned(training)
-        return InterpolantPipeline(plan.network, plan.scheduler)
-    arguments = dict(described)
-    scheduler = arguments.pop("scheduler", {})
-    if not isinstance(scheduler, dict):
-        raise InputError(f"`teacher_model.scheduler` must be settings of the scheduler, got {scheduler!r}.")
-    with torch.device("meta"):
-        network = build_network(arguments, "teacher_model", CLASSES | FOREIGN_CLASSES)
-    return InterpolantPipeline(network, _scheduler(scheduler))
-
-
-def _scheduler(arguments: dict[str, Any]) -> StochasticInterpolantScheduler:
-    try:
-        return StochasticInterpolantScheduler(**arguments)
-    except (TypeError, ValueError) as error:
-        raise InputError(f"Cannot build the scheduler from `teacher_model.scheduler`: {error}") from error
-
-
-def _on_meta(folder: str, name: str, entry: list[str] | None) -> nn.Module | None:
-    """A component of a pipeline folder, by the class that its index names."""
-    if entry is None or entry[0] is None:
-        return None
-    if str(entry[0]).split(".")[0] not in (*STOCK_LIBRARIES, "si_distill"):
-        raise ValueError(
-            f"its {name} has the class {entry[1]} of {entry[0]}, and only those of diffusers, transformers and si_distill "
-            "are imported."
-        )
-    cls = getattr(importlib.import_module(entry[0]), entry[1])
-    with torch.device("meta"):
-        return cls.from_config(cls.load_config(folder, subfolder=name))
+        return measure(), {}
+    except Exception as error:
+        if type(network) in (*CLASSES.values(), *FOREIGN_CLASSES.values(), TextNetwork):
+            raise
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        name = type(network).__name__
+        return 0, {"left out": f"activations, for {name} does not run on torch's meta device: {reason}"}
 
 
 def _network(network: nn.Module) -> str:
