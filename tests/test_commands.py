@@ -1,6 +1,9 @@
 """`si-distill COMMAND` from a folder that holds nothing: what somebody has who installed the package."""
 
+import ast
+import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -65,6 +68,21 @@ def test_a_teacher_and_its_student_from_an_empty_folder(tmp_path):
     done = start(tmp_path, ["-m", "si_distill.commands.train_distill"], *student)  # as `accelerate launch -m` does
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "runs/digits-student/model_index.json").is_file()
+    launched = [
+        json.loads((tmp_path / "runs" / name / "facts.json").read_text())["sessions"][0]["command"][:2]
+        for name in ("digits-teacher", "digits-student")
+    ]
+    assert launched == [["si-distill", "train-teacher"], ["-m", "si_distill.commands.train_distill"]]
+
+
+def test_what_is_said_names_no_script_of_the_repository():
+    scripts = {script.name for folder in ("training", "pipelines") for script in (ROOT / folder).glob("*.py")}
+    for path in (ROOT / "src/si_distill").rglob("*.py"):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        lines = [node.value for node in ast.walk(tree) if isinstance(node, ast.Expr)]  # docstrings
+        said = [node for node in ast.walk(tree) if isinstance(node, ast.Constant) and node not in lines]
+        for text in (node.value for node in said if isinstance(node.value, str)):
+            assert scripts.isdisjoint(re.findall(r"\w+\.py", text)), f"{path.name}: {text}"
 
 
 def test_the_configs_are_listed_and_found(tmp_path):

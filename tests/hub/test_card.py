@@ -119,6 +119,23 @@ def test_the_card_says_what_the_files_say(run):
     assert "/home/someone" not in str(card)
 
 
+@pytest.mark.parametrize(
+    ("command", "shown"),
+    [
+        (["si-distill", "train-distill", "--seed", "1"], "\nsi-distill train-distill --seed 1\n"),
+        (
+            ["-m", "si_distill.commands.train_distill"],
+            "launch --num_processes 8 -m si_distill.commands.train_distill\n",
+        ),
+    ],
+)
+def test_the_card_shows_the_command_of_an_installed_package(run, command, shown):
+    facts = json.loads((run / "facts.json").read_text())
+    facts["sessions"][0]["command"] = command
+    (run / "facts.json").write_text(json.dumps(facts))
+    assert shown in render_card(read_facts(run)).text
+
+
 def test_the_metadata_survives_the_hubs_own_classes(run):
     card = ModelCard(str(render_card(read_facts(run), repo_id="user/student", license="mit")))
     data = card.data

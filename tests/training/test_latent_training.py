@@ -117,7 +117,7 @@ def test_latents_that_are_not_the_teachers_are_refused(cache, teacher, teacher_f
     )
     for folder, name, words in (
         (other, cache, r"made with another VAE, .* than that of the teacher"),
-        (teacher, "digits", "Encode them first: python training/precompute_latents.py --vae"),
+        (teacher, "digits", "Encode them first: si-distill precompute-latents --vae"),
         (teacher_folder, cache, "has no autoencoder to say whether they are its own"),
     ):
         with pytest.raises(InputError, match=words):

@@ -5,7 +5,7 @@ r"""Compares objectives, or any settings of a distillation, over seeds: one comm
     si-distill compare --base configs/cifar10/distill.yaml --teacher runs/cifar10-teacher --runs my_runs.yaml \
         --features inception-v3-compat --metrics fid kid prc --num_samples 10000 --output runs/cifar10-comparison
 
-my_runs.yaml gives each run a name and what differs from the base, in the words of train_distill.py:
+my_runs.yaml gives each run a name and what differs from the base, in the words of `si-distill train-distill`:
 
     sid: {}
     sid, 5 critic steps: {critic_steps: 5}

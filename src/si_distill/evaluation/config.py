@@ -33,7 +33,7 @@ class MeasurementConfig:
 
     features: str = setting(
         "pixels",
-        "As for evaluate.py: inception-v3-compat, dinov2, clip, pixels, package.module:Class.",
+        "As for `si-distill evaluate`: inception-v3-compat, dinov2, clip, pixels, package.module:Class.",
         names_code=True,
     )
     feature_weights: str | None = setting(None, "File of its weights, if not at torch-fidelity's usual place.")

@@ -150,7 +150,7 @@ def _render(
         command=training_command(facts),
         has_config=bool(facts.settings),
         config=CONFIG,
-        script="train_distill.py" if facts.is_student else "train_teacher.py",
+        command_module="train_distill" if facts.is_student else "train_teacher",
         results=_results(shown),
         license=license,
         references=_references(facts),

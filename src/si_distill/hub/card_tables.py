@@ -148,6 +148,8 @@ def training_command(facts: ModelFacts) -> str | None:
     if not command:
         return None
     text = one_line(shlex.join(without_paths(command)))  # one line of a block of code
+    if command[0] == "si-distill":
+        return text
     return f"accelerate launch --num_processes {sessions[0].get('processes', 1)} {text}"
 
 

@@ -28,7 +28,7 @@ class TextConfig:
     max_texts_in_memory: int = setting(
         1024,
         "Most distinct texts whose embeddings are kept in memory (SD3: 2.7 MB each in bfloat16). Of longer lists each "
-        "batch is encoded when it is drawn, unless training/precompute_texts.py did it before.",
+        "batch is encoded when it is drawn, unless `si-distill precompute-texts` did it before.",
     )
 
     @property

@@ -50,7 +50,7 @@ def texts_of(prompts: Sequence[str], settings: TextConfig, pipeline: Any, device
         return encode_texts(pipeline, prompts, settings.max_length, negative, device, told)
     note(
         f"{distinct:,} texts are more than `text.max_texts_in_memory` ({settings.max_texts_in_memory:,}): each batch is "
-        "encoded when it is drawn, and the text encoders stay in memory (training/precompute_texts.py avoids both)."
+        "encoded when it is drawn, and the text encoders stay in memory (`si-distill precompute-texts` avoids both)."
     )
     source = EncodedRows(pipeline, settings.max_length, device)
     return Texts(prompts, source, source.convention, negative, longest, told, device)
@@ -74,7 +74,7 @@ def cached_texts(data: DataConfig, settings: TextConfig, pipeline: Any, device: 
     if listing := "; ".join(f"{name}: {then!r} there, {now!r} here" for name, then, now in compared if then != now):
         raise InputError(
             f"The text cache {data.name} was made with other settings ({listing}): set them to what they were, or make a "
-            "cache with training/precompute_texts.py."
+            "cache with `si-distill precompute-texts`."
         )
     if found is None or recipe.encoder["hash"] is None:
         note(
@@ -83,8 +83,8 @@ def cached_texts(data: DataConfig, settings: TextConfig, pipeline: Any, device: 
     elif found != recipe.encoder["hash"]:
         raise InputError(
             f"The text cache {data.name} was made with other text encoders, those of {recipe.encoder['name']} (hash "
-            f"{recipe.encoder['hash']}), than {source} has (hash {found}). Make a cache with those: python "
-            f"training/precompute_texts.py --teacher {source} …"
+            f"{recipe.encoder['hash']}), than {source} has (hash {found}). Make a cache with those: "
+            f"si-distill precompute-texts --teacher {source} …"
         )
     prompts = cache.prompts[: data.max_train_samples]
     return Texts(prompts, cache, CONVENTIONS[kind], negative, cache.longest(prompts), told, device)

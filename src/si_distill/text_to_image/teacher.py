@@ -148,7 +148,7 @@ def not_text_to_image(name: str) -> str:
     if (Path(name) / STUDENT).is_file():
         return (
             f"{name!r} is a student's adapter and no pipeline: give the base that its {STUDENT} names, or write the two as "
-            "one pipeline (pipelines/publish.py --merged)."
+            "one pipeline (`si-distill publish --merged`)."
         )
     known = f"the text-to-image pipelines known here: {', '.join(CONVENTIONS)}."
     if kind := saved_class(name):

@@ -120,7 +120,7 @@ class TextCache:
             self._ends: list[list[int]] = [_shard_ends(self.folder / shard.file, shard) for shard in shards]
         except _DAMAGE as error:
             raise InputError(
-                f"The text cache {self.folder} is damaged: {error}. Run training/precompute_texts.py again with the "
+                f"The text cache {self.folder} is damaged: {error}. Run `si-distill precompute-texts` again with the "
                 f"settings of the cache (they are in its {MANIFEST}): what is whole is kept."
             ) from error
         self._first = [0, *itertools.accumulate(len(ends) for ends in self._ends)]
@@ -311,7 +311,7 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     if not file.is_file():
         raise InputError(
             f"The text cache {folder} has no {MANIFEST}: it is not finished. Run the command that makes it "
-            "(training/precompute_texts.py) again; what is there is kept."
+            "(`si-distill precompute-texts`) again; what is there is kept."
         )
     values = read_json(file, {"format": int, "hash": str}, "Restore it, or make the cache again.")
     written = values.pop("hash")
@@ -321,7 +321,7 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
         )
     if written != fingerprints.of_values(values):
         raise InputError(
-            f"{file} was changed after it was written: restore it, or run training/precompute_texts.py again with the "
+            f"{file} was changed after it was written: restore it, or run `si-distill precompute-texts` again with the "
             "settings of the cache."
         )
     try:

@@ -62,7 +62,7 @@ class LatentDataset(IndexedData):
             return shard_labels(self.folder / shard.file, shard)
         except ValueError as error:
             raise InputError(
-                f"The latent cache {self.folder} is damaged: {shard.file}: {error}. Run training/precompute_latents.py "
+                f"The latent cache {self.folder} is damaged: {shard.file}: {error}. Run `si-distill precompute-latents` "
                 f"again with the settings of the cache (they are in its {MANIFEST}): what is whole is kept."
             ) from error
 
@@ -97,7 +97,7 @@ class LatentDataset(IndexedData):
             InputError: when it has other encoder weights or another scaling.
         """
         found, made_with = encoder_hash(vae), self.manifest.recipe.vae
-        advice = "Make a cache with that one: python training/precompute_latents.py --vae …"
+        advice = "Make a cache with that one: si-distill precompute-latents --vae …"
         if found != made_with["encoder"]:
             raise InputError(
                 f"The latent cache {self.folder} was made with another VAE, {made_with['name']} (hash of its encoder "

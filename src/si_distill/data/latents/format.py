@@ -163,7 +163,7 @@ def read_manifest(folder: str | Path) -> Manifest:
     if not file.is_file():
         raise InputError(
             f"The latent cache {folder} has no {MANIFEST}: it is not finished. Run the command that makes it "
-            "(training/precompute_latents.py) again; what is there is kept."
+            "(`si-distill precompute-latents`) again; what is there is kept."
         )
     try:
         values = read_json(file, dict, "Restore it, or make the cache again.")
@@ -187,7 +187,7 @@ def read_manifest(folder: str | Path) -> Manifest:
     if not intact:
         raise InputError(
             f"{file} was changed after it was written: it does not fit its own hash. What it says must be what the latents "
-            "are: restore it, or delete it and run training/precompute_latents.py again with the settings of the cache."
+            "are: restore it, or delete it and run `si-distill precompute-latents` again with the settings of the cache."
         )
     return manifest
 

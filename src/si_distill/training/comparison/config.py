@@ -14,8 +14,8 @@ class CompareConfig:
 
     teacher: str = setting("", "The teacher: a pipeline folder or a Hub id.")
     trust_remote_code: bool = setting(False, TRUST, names_code=True)
-    runs: str = setting("", "YAML file: name → settings of the run, as in a config file of train_distill.py.")
-    base: str = setting("", "Config file of train_distill.py: what all runs share.")
+    runs: str = setting("", "YAML file: name → settings of the run, as in a config file of `si-distill train-distill`.")
+    base: str = setting("", "Config file of `si-distill train-distill`: what all runs share.")
     only: list[str] = setting([], "Runs to make; all when empty. The table shows all that are there.")
     seeds: list[int] = setting([0, 1, 2], "Seeds of each run.")
     steps: int = setting(1500, "Student updates of each run.")
@@ -24,7 +24,7 @@ class CompareConfig:
     num_samples: int = setting(2000, "Images per evaluation.")
     features: str = setting(
         "pixels",
-        "As for evaluate.py: inception-v3-compat, dinov2, clip, pixels, package.module:Class.",
+        "As for `si-distill evaluate`: inception-v3-compat, dinov2, clip, pixels, package.module:Class.",
         names_code=True,
     )
     feature_weights: str | None = setting(None, "File of its weights, if not at torch-fidelity's usual place.")

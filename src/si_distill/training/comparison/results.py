@@ -206,5 +206,5 @@ def _fingerprint(teacher: str) -> str:
     if hashes:
         return hashes[0][:16] if len(hashes) == 1 else fingerprints.of_values(hashes)
     if Path(teacher).is_dir():
-        raise InputError(f"`teacher` {teacher} holds no pipeline; train it with training/train_teacher.py.")
+        raise InputError(f"`teacher` {teacher} holds no pipeline; train it with `si-distill train-teacher`.")
     return teacher

@@ -63,7 +63,7 @@ def compare(config: CompareConfig, imports: list[str]) -> str:
 
 
 def read_entries(config: CompareConfig) -> dict[str, dict[str, Any]]:
-    """The runs by name: what differs from the base, in the words of train_distill.py.
+    """The runs by name: what differs from the base, in the words of `si-distill train-distill`.
 
     Raises:
         InputError: for an entry that is no mapping, or that names code: a file cannot.
@@ -76,7 +76,7 @@ def read_entries(config: CompareConfig) -> dict[str, dict[str, Any]]:
         nested: dict[str, Any] = {}
         for key, value in changes.items():
             if not re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*", key) or key == "import":
-                raise InputError(f"{where} has the key {key!r}, which is no setting of train_distill.py.")
+                raise InputError(f"{where} has the key {key!r}, which is no setting of `si-distill train-distill`.")
             for part in reversed(key.split(".")):
                 value = {part: value}
             nested = merge_settings(nested, value)

@@ -25,8 +25,8 @@ def load_fitting_images(settings: DistillConfig, teacher: InterpolantPipeline, r
     if teacher.vae is not None and not is_latent_cache(name):
         raise InputError(
             f"The objective {settings.objective!r} or the adversarial term {settings.adversarial.kind!r} uses real data and "
-            f"the teacher works on latents, but {name} are images. Encode them first: python "
-            f"training/precompute_latents.py --vae {settings.teacher} --data.name {name} --output_dir FOLDER; then give "
+            f"the teacher works on latents, but {name} are images. Encode them first: "
+            f"si-distill precompute-latents --vae {settings.teacher} --data.name {name} --output_dir FOLDER; then give "
             "--data.name FOLDER. Or choose an objective without real data, e.g. sid, and no adversarial term."
         )
     data = load_training_data(settings.data, readers, teacher.network.num_classes, further_references=True)
@@ -34,7 +34,7 @@ def load_fitting_images(settings: DistillConfig, teacher: InterpolantPipeline, r
         if teacher.vae is None:
             raise InputError(
                 f"{name} holds latents, and the teacher {settings.teacher!r} has no autoencoder to say whether they are its "
-                "own: add it (`--vae` of training/convert_teacher.py), or give images if the teacher's are pixels."
+                "own: add it (`--vae` of `si-distill convert-teacher`), or give images if the teacher's are pixels."
             )
         data.check_vae(teacher.vae, teacher.config.vae_pixel_min, f"that of the teacher {settings.teacher!r}")
     wanted, classes = teacher.network.sample_shape, teacher.network.num_classes

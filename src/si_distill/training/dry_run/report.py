@@ -139,7 +139,7 @@ def _distillation(settings: DistillConfig) -> Lines:
     parts = training_memory([critic, student], network, student, settings, activations, devices, teacher.vae)
     view = teacher.network
     images = view.sample_shape[0] > 3 and not is_latent_cache(settings.data.name)
-    latent = "; to be encoded first (training/precompute_latents.py)" if images else ""
+    latent = "; to be encoded first (`si-distill precompute-latents`)" if images else ""
     return {
         "teacher": f"{settings.teacher} ({source})",
         "network": _network(network),

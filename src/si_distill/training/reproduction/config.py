@@ -20,7 +20,7 @@ class ReproduceConfig:
     num_processes: int = setting(1, "Processes, one for each GPU; the published batch is kept.")
     features: str | None = setting(
         None,
-        "As for evaluate.py; by default those of the published figures. Others are not compared with them.",
+        "As for `si-distill evaluate`; by default those of the published figures. Others are not compared with them.",
         names_code=True,
     )
     feature_weights: str | None = setting(None, "File of their weights, if not at torch-fidelity's usual place.")
@@ -37,7 +37,7 @@ class ReproduceConfig:
 
     def __post_init__(self) -> None:
         if not self.recipe:
-            raise InputError("Name the recipe: python training/reproduce.py cifar10/distill_sid --checkpoint FILE")
+            raise InputError("Name the recipe: si-distill reproduce cifar10/distill_sid --checkpoint FILE")
         at_least("num_processes", self.num_processes, 1, MOST_PROCESSES)
         at_least("num_samples", self.num_samples, 4)
         at_least("batch_size", self.batch_size, 1)

@@ -21,6 +21,10 @@ from ...data.latents.format import images_of
 from ...fingerprints import hub_commit
 from ..parallel.sharding import plain_class
 
+CONSOLE_COMMAND = "si-distill"
+#: The folder of its commands.
+COMMANDS = Path(__file__).parents[2] / "commands"
+
 
 def describe_session(accelerator: Accelerator) -> dict[str, Any]:
     """One start of the training script; a resumed run has several."""
@@ -32,7 +36,7 @@ def describe_session(accelerator: Accelerator) -> dict[str, Any]:
         hardware = f"{count} × {accelerator.device.type} ({platform.machine()}, {cores})"
     return {
         "started": datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
-        "command": [_as_typed(sys.argv[0]), *sys.argv[1:]],
+        "command": [*_as_typed(sys.argv[0]), *sys.argv[1:]],
         "processes": count,
         "hardware": hardware,
         "versions": {
@@ -77,7 +81,11 @@ def describe_teacher(name: str, pipeline: DiffusionPipeline) -> dict[str, Any]:
     }
 
 
-def _as_typed(script: str) -> str:
-    """The script below the working folder, as it was most likely typed."""
+def _as_typed(script: str) -> list[str]:
+    """What was started, as it was most likely typed: a script below the working folder, `si-distill`, or a module of it."""
     path = Path(script)
-    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else script
+    if path.name == CONSOLE_COMMAND or path == COMMANDS / "__main__.py":
+        return [CONSOLE_COMMAND]
+    if path.parent == COMMANDS:
+        return ["-m", f"si_distill.commands.{path.stem}"]
+    return [str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else script]

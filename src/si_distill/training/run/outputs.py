@@ -109,8 +109,8 @@ class Outputs:
             published = self._publish(settings.hub_model_id, settings.hub_private_repo or None)
         except (InputError, PublishError) as error:
             raise PublishError(
-                f"{error} The training is finished and {self.run.path} is whole; publish it later with: python "
-                f"pipelines/publish.py --pipeline {self.run.path} --repo-id {settings.hub_model_id}"
+                f"{error} The training is finished and {self.run.path} is whole; publish it later with: "
+                f"si-distill publish --pipeline {self.run.path} --repo-id {settings.hub_model_id}"
             ) from error
         print(f"Published: {published.url} at {published.commit}.")
 
