@@ -23,7 +23,7 @@ def spread_labels(num_classes: int, count: int = 10) -> list[int]:
 
 
 def open_images(files: list[str], channels: int) -> list[Image.Image]:
-    """The image files, in grey or in colours as a pipeline of so many channels takes them (0: one that takes none).
+    """The image files, in grey or in colour, as a pipeline with this number of channels takes them (0: it takes none).
 
     Raises:
         InputError: when one cannot be read.

@@ -10,7 +10,7 @@ from typing import Any
 
 
 def hardware(workers: int, threads: int = 1) -> dict[str, Any]:
-    """Machine and versions behind a result of so many processes at once, each with so many threads."""
+    """Machine and versions behind a result that `workers` processes computed at once, each with `threads` threads."""
     import torch
 
     cpu = platform.processor() or platform.machine()

@@ -224,7 +224,7 @@ def _collate(items: list[tuple[dict[str, Any] | None, dict[str, str]]]) -> tuple
 
 
 def reading_processes(number: int) -> dict[str, Any]:
-    """Arguments of a `DataLoader` with so many workers."""
+    """Arguments of a `DataLoader` with this number of workers."""
     return dict(
         num_workers=number,
         worker_init_fn=_leave_signals_to_parent,

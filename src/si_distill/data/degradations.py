@@ -39,7 +39,7 @@ class Degradation:
         """Raises ValueError when images of size × size pixels cannot be degraded so."""
 
     def check_channels(self, channels: int) -> None:
-        """Raises ValueError when images of so many channels cannot."""
+        """Raises a ValueError when images with this number of channels cannot be degraded."""
 
     def __call__(self, images: torch.Tensor, u: torch.Tensor | None = None) -> torch.Tensor:
         """The degraded images.

@@ -102,7 +102,7 @@ def peak_signal_to_noise(images: torch.Tensor, truth: torch.Tensor) -> torch.Ten
 
 
 def default_resamples(width: int) -> int:
-    """Resamples of a Fréchet distance on so many features: each is a product and an eigenvalue problem of that size."""
+    """Resamples for a Fréchet distance on `width` features: each takes a product and an eigenvalue problem of that size."""
     return 200 if width <= 512 else 20
 
 

@@ -15,7 +15,7 @@ from ..errors import InputError
 REMEDY = "Give another file, or make it again."
 #: Types of numbers that torch computes with.
 REAL = (np.floating, np.integer)
-#: What a compressed array may unpack to: so many bytes, or so many times those that it takes in the file.
+#: Limits of what a compressed array may unpack to: in bytes, and as a multiple of its size in the file; the larger applies.
 UNPACKED_BYTES, UNPACKED_TIMES = 2**28, 64
 
 

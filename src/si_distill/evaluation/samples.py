@@ -23,7 +23,7 @@ from .formulas import peak_signal_to_noise, spread
 from .inputs import Inputs
 from .npz import open_npz
 
-#: Of the first inputs, so many images are made of each, to see how they differ.
+#: How many of the first inputs are drawn several times, and how often, to see how the images of one input differ.
 SPREAD_INPUTS, SPREAD_DRAWS = 64, 8
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 

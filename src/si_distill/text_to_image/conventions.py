@@ -76,7 +76,7 @@ class Convention:
         scale_offset: what the pipeline's scale lacks to be the w of u + w (c − u).
         equal_steps: whether a call with N steps starts from N equal ones; the others need `sigmas`.
         told_guidance: whether networks may be told a scale (guidance-distilled).
-        readings: what its tokenizers read; the first one's tokens are those that `mask` tells of.
+        readings: what its tokenizers read; `mask` refers to the first one's tokens.
         most_tokens: `most_tokens(pipeline)` is the largest `max_length`; None is any.
         blank: what stands for no negative prompt.
     """

@@ -91,7 +91,7 @@ class Trainer:
             settings, self.accelerator, self.run, self.averages, self.pipeline, self.sample_grid, self.measured
         )
 
-    # What a subclass says.
+    # Set by subclasses.
 
     averages: Averages
     #: Names of the losses, which every line of the log has.

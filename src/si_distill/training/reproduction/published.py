@@ -51,7 +51,7 @@ class Published:
     curve: dict[str, Any] = field(default_factory=dict)
 
     def on_curve(self, images: int) -> float | None:
-        """The curve's value after so many images, by interpolation of its logarithm; None before its first point."""
+        """The curve's value after this number of images, by interpolation of its logarithm; None before its first point."""
         points = self.curve.get("points", [])
         if not points or images < points[0][0]:
             return None

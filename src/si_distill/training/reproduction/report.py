@@ -20,7 +20,7 @@ def figure(name: str, features: str) -> str:
 
 
 def as_markdown(report: dict[str, Any]) -> str:
-    """The text for people."""
+    """The report as Markdown."""
     named = figure(report["distance"], report["features"])
     lines = [f"# {report['recipe']}", "", f"**{report['status']}.** {report['reason']}", ""]
     lines += [f"| | {named} | published | difference |", "|---|---|---|---|"]

@@ -297,7 +297,7 @@ class Reproduction:
         facts = {"checkpoint": f"{self.record['with']['checkpoint']}, {self.done['convert']['bytes']:,} bytes"}
         facts["images per update"] = str(self.images_per_update)
         if self.settings.train:
-            facts["settings beside the recipe's"] = json.dumps(self.settings.train, ensure_ascii=False)
+            facts["settings other than the recipe's"] = json.dumps(self.settings.train, ensure_ascii=False)
         path = self.student / "facts.json"
         if path.is_file():
             session = read_json(path, _FACTS)["sessions"][-1]
