@@ -40,7 +40,7 @@ def places(tmp_path_factory):
 
 def squares(places):
     files = ["--data.data_files", places / "squares.parquet", "--data.caption_column", "text"]
-    return ["--data.name", "parquet", *files, "--data.image_size", 8]
+    return ["--data.name", "parquet", *files]
 
 
 def distill(places, output, *more):
@@ -175,7 +175,7 @@ def test_what_only_the_data_say_is_a_sentence_too(places):
     measured = ["--eval_metric_steps", 1, "--evaluation.num_samples", 7]
     with pytest.raises(InputError, match="`num_samples` is 7, but it counts images"):
         distill(places, "refused", *by_clip(places), *measured)
-    with pytest.raises(InputError, match=r"set `data\.image_size`"):
+    with pytest.raises(InputError, match=r"`data\.image_size` is 16, but images of"):
         distill(places, "refused", *squares(places), "--data.image_size", 16, *measured[:2])
     alone = ["--data.name", "parquet", "--data.data_files", places / "prompts.parquet", "--data.caption_column", "text"]
     datasets.Dataset.from_dict({"text": PROMPTS}).to_parquet(places / "prompts.parquet")

@@ -337,7 +337,7 @@ class TeacherConfig(TrainingConfig):
         for name in self.OF_DISTILLATION:
             if (value := getattr(self.text, name)) != getattr(TextConfig, name):
                 raise InputError(
-                    f"`text.{name}` is {value!r}, which is for distillation (training/train_distill.py): leave it out."
+                    f"`text.{name}` is {value!r}, which is for distillation (`si-distill train-distill`): leave it out."
                 )
         for setting_field in fields(self):
             name, factory = setting_field.name, setting_field.default_factory
