@@ -273,7 +273,11 @@ def test_only_damaged_checkpoints_are_not_taken_for_none(teacher_folder, folder)
         ("metrics.jsonl", b"\xff\n{}\n", r"metrics\.jsonl, line 1: .*utf-8"),
         ("evaluations.jsonl", "null\n", r"evaluations\.jsonl, line 1"),
         ("evaluations.jsonl", '{"step": 1, "frechet_distance": "x"}\n', r"line 1: frechet_distance must be a number"),
-        ("evaluations.jsonl", '{"step": 1, "frechet_distance": null}\n', r"line 1: frechet_distance must be a number"),
+        (
+            "evaluations.jsonl",
+            '{"step": 1, "frechet_distance": "none"}\n',
+            r"line 1: frechet_distance must be a number",
+        ),
         ("facts.json", "[]", r"facts\.json: it must be a mapping, got \[\]\. Restore it, or remove it"),
         ("facts.json", '{"sessions": [{"first_step": null}]}', r"sessions\[0\]\.first_step must be a whole number"),
         ("facts.json", "[" * 100_000, "nested too deeply"),
