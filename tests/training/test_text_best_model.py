@@ -138,6 +138,7 @@ def test_a_teacher_of_captioned_images(places, rank):
     folder = places / f"teacher-{rank}"
     given = ["--model", f"{{pipeline: {places / 'sd3'}}}", *squares(places), "--output_dir", folder]
     given += "--max_steps 2 --per_device_train_batch_size 2 --learning_rate 1e-2 --eval_metric_steps 1".split()
+    given += "--text.height 8 --text.width 8".split()
     given += ["--evaluation.num_inference_steps", 3, *(["--lora_rank", rank] if rank else [])]
     train_teacher.main(list(map(str, given)))
     distances = [line["frechet_distance"] for line in lines(folder)]

@@ -101,18 +101,18 @@ def whole_network(accelerator: Accelerator, network: nn.Module) -> nn.Module | N
         # To save an adapter cuts its base again, on rank 0 alone: then the ranks' next forwards would not match.
         reshard(network.base)
         return network if accelerator.is_main_process else None
+    if isinstance(network, TextNetwork):
+        whole = whole_network(accelerator, network.base)
+        return None if whole is None else network.around(whole)
     if not isinstance(network, FSDPModule):
         return network if accelerator.is_main_process else None
     weights = accelerator.get_state_dict(network)
     if not accelerator.is_main_process:
         return None
-    told_text = isinstance(network, TextNetwork)
-    stock = network.base if told_text else network
     # Without the key by which diffusers would put back what a folder had left to its defaults, and the network has not.
-    config = {name: value for name, value in stock.config.items() if name != "_use_default_values"}
+    config = {name: value for name, value in network.config.items() if name != "_use_default_values"}
     with init_empty_weights(include_buffers=False):
-        whole = plain_class(stock).from_config(config)
-    whole = network.around(whole) if told_text else whole
+        whole = plain_class(network).from_config(config)
     whole.load_state_dict(weights, assign=True)
     return whole.requires_grad_(False).eval()
 
