@@ -24,6 +24,9 @@ from si_distill.conversion.pickles import PickledObject, load_plain_pickle
 from si_distill.conversion.shown import printable, shown, some
 from si_distill.errors import InputError
 
+#: NumPy's function that a pickled scalar names; its module has another name before NumPy 2.
+SCALAR = np.float64(0).__reduce__()[0]
+
 
 class Hostile:
     """Runs a command when a pickle of it is loaded by Python's own means."""
@@ -144,7 +147,7 @@ def test_crooked_content(tmp_path):
         "object array": np.array([print, 1], dtype=object),
         "structured array": np.zeros(2, dtype=[("a", "f4")]),
         "change of a function": ReducedTo(rebuild, (typed, 0, (4,), (1,), False, {})),
-        "size of an array": ReducedTo(np._core.multiarray.scalar, (np.dtype("f8"), b"123")),
+        "size of an array": ReducedTo(SCALAR, (np.dtype("f8"), b"123")),
     }
     path = tmp_path / "crooked.pkl"
     for name, content in cases.items():
@@ -175,7 +178,7 @@ FORGED = {
     "an array of objects": ReducedTo(np.ndarray, ((1,), "O", b"\x10" * 8)),
     "in a set": ReducedTo(set, (ReducedTo(np.ndarray, ((1,), "O", b"\x10" * 8)),)),
     "memory that nobody wrote": ReducedTo(np.ndarray, ((1000,), "f8")),
-    "a scalar of another array": ReducedTo(np._core.multiarray.scalar, (np.dtype("u8"), np.arange(3))),
+    "a scalar of another array": ReducedTo(SCALAR, (np.dtype("u8"), np.arange(3))),
     "a state for a name": ReducedTo(np.ndarray, ((0,),), {"shape": (4,)}),
 }
 

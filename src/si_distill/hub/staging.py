@@ -122,7 +122,7 @@ def stage_space(
             shutil.copyfile(SPACE / source, folder / name)
         # Adapters, and the tokenizers of T5 and Gemma.
         requirements = (SPACE / "requirements.txt").read_text(encoding="utf-8")
-        further = "peft>=0.17\nsentencepiece>=0.2\nprotobuf>=4\n"
+        further = "peft>=0.18\nsentencepiece>=0.2\nprotobuf>=4\n"
         (folder / "requirements.txt").write_text(requirements + further, encoding="utf-8")
     else:
         shutil.copytree(SPACE, folder, ignore=shutil.ignore_patterns("__pycache__", "text_*"), dirs_exist_ok=True)
