@@ -1,6 +1,7 @@
 """Measurements while training: they disturb nothing, and the best pipeline is kept."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -88,6 +89,32 @@ def test_a_teacher_is_measured_with_its_steps(tmp_path):
     )
     TeacherTrainer(config).train()
     assert lines(tmp_path / "run", "evaluations.jsonl")[0]["best"]
+    # Images of other steps are others, and their figure begins anew.
+    more = replace(config.evaluation, num_inference_steps=1)
+    TeacherTrainer(replace(config, max_steps=3, evaluation=more, resume_from_checkpoint="latest")).train()
+    *_, before, last = lines(tmp_path / "run", "evaluations.jsonl")
+    assert last["best"]
+    assert last["how"] != before["how"]
+
+
+def test_what_another_metric_has_chosen_is_replaced_first(teacher_folder, tmp_path):
+    def train(steps, metric, resume="latest"):
+        changes = dict(max_steps=steps, metric_for_best_model=metric, resume_from_checkpoint=resume)
+        DistillationTrainer(settings(teacher_folder, tmp_path / "run", eval_metric_steps=1, **changes)).train()
+        return lines(tmp_path / "run", "evaluations.jsonl")
+
+    kept = tmp_path / "run" / "best" / "evaluation.json"
+    train(2, "frechet_distance", None)
+    assert train(3, "kid")[-1]["best"]
+    assert train(4, "frechet_distance")[-1]["best"]
+    found = json.loads(kept.read_text())
+    assert (found["step"], found["how"]["metric_for_best_model"]) == (4, "frechet_distance")
+
+    kept.write_text('{"rows": []}')  # what evaluate.py leaves there
+    distances = [line["frechet_distance"] for line in train(6, "frechet_distance")]
+    best = [line["best"] for line in lines(tmp_path / "run", "evaluations.jsonl")]
+    so_far = [min(distances[:2] + distances[3:n]) for n in (4, 5)]  # all of this metric; that of KID does not count
+    assert best[4:] == [distances[n] < least for n, least in zip((4, 5), so_far, strict=True)]
 
 
 def test_what_cannot_be_measured_is_refused_before_anything_is_written(teacher_folder, tmp_path):

@@ -23,6 +23,7 @@ from ...evaluation.metrics import METRICS, Comparison
 from ...evaluation.prompts import no_real_images
 from ...evaluation.reference import Reference, check_reference, data_reference, read_reference
 from ...files import delete
+from ...reading import read_json
 from ..config import BEST, EVALUATIONS, TrainingConfig
 from .folder import keep_lines
 from .measured import Measured
@@ -60,6 +61,11 @@ class BestModel:
                 self.extractor = load_extractor(how.features, how.feature_weights, device) if compares else None
                 self.scorers = {metric.name: metric.scorer(how, device)} if metric.scorer else {}
                 self.measured = measured()
+                if metric.of_real and self.measured.count < 2:
+                    raise InputError(
+                        f"`metric_for_best_model` is {self.metric}, which compares distributions, and 1 image is generated: "
+                        "give more prompts, or a larger `evaluation.images_per_prompt`."
+                    )
             self.reference = self._load_reference() if self.extractor else None
             with torch.no_grad(), accelerator.autocast(), self.measured.drawing() as source:
                 try:
@@ -92,13 +98,22 @@ class BestModel:
             if old.exists() and not self.folder.exists():  # killed between the two renames of `_replace`
                 os.rename(old, self.folder)
             # Not the figure in best/: it may be of a later step, which is about to be measured again. A figure of other
-            # features, samples or metric does not compare.
+            # features, samples or metric does not compare, and a pipeline that was chosen by it is the next to be replaced.
             how = fingerprints.of_values(self.how)
             lines = keep_lines(self.log, step, self.settings.run_id)
-            if (self.folder / EVALUATION).exists():
+            if self._kept_by(lines) == how:
                 for line in lines:
                     if line.get("how") == how and self.improves(line):
                         self.best = line[self.metric]
+
+    def _kept_by(self, lines: list[dict[str, Any]]) -> str | None:
+        """The hash of `how` of the figure that best/ was chosen by, or None without one; `lines` are the measurements."""
+        if not (self.folder / EVALUATION).exists():
+            return None
+        try:
+            return fingerprints.of_values(read_json(self.folder / EVALUATION, {"step": int, "how": dict})["how"])
+        except InputError:  # evaluate.py has put its own results there
+            return next((line.get("how") for line in reversed(lines) if line.get("best")), None)
 
     @property
     def how(self) -> dict[str, Any]:

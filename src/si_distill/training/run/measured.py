@@ -56,11 +56,14 @@ class ClassImages:
     """
 
     prompts = None
-    identity: dict[str, Any] = {}
 
     def __init__(self, settings: TrainingConfig, pipeline: Callable[[], Pipeline]):
         how, now = settings.evaluation, pipeline()
         self.settings, self.pipeline, self.shape = settings, pipeline, image_shape(now)
+        # A student takes its own steps, whatever the settings say.
+        own = isinstance(now, OneStepInterpolantPipeline)
+        self.sampler = {} if own else {"num_inference_steps": how.num_inference_steps}
+        self.identity: dict[str, Any] = self.sampler
         images = images_of(settings.data)  # pictures are compared with pictures, not with latents
         # A stream has no index: only a reference can stand for it.
         data = None if images.streaming and how.reference else load_images(images)
@@ -76,9 +79,7 @@ class ClassImages:
     def drawing(self) -> Iterator[Source]:
         pipeline = self.pipeline()
         pipeline.set_progress_bar_config(disable=True)
-        steps = self.settings.evaluation.num_inference_steps
-        sampler = {} if isinstance(pipeline, OneStepInterpolantPipeline) else {"num_inference_steps": steps}
-        call = partial(pipeline, output_type="pt", **sampler)
+        call = partial(pipeline, output_type="pt", **self.sampler)
         yield PipelineSource(pipeline, call, self.labels, self.settings.seed, self.count, inputs=self.inputs)
 
 
