@@ -46,6 +46,8 @@ def failure(name: str, error: BaseException) -> str:
     root = error
     while found := root.__cause__ or root.__context__:
         root = found
+    if Path(name).is_file():
+        return "it is a file, and a folder is needed."
     if Path(name).is_dir() or root is error:
         return str(error)
     reason = str(root).strip().splitlines()[0].rstrip(".")

@@ -10,7 +10,11 @@ from tiny_pipelines import build
 
 from si_distill.commands import generate, train_distill
 from si_distill.errors import InputError
+from si_distill.settings import parse_settings
 from si_distill.text_to_image.teacher import TextToImageTeacher, load_stock_pipeline, warn_of_distilled
+from si_distill.training.config import TeacherConfig
+from si_distill.training.distillation.config import DistillConfig
+from si_distill.training.dry_run.report import dry_run
 
 
 @pytest.fixture(scope="module")
@@ -83,6 +87,20 @@ def test_a_pipeline_that_was_saved_without_an_encoder_is_told_from_one_that_need
     # Of a run on a cache of texts, encoders are left out.
     without = load_stock_pipeline(folder, text_encoder=None, text_encoder_2=None, text_encoder_3=None)
     assert without.text_encoder is without.text_encoder_3 is None
+
+
+@pytest.mark.parametrize("part", ["vae", "transformer", "tokenizer_2"])
+@pytest.mark.parametrize("entry", [None, [None, None], "Anything"])
+def test_an_index_without_a_component_is_refused_by_a_dry_run_too(saved, tmp_path, part, entry):
+    folder = str(changed(saved, tmp_path, "model_index.json", **{part: entry}))
+    (tmp_path / "prompts.txt").write_text("a cat\n")
+    common = ["--output_dir", str(tmp_path / "run"), "--data.data_files", str(tmp_path / "prompts.txt")]
+    student = parse_settings(DistillConfig, ["--teacher", folder, "--data.name", "text", *common])
+    captions = ["--data.name", "parquet", "--data.caption_column", "text"]
+    teacher = parse_settings(TeacherConfig, ["--model", json.dumps({"pipeline": folder}), *captions, *common])
+    for refuse in (lambda: load_stock_pipeline(folder), lambda: dry_run(student), lambda: dry_run(teacher)):
+        with pytest.raises(InputError, match=f"was saved without its {part}: give one"):
+            refuse()
 
 
 def test_a_precision_is_asked_for_without_a_warning(saved):

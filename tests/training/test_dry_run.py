@@ -145,6 +145,12 @@ def test_neither_a_dry_run_nor_a_description_of_the_teacher_makes_another_run(tm
         dry_run(distillation(**again, seed=5))
 
 
+def test_a_file_is_no_teacher(tmp_path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(InputError, match="it is a file, and a folder is needed"):
+        dry_run(distillation(teacher=str(tmp_path / "file")))
+
+
 def test_a_class_that_an_index_names_is_not_imported_from_anywhere(teacher_folder, tmp_path):
     folder = tmp_path / "teacher"
     shutil.copytree(teacher_folder, folder)

@@ -1,6 +1,7 @@
 """Stock text-to-image pipelines as teachers."""
 
 import copy
+import inspect
 import math
 import re
 from collections.abc import Container, Sequence
@@ -198,7 +199,7 @@ def load_stock_pipeline(
     kind = saved_class(name)
     if kind not in CONVENTIONS:
         raise InputError(not_text_to_image(name))
-    _check_whole(name, kind, revision, components)
+    check_whole(name, kind, revision, components)
     try:
         pipeline = getattr(diffusers, kind).from_pretrained(name, dtype=dtype, revision=revision, **components)
     except torch.OutOfMemoryError:
@@ -220,8 +221,18 @@ def load_stock_pipeline(
     return pipeline
 
 
-def _check_whole(name: str, kind: str, revision: str | None, given: Container[str]) -> None:
-    """Refuses a pipeline that was saved without a component that it needs; `given` ones are not looked for."""
+def check_whole(name: str, kind: str, revision: str | None = None, given: Container[str] = ()) -> None:
+    """Refuses a pipeline that was saved without a component that it needs, or whose index does not say its class.
+
+    Args:
+        name: the folder or Hub id.
+        kind: its class, one of `CONVENTIONS`.
+        revision: of a Hub id.
+        given: components that are not looked for.
+
+    Raises:
+        InputError: says which are missing.
+    """
     cls = getattr(diffusers, kind)
     try:
         index = cls.load_config(name, revision=revision)
@@ -229,11 +240,16 @@ def _check_whole(name: str, kind: str, revision: str | None, given: Container[st
         return  # the loading says why
     # Of SDXL's encoders either is optional to diffusers, but its network is told by both.
     optional = {part for part in cls._optional_components if not part.startswith(("text_encoder", "tokenizer"))}
-    lost = [
-        part for part, entry in index.items() if entry == [None, None] and part not in optional and part not in given
-    ]
+    taken = inspect.signature(cls.__init__).parameters.values()
+    needed = {p.name for p in taken if p.name != "self" and p.default is p.empty} - optional
+    lost = [part for part in sorted(needed) if part not in given and not _names_class(index.get(part))]
     if lost:
         raise InputError(
             f"The {kind} {name!r} was saved without its {' and '.join(lost)}: give one that is whole, or load the missing "
             "part from the pipeline that this one is of, put it in, and save it again."
         )
+
+
+def _names_class(entry: Any) -> bool:
+    """Whether an entry of a pipeline's index is a library and a class."""
+    return isinstance(entry, list) and len(entry) == 2 and all(isinstance(word, str) for word in entry)

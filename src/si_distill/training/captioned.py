@@ -9,7 +9,9 @@ from ..data import TrainingData, load_training_data
 from ..data.config import DataConfig
 from ..data.latents.format import is_latent_cache
 from ..errors import InputError
+from ..text_to_image.text_cache import is_text_cache, without_encoders
 from .config import TrainingConfig
+from .distillation.config import DistillConfig
 from .run.facts import describe_data
 
 
@@ -40,3 +42,12 @@ def describe_captioned(data: DataConfig, images: TrainingData | None, size: tupl
 def base_dtype(settings: TrainingConfig, lora_rank: int | None) -> torch.dtype | None:
     """The type that a pipeline is loaded in: bfloat16 below adapters of a run in bfloat16, which are trained in float32."""
     return torch.bfloat16 if settings.mixed_precision == "bf16" and lora_rank is not None else None
+
+
+def idle_encoders(settings: DistillConfig) -> dict[str, None]:
+    """The text encoders that a distillation never runs, left out of its teacher: those of a cache of texts.
+
+    A student of its own weights is saved as a whole pipeline, encoders and all, and one that is measured needs them too.
+    """
+    alone = settings.lora_rank is not None and settings.eval_metric_steps is None
+    return without_encoders(settings.teacher) if alone and is_text_cache(settings.data.name) else {}

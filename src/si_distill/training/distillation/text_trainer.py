@@ -16,9 +16,9 @@ from ...pipelines import Condition
 from ...text_to_image.prompts import load_texts, without_mark
 from ...text_to_image.student import TextToImageStudent
 from ...text_to_image.teacher import TextToImageTeacher, load_stock_pipeline, warn_of_distilled
-from ...text_to_image.text_cache import is_text_cache, without_encoders
+from ...text_to_image.text_cache import is_text_cache
 from ...visualization import tensor_to_pil
-from ..captioned import base_dtype, describe_captioned, load_captioned_images
+from ..captioned import base_dtype, describe_captioned, idle_encoders, load_captioned_images
 from ..parallel.sharding import plain_class
 from ..run.facts import describe_network, describe_teacher
 from ..texts_state import TextsState
@@ -62,11 +62,8 @@ class TextDistillationTrainer(TextsState, DistillationTrainer):
             raise InputError(
                 f"`{name}` is {getattr(settings, name)!r}, which is for teachers of classes alone: leave it out."
             )
-        # A student of its own weights is saved as a whole pipeline, encoders and all; one that is measured needs them too.
-        alone = settings.lora_rank is not None and settings.eval_metric_steps is None
-        idle = alone and is_text_cache(settings.data.name)
-        left_out = without_encoders(settings.teacher) if idle else {}
-        pipeline = load_stock_pipeline(settings.teacher, base_dtype(settings, settings.lora_rank), **left_out)
+        dtype, left_out = base_dtype(settings, settings.lora_rank), idle_encoders(settings)
+        pipeline = load_stock_pipeline(settings.teacher, dtype, **left_out)
         scales = (settings.guidance_scale, settings.critic_guidance_scale, settings.critic_training_guidance_scale)
         warn_of_distilled(settings.teacher, pipeline, scales)
         teacher = TextToImageTeacher(pipeline, text.size, settings.lora_rank, tuple(settings.lora_targets))

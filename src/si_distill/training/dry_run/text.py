@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+from collections.abc import Container
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,9 @@ from ...errors import InputError
 from ...pipelines import Condition
 from ...text_to_image.conventions import CONVENTIONS
 from ...text_to_image.network import TextNetwork
-from ...text_to_image.teacher import TextToImageTeacher, is_text_to_image, not_text_to_image
+from ...text_to_image.teacher import TextToImageTeacher, check_whole, is_text_to_image, not_text_to_image
 from ...units import binary_size
+from ..captioned import idle_encoders
 from ..config import TeacherConfig
 from ..distillation.config import DistillConfig
 from ..text_teacher import text_teacher
@@ -34,7 +36,7 @@ def described_text_teacher(settings: DistillConfig) -> tuple[TextToImageTeacher,
     if "pipeline" in settings.teacher_model and not here:
         pipeline, source = _from_description(settings.teacher_model), "not here; as `teacher_model` describes it"
     elif here and is_text_to_image(settings.teacher):
-        pipeline, source = _from_folder(settings.teacher), "its configs were read"
+        pipeline, source = _from_folder(settings.teacher, idle_encoders(settings)), "its configs were read"
     else:
         return None
     teacher = TextToImageTeacher(pipeline, settings.text.size, settings.lora_rank, tuple(settings.lora_targets))
@@ -68,8 +70,10 @@ def _told_shapes(teacher: TextToImageTeacher, max_length: int | None) -> TextToI
     return teacher
 
 
-def _from_folder(folder: str) -> DiffusionPipeline:
+def _from_folder(folder: str, left_out: Container[str] = ()) -> DiffusionPipeline:
+    """The pipeline of a folder, which needs no components that the run leaves out."""
     index = DiffusionPipeline.load_config(folder)
+    check_whole(folder, index["_class_name"], given=left_out)
     try:
         parts = {name: _component(index[name][1], folder=folder, subfolder=name) for name in _BUILT if name in index}
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
