@@ -72,6 +72,7 @@ def test_moments_take_a_quarter_of_their_bytes():
     [
         (None, False, r"not installed: pip install 'si_distill\[8bit\]'"),
         ("0.49.2", False, "needs bitsandbytes 0.50 or later, and 0.49.2 is installed"),
+        ("0.49rc1", False, "needs bitsandbytes 0.50 or later, and 0.49rc1 is installed"),
         ("0.50.2", True, "cannot be used with FSDP2"),
     ],
 )

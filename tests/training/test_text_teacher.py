@@ -207,6 +207,13 @@ def test_the_empty_text_takes_the_place_of_some_captions(sana, tmp_path):
     )
 
 
+def test_a_byte_order_mark_is_no_part_of_a_caption(sana, tmp_path):
+    rows = {"image": [Image.new("RGB", (32, 32))], "text": ["\ufeffa cat"]}
+    datasets.Dataset.from_dict(rows).to_parquet(tmp_path / "marked.parquet")
+    trainer = training(tmp_path / "run", *sana, "--data.data_files", tmp_path / "marked.parquet")
+    assert trainer.texts.prompts == ["a cat"]
+
+
 def test_the_target_is_the_velocity_of_the_pipelines_own_path(sana, tmp_path):
     """A network that knew x0 and x1 would have no loss: the sign and the times are those of the stock pipeline."""
     trainer = training(tmp_path / "run", *sana, "--caption_dropout_prob", 0)

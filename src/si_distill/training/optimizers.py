@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import math
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -68,7 +69,7 @@ def check_8bit_adam(settings: TrainingConfig, sharded: bool) -> None:
         raise InputError(
             "`use_8bit_adam` needs bitsandbytes, which is not installed: pip install 'si_distill[8bit]', or set it to false."
         ) from None
-    if tuple(map(int, found.split(".")[:2])) < BITSANDBYTES:
+    if tuple(map(int, re.findall(r"\d+", found)[:2])) < BITSANDBYTES:  # 1.0rc1 is a version too
         raise InputError(
             f"`use_8bit_adam` needs bitsandbytes {needed} or later, and {found} is installed: pip install -U bitsandbytes."
         )
