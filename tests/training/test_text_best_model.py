@@ -176,6 +176,11 @@ def test_what_only_the_data_say_is_a_sentence_too(places):
     measured = ["--eval_metric_steps", 1, "--evaluation.num_samples", 7]
     with pytest.raises(InputError, match="`num_samples` is 7, but it counts images"):
         distill(places, "refused", *by_clip(places), *measured)
+    with pytest.raises(InputError, match="which compares distributions, and 1 image is generated"):
+        distill(places, "refused", *squares(places), "--data.max_train_samples", 1, *measured[:2])
+    one = ["--data.max_train_samples", 1, "--evaluation.images_per_prompt", 2]
+    with pytest.raises(InputError, match="has 1 image to compare with, and its covariance needs at least 2"):
+        distill(places, "refused", *squares(places), *one, *measured[:2])
     with pytest.raises(InputError, match=r"`data\.image_size` is 16, but images of"):
         distill(places, "refused", *squares(places), "--data.image_size", 16, *measured[:2])
     alone = ["--data.name", "parquet", "--data.data_files", places / "prompts.parquet", "--data.caption_column", "text"]

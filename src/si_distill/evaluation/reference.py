@@ -89,8 +89,13 @@ def data_reference(
     extractor, its version and its weights: when any of these change, the statistics are computed again.
 
     Raises:
-        InputError: when the cache cannot be written, or an image not be read.
+        InputError: when the cache cannot be written, or an image not be read; or of fewer than two images.
     """
+    if len(source) < 2:
+        raise InputError(
+            f"The data set {source.data.name} has {len(source)} image to compare with, and its covariance needs at least 2: "
+            "give more images, or a file of statistics as `reference`."
+        )
     shards = Shards(cache, source, extractor)
     refuse_links(cache, (shards.folder.name,))
     path = cache / f"{shards.folder.name}.npz"
