@@ -1,10 +1,12 @@
 """The best of a text-to-image run by a metric: its figure is that of evaluate.py, and the run is the same without."""
 
 import json
+import logging
 import shutil
 
 import datasets
 import pytest
+from diffusers import StableDiffusion3Pipeline
 from PIL import Image
 from safetensors.torch import load_file
 from script_runs import metrics
@@ -190,6 +192,20 @@ def test_what_only_the_data_say_is_a_sentence_too(places):
     ):
         distill(places, "refused", *alone, *measured[:2])
     assert not (places / "refused").exists()
+
+
+def test_that_prompts_are_cut_is_said_once(places, caplog, capsys):
+    (places / "long.txt").write_text("\n".join(["x" * 300] * 4) + "\n")
+    logger = logging.getLogger(StableDiffusion3Pipeline.__module__)
+    logger.addHandler(caplog.handler)
+    measured = ["--data.data_files", places / "long.txt", "--eval_metric_steps", 1, "--max_steps", 1]
+    folder = distill(places, "long", *by_clip(places), *measured)
+    capsys.readouterr()
+    given = ["--prompts_file", places / "long.txt", "--metrics", "clip_score"]
+    evaluated(places, "student", "--pipeline", folder / "best", *given)
+    logger.removeHandler(caplog.handler)
+    assert "4 of 4 prompts are cut for `tokenizer`" in capsys.readouterr().err
+    assert "truncated" not in caplog.text
 
 
 def test_scores_of_prompts_are_not_for_runs_without(teacher_folder, tmp_path):

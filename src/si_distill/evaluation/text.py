@@ -14,9 +14,11 @@ from PIL import Image
 from ..errors import InputError
 from ..sample_noise import sample_seed
 from ..text_to_image.conventions import CONVENTIONS
+from ..text_to_image.prompts import count_tokens
 from ..text_to_image.stock_calls import teacher_images
 from ..text_to_image.student import LoadedStudent, load_student
 from ..text_to_image.teacher import TextToImageTeacher, load_stock_pipeline
+from ..text_to_image.texts import without_warnings
 from .config import EvaluationConfig
 from .features import load_extractor
 from .generators import Generator, run_facts
@@ -113,7 +115,7 @@ class TextSource:
         seeds = [sample_seed(self.seed, "evaluation", i % each, i // each) for i in indices]
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         started = time.perf_counter()
-        with counted_rows(self.pipeline.network) as rows:
+        with counted_rows(self.pipeline.network) as rows, without_warnings(self.pipeline.pipeline):
             images = self.draw(self.prompts.of(indices), generators=generators)
         seconds = time.perf_counter() - started
         arrays = np.stack([np.asarray(image.convert("RGB")) for image in images])
@@ -192,6 +194,8 @@ class TextEvaluation(Evaluation):
         rows = []
         for pipeline in reversed(pipelines):
             TextToImageTeacher(pipeline.pipeline, pipeline.size)  # refuses a size that it does not make
+            most = student.record["max_sequence_length"] if pipeline.role == "student" else None
+            count_tokens(self.prompts.texts, most, pipeline.pipeline)  # says how many are cut
             draws = _student_draws(student) if pipeline.role == "student" else _teacher_draws(pipeline.pipeline, s)
             height, width = pipeline.size
             for steps, (settings, draw) in draws.items():

@@ -84,7 +84,7 @@ class EncodedRows:
     def encode(self, key: Key) -> Row:
         """The embedding of one text."""
         prompt, negative = key
-        with _without_warnings(self.pipeline):
+        with without_warnings(self.pipeline):
             text = self.convention.encode(self.pipeline, [prompt], self.max_length, negative, self.device)
         mask = self.convention.mask
         if mask is None:
@@ -199,8 +199,8 @@ def stacked(rows: Sequence[Row], mask: str | None, width: int) -> Text:
 
 
 @contextmanager
-def _without_warnings(pipeline: Any) -> Iterator[None]:
-    """Pipelines repeat the end of every text that they cut; `count_tokens` has said how many there are."""
+def without_warnings(pipeline: Any) -> Iterator[None]:
+    """Pipelines repeat the end of every text that they cut; `count_tokens` says once how many there are."""
     logger = logging.getLogger(type(pipeline).__module__)
     level = logger.level
     logger.setLevel(logging.ERROR)
