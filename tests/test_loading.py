@@ -33,7 +33,9 @@ def _folder(tmp_path, monkeypatch):
     (tmp_path / "prompts.txt").write_text("a fox\n")
 
 
-@pytest.mark.parametrize("name", ["models/typo", "./typo", "~/no/such", "runs/typo", "a/b/c", "/no/such"])
+@pytest.mark.parametrize(
+    "name", ["models/typo", "./typo", "~/no/such", "runs/typo", "a/b/c", "/no/such", "./" + "n" * 300]
+)
 @pytest.mark.parametrize("load", [load_teacher, rehearse, distil, load_vae, describe_vae, saved_class])
 def test_a_path_that_is_not_there_is_one_sentence_and_the_hub_is_not_asked(name, load):
     with pytest.raises(

@@ -1,6 +1,7 @@
 """Names of what is to be loaded: a folder or file on this machine, or a repository of the Hub."""
 
 import difflib
+import os
 import re
 from pathlib import Path
 
@@ -23,10 +24,10 @@ def check_place(role: str, name: str) -> None:
     Raises:
         InputError: says that there is no such folder, and which names are similar.
     """
-    path = Path(name)
-    if path.exists():
+    if os.path.exists(name):  # pathlib raises for names that are too long
         return
-    if not _REPOSITORY.fullmatch(name) or name.startswith("runs/") or (path.parent != Path() and path.parent.is_dir()):
+    parent = os.path.dirname(name)
+    if not _REPOSITORY.fullmatch(name) or name.startswith("runs/") or os.path.isdir(parent):
         raise InputError(f"Cannot load the {role} {name!r}: there is no such folder.{similar_paths(name)}")
 
 

@@ -1,6 +1,7 @@
 """The dry run's networks of classes: teachers on torch's meta device, from the configs of a folder or from settings."""
 
 import importlib
+import os
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,7 @@ def described_teacher(settings: DistillConfig) -> tuple[InterpolantPipeline, str
         InputError: when its configs cannot be read, or its class may not be imported; or when `teacher_model`
             describes no network.
     """
-    if settings.teacher_model and not (Path(settings.teacher) / InterpolantPipeline.config_name).is_file():
+    if settings.teacher_model and not os.path.isfile(f"{settings.teacher}/{InterpolantPipeline.config_name}"):
         return _from_description(settings.teacher_model), "not here; as `teacher_model` describes it"
     without = "A dry run without the teacher's folder needs `teacher_model`, its class and arguments."
     try:

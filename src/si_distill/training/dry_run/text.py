@@ -2,8 +2,8 @@
 
 import functools
 import inspect
+import os
 from collections.abc import Container
-from pathlib import Path
 from typing import Any
 
 import diffusers
@@ -32,7 +32,7 @@ def described_text_teacher(settings: DistillConfig) -> tuple[TextToImageTeacher,
     Raises:
         InputError: when its configs cannot be read, or `teacher_model` is not such a pipeline's.
     """
-    here = (Path(settings.teacher) / DiffusionPipeline.config_name).is_file()
+    here = os.path.isfile(f"{settings.teacher}/{DiffusionPipeline.config_name}")
     if "pipeline" in settings.teacher_model and not here:
         pipeline, source = _from_description(settings.teacher_model), "not here; as `teacher_model` describes it"
     elif here and is_text_to_image(settings.teacher):
