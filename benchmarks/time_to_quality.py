@@ -11,11 +11,12 @@ once, so the same command goes on after a stop. All settings: `python benchmarks
 """
 
 import math
+import statistics
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench_tools import Workers, hardware_line, markdown_table, mean_and_spread, write_text
+from bench_tools import Workers, hardware_line, markdown_table, write_text
 
 from si_distill.settings import given_imports, parse_settings, script_main, setting, settings_to_dict
 from si_distill.training.comparison.config import CompareConfig
@@ -122,13 +123,13 @@ def table(
 ) -> str:
     """A row for each recipe: means over the seeds, at least what is said where a seed has not arrived."""
     names = ("seconds", "updates", "images", "network evaluations")
-    ours = mean_and_spread([run["curve"][-1]["seconds"] for run in next(iter(by_recipe.values()))])[0]
+    ours = statistics.fmean(run["curve"][-1]["seconds"] for run in next(iter(by_recipe.values())))
     rows = []
     for recipe, runs in by_recipe.items():
         last = [run["curve"][-1] for run in runs]
         arrived = sum(point["distance"] < target for point in last)
         sign = "" if arrived == len(last) else "> "
-        means = {name: mean_and_spread([point[name] for point in last])[0] for name in names}
+        means = {name: statistics.fmean(point[name] for point in last) for name in names}
         distances = " ".join(f"{point['distance']:.3f}" for point in last)
         row = [
             recipe,

@@ -10,7 +10,7 @@ from ..data.config import DataConfig
 from ..data.latents.format import is_latent_cache
 from ..errors import InputError
 from ..text_to_image.text_cache import is_text_cache, without_encoders
-from .config import TrainingConfig
+from .config import TeacherConfig
 from .distillation.config import DistillConfig
 from .run.facts import describe_data
 
@@ -39,9 +39,9 @@ def describe_captioned(data: DataConfig, images: TrainingData | None, size: tupl
     return described and {**described, "size": list(size)}
 
 
-def base_dtype(settings: TrainingConfig, lora_rank: int | None) -> torch.dtype | None:
+def base_dtype(settings: TeacherConfig | DistillConfig) -> torch.dtype | None:
     """The type that a pipeline is loaded in: bfloat16 below adapters of a run in bfloat16, which are trained in float32."""
-    return torch.bfloat16 if settings.mixed_precision == "bf16" and lora_rank is not None else None
+    return torch.bfloat16 if settings.mixed_precision == "bf16" and settings.lora_rank is not None else None
 
 
 def idle_encoders(settings: DistillConfig) -> dict[str, None]:

@@ -67,7 +67,7 @@ class TextTeacherTrainer(TextsState, TeacherTrainer):
 
     def setup(self) -> None:
         settings = self.settings
-        pipeline = load_stock_pipeline(settings.model["pipeline"], base_dtype(settings, settings.lora_rank))
+        pipeline = load_stock_pipeline(settings.model["pipeline"], base_dtype(settings))
         self.teacher = text_teacher(pipeline, settings)
         self.scheduler, self.interpolant = self.teacher.scheduler, self.teacher.scheduler.interpolant
         self.time_sampler = text_teacher_times(self.teacher, settings)

@@ -62,7 +62,7 @@ class TextDistillationTrainer(TextsState, DistillationTrainer):
             raise InputError(
                 f"`{name}` is {getattr(settings, name)!r}, which is for teachers of classes alone: leave it out."
             )
-        dtype, left_out = base_dtype(settings, settings.lora_rank), idle_encoders(settings)
+        dtype, left_out = base_dtype(settings), idle_encoders(settings)
         pipeline = load_stock_pipeline(settings.teacher, dtype, **left_out)
         scales = (settings.guidance_scale, settings.critic_guidance_scale, settings.critic_training_guidance_scale)
         warn_of_distilled(settings.teacher, pipeline, scales)
