@@ -1,5 +1,6 @@
 """Compares the processes that a launcher started with those that Accelerate sees."""
 
+import atexit
 import os
 from datetime import timedelta
 
@@ -12,6 +13,8 @@ from .errors import InputError
 def join_processes(timeout: timedelta = timedelta(minutes=10)) -> PartialState:
     """The processes of the launcher; through `Accelerator`, which alone reads what the launcher says of CPUs.
 
+    They part when the script ends.
+
     Args:
         timeout: how long one may wait for another.
 
@@ -21,6 +24,8 @@ def join_processes(timeout: timedelta = timedelta(minutes=10)) -> PartialState:
     Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=timeout)])
     state = PartialState()
     check_processes(state.num_processes)
+    # Left to the end of the interpreter, gloo's threads now and then abort a process that has done all its work.
+    atexit.register(state.destroy_process_group)
     return state
 
 

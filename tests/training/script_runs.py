@@ -16,8 +16,8 @@ DISTILL = """
 """.split()
 
 
-def command(script: str, *arguments: str, processes: int = 1) -> list[str]:
-    """The script under `accelerate launch`, on the CPU."""
+def command(script: str | Path, *arguments: str, processes: int = 1) -> list[str]:
+    """The script (of training/, or a path) under `accelerate launch`, on the CPU."""
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", "--num_machines", "1"]
     launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--num_processes", str(processes)]
     if processes > 1:
