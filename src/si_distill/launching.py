@@ -4,6 +4,7 @@ import atexit
 import os
 from datetime import timedelta
 
+import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import InitProcessGroupKwargs
 
@@ -25,8 +26,13 @@ def join_processes(timeout: timedelta = timedelta(minutes=10)) -> PartialState:
     state = PartialState()
     check_processes(state.num_processes)
     # Left to the end of the interpreter, gloo's threads now and then abort a process that has done all its work.
-    atexit.register(state.destroy_process_group)
+    atexit.register(_part)
     return state
+
+
+def _part() -> None:
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def check_processes(seen: int) -> None:

@@ -140,6 +140,7 @@ def _from_table(config: DataConfig, size: tuple[int, int] | None) -> ImageDatase
     labels = [0] * len(table) if columns.label is None else list(table[columns.label])
     labels = labels[: config.max_train_samples]
     if columns.captions:
+        labels = [caption and without_mark(caption) for caption in labels]
         names = distinct_captions(config, labels)
         rows = {caption: row for row, caption in enumerate(names)}
         columns, labels = replace(columns, class_names=names), [rows[caption] for caption in labels]
@@ -162,6 +163,11 @@ def distinct_captions(config: DataConfig, captions: list[str | None]) -> list[st
             f"(the first in row {empty[0]}): take these rows out. Training has an empty text of its own, by dropout."
         )
     return list(dict.fromkeys(captions))
+
+
+def without_mark(text: str) -> str:
+    """A text without the byte order mark that some editors put first."""
+    return text.removeprefix("\ufeff")
 
 
 def _numbered_classes(config: DataConfig, labels: list[int]) -> list[str]:

@@ -7,6 +7,7 @@ import torch
 
 from ..data.columns import explained, open_dataset
 from ..data.config import DataConfig
+from ..data.sources import without_mark
 from ..errors import InputError
 from .config import TextConfig
 from .conventions import CONVENTIONS
@@ -120,11 +121,6 @@ def read_prompts(data: DataConfig) -> list[str]:
     prompts = [without_mark(prompt or "") for prompt in prompts]
     check_prompts(prompts)
     return prompts
-
-
-def without_mark(prompt: str) -> str:
-    """A text without the byte order mark that some editors put first."""
-    return prompt.removeprefix("\ufeff")
 
 
 def caption_column(data: DataConfig, features: dict[str, Any]) -> str:

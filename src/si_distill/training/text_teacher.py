@@ -16,7 +16,7 @@ from ..data.latents.dataset import LatentDataset
 from ..pipelines import Condition, Field, view_network
 from ..pipelines.interpolant_field import Guidance
 from ..text_to_image.lora import LoraWeights
-from ..text_to_image.prompts import check_length, without_mark
+from ..text_to_image.prompts import check_length
 from ..text_to_image.stock_calls import teacher_images
 from ..text_to_image.teacher import TextToImageTeacher, load_stock_pipeline
 from ..text_to_image.texts import Texts, encode_texts
@@ -97,7 +97,7 @@ class TextTeacherTrainer(TextsState, TeacherTrainer):
         told = 1.0 if teacher.convention.told_guidance and network.config.guidance_embeds else None
         return encode_texts(
             teacher.pipeline,
-            [without_mark(caption) for caption in self.data.class_names],
+            self.data.class_names,
             text.max_length,
             device=self.accelerator.device,
             told_guidance=told,

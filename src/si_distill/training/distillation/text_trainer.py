@@ -13,7 +13,7 @@ from ...data import TrainingData
 from ...data.batches import Batch
 from ...errors import InputError
 from ...pipelines import Condition
-from ...text_to_image.prompts import load_texts, without_mark
+from ...text_to_image.prompts import load_texts
 from ...text_to_image.student import TextToImageStudent
 from ...text_to_image.teacher import TextToImageTeacher, load_stock_pipeline, warn_of_distilled
 from ...text_to_image.text_cache import is_text_cache
@@ -81,7 +81,7 @@ class TextDistillationTrainer(TextsState, DistillationTrainer):
                 "`data.caption_column`, or choose an objective of prompts alone, e.g. sid."
             )
         data = load_captioned_images(settings.data, self.teacher_pipeline.size, self.readers)
-        self.texts = self.texts.renumbered([without_mark(caption) for caption in data.class_names])
+        self.texts = self.texts.renumbered(data.class_names)
         return data
 
     def next_batch(self, data: TrainingData, micro_batch: int, *draw: int) -> Batch:
