@@ -31,7 +31,7 @@ class DropoutConfig:
     """Settings of the comparison."""
 
     teacher: str = setting("runs/digits-teacher-dropout", "The folder of a teacher that was trained with dropout.")
-    base: str = setting("configs/digits/distill.yaml", "Settings of the distillation.")
+    base: str = setting("benchmarks/digits_base.yaml", "Settings of the distillation.")
     updates: list[int] = setting([50, 200, 800], "Updates after which gradients are compared.")
     batches: int = setting(64, "Batches of a comparison.")
     steps: int = setting(800, "Updates of the whole distillations.")

@@ -31,7 +31,7 @@ class GradientConfig:
     """Settings of the comparison."""
 
     teacher: str = setting("runs/digits-teacher", "The teacher's folder.")
-    base: str = setting("configs/digits/distill.yaml", "Settings of the game.")
+    base: str = setting("benchmarks/digits_base.yaml", "Settings of the game.")
     objectives: list[str] = setting(["gap", "cross_term"], "Objectives that lead to the states that are looked at.")
     updates: int = setting(60, "Updates of each objective before its state is looked at.")
     settling: int = setting(400, "Further updates of the critic alone.")

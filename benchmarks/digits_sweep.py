@@ -20,7 +20,7 @@ class SweepConfig(CompareConfig):
 
     teacher: str = setting("runs/digits-teacher", "The teacher's folder.")
     runs: str = setting("benchmarks/digits_sweep.yaml", "YAML file: name → settings of the run.")
-    base: str = setting("configs/digits/distill.yaml", "Settings that all runs share.")
+    base: str = setting("benchmarks/digits_base.yaml", "Settings that all runs share.")
     num_samples: int = setting(1797, "Images per evaluation.")
     workers: int = setting(2, "Processes of one thread.")
     output: str = setting("benchmarks/results", "Folder of digits_sweep.json and digits_sweep.md.")

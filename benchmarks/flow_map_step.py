@@ -41,7 +41,7 @@ def measure(config: StepConfig) -> tuple[float, list[list[float]]]:
 
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
-        arguments = ["--config", "configs/digits/distill.yaml", "--teacher", config.teacher, "--flow_map.weight", "1"]
+        arguments = ["--config", "benchmarks/digits_base.yaml", "--teacher", config.teacher, "--flow_map.weight", "1"]
         settings = parse_settings(DistillConfig, [*arguments, "--output_dir", f"{folder}/run"])
         trainer = DistillationTrainer(replace(settings, teacher_model={}))
     while trainer.step < config.updates:

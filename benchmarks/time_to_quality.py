@@ -36,7 +36,7 @@ class TimeToQualityConfig(CompareConfig):
     base: str = setting("configs/digits/distill.yaml", "Settings that all recipes share.")
     rates: list[float] = setting([2.5e-4, 5e-4, 1e-3], "Learning rates of student and critic that are tried.")
     budget: float = setting(600.0, "Seconds of training after which a run is given up.")
-    steps: int = setting(2500, "Student updates after which a run is given up; the length of its schedule.")
+    steps: int = setting(4200, "Student updates after which a run is given up; the length of its schedule.")
     points: int = setting(50, "Evaluations along a run.")
     teacher_steps: list[int] = setting([10], "Euler steps of the teacher that is to be reached; the first counts.")
     num_samples: int = setting(1797, "Images per evaluation.")

@@ -136,7 +136,7 @@ def test_every_run_of_the_sweep_is_valid():
 
     from si_distill.training.comparison.run import run_arguments, run_settings
 
-    config = SweepConfig(base=str(ROOT / "configs/digits/distill.yaml"))
+    config = SweepConfig(base=str(ROOT / "benchmarks/digits_base.yaml"))
     entries = yaml.safe_load((ROOT / "benchmarks/digits_sweep.yaml").read_text(encoding="utf-8"))
     settings = [run_settings(run_arguments(config, changes, seed=2), 100) for changes in entries.values()]
     assert len({repr(s) for s in settings}) == len(entries)  # no two runs are the same
