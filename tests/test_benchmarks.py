@@ -386,8 +386,8 @@ def test_time_to_quality(tmp_path):
         assert arrived or last["updates"] == 4
         sign = "" if arrived else "> "
         assert rows[name][:2] == [f"{rate:g}", f"{arrived:d} of 1"]
-        # Of an update with a batch of 128: the student's images, and who sees them.
-        counts = [last["updates"] * per_update for per_update in (1, images * 128, forwards * 128)]
+        # Of an update with a batch of 64: the student's images, and who sees them.
+        counts = [last["updates"] * per_update for per_update in (1, images * 64, forwards * 64)]
         assert rows[name][3:6] == [f"{sign}{count:,}" for count in counts]
     assert len(runs) == 6
     assert (tmp_path / "time_to_quality.png").exists()

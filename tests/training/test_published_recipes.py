@@ -343,7 +343,7 @@ OWN = {
     f"{folder}/distill" for folder in
     ("digits", "cifar10", "fashion-mnist", "fashion_inpaint", "digits_superres", "text-digits", "imagenet256",
      "imagenet256_superres")
-} | {"imagenet256/distill_s2", "imagenet256/distill_freeflow_sit_xl2"}  # fmt: skip
+} | {"digits/distill_four_steps", "imagenet256/distill_s2", "imagenet256/distill_freeflow_sit_xl2"}  # fmt: skip
 
 
 def processes_of(name: str) -> int:
