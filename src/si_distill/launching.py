@@ -14,7 +14,7 @@ from .errors import InputError
 def join_processes(timeout: timedelta = timedelta(minutes=10)) -> PartialState:
     """The processes of the launcher; through `Accelerator`, which alone reads what the launcher says of CPUs.
 
-    They part when the script ends.
+    On CPUs they leave their group when the script ends.
 
     Args:
         timeout: how long one may wait for another.
@@ -25,14 +25,18 @@ def join_processes(timeout: timedelta = timedelta(minutes=10)) -> PartialState:
     Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=timeout)])
     state = PartialState()
     check_processes(state.num_processes)
-    # Left to the end of the interpreter, gloo's threads now and then abort a process that has done all its work.
-    atexit.register(_part)
+    atexit.register(_leave_gloo)
     return state
 
 
-def _part() -> None:
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+def _leave_gloo() -> None:
+    """Left to the end of the interpreter, gloo's threads now and then abort a process that has done all its work.
+
+    Gloo alone: to leave NCCL may mean to wait for a process that has failed, and no abort of it was seen.
+    """
+    distributed = torch.distributed
+    if distributed.is_available() and distributed.is_initialized() and distributed.get_backend() == "gloo":
+        distributed.destroy_process_group()
 
 
 def check_processes(seen: int) -> None:
